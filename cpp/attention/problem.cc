@@ -1,0 +1,350 @@
+// Judges the arguments of attention and rewrites them into the one form that kernels read.
+//
+// The only place where shapes, dtypes, strides and values are refused, so that NumPy, torch and C++ callers meet the
+// same errors. Texts count axes as the caller did: in a 3-D "bshd" call the head axis is 1. No text is built unless it
+// is needed: a call on tiny arrays spends a third of a microsecond here.
+//
+// Bounds that hold afterwards, so that kernels may add positions and multiply extents in int64_t:
+//   elements of q, k, v, out and of the scores < 2^60 (so every extent too); |q_offset| <= 2^60; window sides < 2^62
+#include <algorithm>
+#include <cmath>
+#include <new>
+
+#include "attention/overlap.h"
+#include "attention/rejection.h"
+#include "foveal/attention.h"
+
+namespace foveal {
+namespace {
+
+constexpr int64_t kMaxElements = int64_t{1} << 60;  // of up to 8 bytes each
+constexpr int64_t kMaxOffset = int64_t{1} << 60;
+constexpr int64_t kWindowBeyondAll = int64_t{1} << 62;  // > |q_offset| + Sq + Skv, so as good as unlimited
+
+enum Axis { kBatch, kHead, kSeq, kDim };
+
+// Where the caller's array holds an axis of (B,H,S,D); negative when its rank drops that axis.
+int position_of(int axis, int rank, Layout layout) {
+  constexpr int kBhsdOrder[] = {0, 1, 2, 3};
+  constexpr int kBshdOrder[] = {0, 2, 1, 3};
+  const bool swapped = layout == Layout::kBshd && rank > 2;
+  return (swapped ? kBshdOrder : kBhsdOrder)[axis] - (4 - rank);
+}
+
+// Arguments are rewritten in the order in which they are checked; the scores (B,Hq,Sq,Skv) are what the optional arrays
+// must fit.
+class Canonicalizer {
+ public:
+  explicit Canonicalizer(AttentionProblem& problem) : p_(problem), layout_(problem.layout), rank_(problem.q.rank) {}
+
+  void run() {
+    check_dtypes();
+    for_each_array([&](const char* name, const TensorView& view) { check_memory(name, view); });
+    rewrite_qkv();
+    check_sizes();
+    broadcast_to_scores("mask", p_.mask);
+    broadcast_to_scores("bias", p_.bias);
+    rewrite_alibi_slopes();
+    check_sinks();
+    check_lens("q_lens", p_.q_lens, p_.q, "q");
+    check_lens("kv_lens", p_.kv_lens, p_.k, "k");
+    rewrite_q_offset();
+    rewrite_numbers();
+    rewrite_outputs();
+    p_.layout = Layout::kBhsd;
+  }
+
+ private:
+  void check_dtypes() const {
+    const auto require_floating = [](const char* name, const TensorView& view, const char* hint = "") {
+      if (!view.present() || is_floating(view.dtype)) return;
+      reject_dtype(name, view.dtype, std::string("float32, float64, float16 or bfloat16") + hint);
+    };
+    const auto require_as_q = [&](const char* name, const TensorView& view) {
+      if (view.present() && view.dtype != p_.q.dtype)
+        reject_dtype(name, view.dtype, name_of(p_.q.dtype) + std::string(" (from q)"));
+    };
+    const auto require_integer = [](const char* name, const TensorView& view) {
+      if (!view.present() || view.dtype == DType::kInt32 || view.dtype == DType::kInt64) return;
+      reject_dtype(name, view.dtype, "int32 or int64");
+    };
+    require_floating("q", p_.q);
+    require_as_q("k", p_.k);
+    require_as_q("v", p_.v);
+    require_as_q("out", p_.out);
+    require_as_q("weights", p_.weights);
+    const DType accumulator = p_.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    if (p_.lse.present() && p_.lse.dtype != accumulator) reject_dtype("lse", p_.lse.dtype, name_of(accumulator));
+    if (p_.mask.present() && p_.mask.dtype != DType::kBool) {
+      reject_dtype("mask", p_.mask.dtype, "bool (values that are added to the scores are `bias`)");
+    }
+    require_floating("bias", p_.bias, p_.bias.dtype == DType::kBool ? " (a bool array is `mask`)" : "");
+    require_floating("alibi_slopes", p_.alibi_slopes);
+    require_floating("sinks", p_.sinks);
+    require_integer("q_lens", p_.q_lens);
+    require_integer("kv_lens", p_.kv_lens);
+    require_integer("q_offset", p_.q_offset);
+  }
+
+  void check_memory(const char* name, const TensorView& view) const {
+    if (!(view.device == p_.q.device)) {
+      reject_type(std::string(name) + " is on " + text_of(view.device) + ", expected " + text_of(p_.q.device) +
+                  " (from q)");
+    }
+    if (reinterpret_cast<uintptr_t>(view.data) % itemsize(view.dtype) != 0) {
+      reject_value(std::string(name) + " is misaligned for " + name_of(view.dtype) +
+                   ", expected an aligned array, such as np.ascontiguousarray(" + name + ".copy())");
+    }
+  }
+
+  void rewrite_qkv() {
+    if (rank_ < 2 || rank_ > 4) reject_value("q has " + dimensions(rank_) + ", expected 2, 3 or 4");
+    require_rank("k", p_.k, rank_);
+    require_rank("v", p_.v, rank_);
+    for (TensorView* view : {&p_.q, &p_.k, &p_.v}) *view = canonical_view(*view, layout_);
+
+    const int64_t head_dim = p_.q.shape[kDim], value_dim = p_.v.shape[kDim];
+    const int64_t num_heads = p_.q.shape[kHead], num_kv_heads = p_.k.shape[kHead];
+    if (head_dim < 1) reject_value(extent_found("q", rank_ - 1, head_dim) + ", expected a head_dim of at least 1");
+    if (value_dim < 1)
+      reject_value(extent_found("v", rank_ - 1, value_dim) + ", expected a value head_dim of at least 1");
+    require_extent("k", p_.k, kDim, "head_dim", head_dim, "q");
+    require_extent("k", p_.k, kBatch, "batch", p_.q.shape[kBatch], "q");
+    require_extent("v", p_.v, kBatch, "batch", p_.q.shape[kBatch], "q");
+    require_extent("v", p_.v, kHead, "num_kv_heads", num_kv_heads, "k");
+    require_extent("v", p_.v, kSeq, "seqlen_kv", p_.k.shape[kSeq], "k");
+    if (num_kv_heads == 0 ? num_heads != 0 : num_heads % num_kv_heads != 0) {
+      reject_value(extent_found("k", position_of(kHead, rank_, layout_), num_kv_heads) +
+                   ", expected a divisor of num_heads " + std::to_string(num_heads) + " (from q)");
+    }
+    scores_[0] = p_.q.shape[kBatch];
+    scores_[1] = num_heads;
+    scores_[2] = p_.q.shape[kSeq];
+    scores_[3] = p_.k.shape[kSeq];
+  }
+
+  // Empty axes count as 1, so that an extent is bounded whatever stands beside it.
+  void check_sizes() const {
+    const auto require_countable = [](const char* what, const int64_t (&shape)[4]) {
+      int64_t elements = 1;
+      for (const int64_t extent : shape) {
+        const bool overflows = __builtin_mul_overflow(elements, std::max<int64_t>(extent, 1), &elements);
+        if (overflows || elements >= kMaxElements) {
+          reject_value(std::string(what) + " has shape " + text_of(shape, 4) + ", expected fewer than 2^60 elements");
+        }
+      }
+    };
+    const auto& [batch, num_heads, seqlen_q, seqlen_kv] = scores_;
+    require_countable("q", {batch, num_heads, seqlen_q, p_.q.shape[kDim]});
+    require_countable("k", {batch, p_.k.shape[kHead], seqlen_kv, p_.k.shape[kDim]});
+    require_countable("v", {batch, p_.v.shape[kHead], seqlen_kv, p_.v.shape[kDim]});
+    require_countable("the output", {batch, num_heads, seqlen_q, p_.v.shape[kDim]});
+    require_countable("the array of scores", scores_);
+  }
+
+  void broadcast_to_scores(const char* name, TensorView& view) const {
+    if (!view.present()) return;
+    const auto expected = [&] {
+      return ", expected an array that broadcasts to (B, Hq, Sq, Skv) = " + text_of(scores_, 4);
+    };
+    if (view.rank > 4) reject_value(name + (" has " + dimensions(view.rank)) + expected());
+    TensorView canonical = view;
+    canonical.rank = 4;
+    for (int axis = 0; axis < 4; ++axis) {
+      const int position = axis - (4 - view.rank);
+      const int64_t extent = position < 0 ? 1 : view.shape[position];
+      if (extent != 1 && extent != scores_[axis]) reject_value(extent_found(name, position, extent) + expected());
+      canonical.shape[axis] = scores_[axis];
+      canonical.stride[axis] = extent == 1 ? 0 : view.stride[position];
+    }
+    view = canonical;
+  }
+
+  void rewrite_alibi_slopes() {
+    TensorView& slopes = p_.alibi_slopes;
+    if (!slopes.present()) return;
+    const bool per_head = slopes.rank == 1 && slopes.shape[0] == scores_[1];
+    const bool per_batch_and_head = slopes.rank == 2 && slopes.shape[0] == scores_[0] && slopes.shape[1] == scores_[1];
+    if (!per_head && !per_batch_and_head) {
+      reject_shape("alibi_slopes", slopes,
+                   "(Hq,) = " + text_of(scores_ + 1, 1) + " or (B, Hq) = " + text_of(scores_, 2));
+    }
+    if (per_head) {
+      slopes.stride[1] = slopes.stride[0];
+      slopes.stride[0] = 0;
+    }
+    slopes.rank = 2;
+    slopes.shape[0] = scores_[0];
+    slopes.shape[1] = scores_[1];
+  }
+
+  void check_sinks() const {
+    if (!p_.sinks.present() || (p_.sinks.rank == 1 && p_.sinks.shape[0] == scores_[1])) return;
+    reject_shape("sinks", p_.sinks, "(Hq,) = " + text_of(scores_ + 1, 1));
+  }
+
+  void check_lens(const char* name, const TensorView& lens, const TensorView& source, const char* source_name) const {
+    if (!lens.present()) return;
+    if (lens.rank != 1 || lens.shape[0] != scores_[0]) reject_shape(name, lens, "(B,) = " + text_of(scores_, 1));
+    const int64_t seqlen = source.shape[kSeq];
+    for_each_integer(lens, [&](int64_t b, int64_t len) {
+      if (len >= 0 && len <= seqlen) return;
+      reject_value(std::string(name) + "[" + std::to_string(b) + "] is " + std::to_string(len) + ", expected 0 to " +
+                   std::to_string(seqlen) + " (" + source_name + ".shape[" +
+                   std::to_string(position_of(kSeq, rank_, layout_)) + "])");
+    });
+  }
+
+  void rewrite_q_offset() {
+    TensorView& offset = p_.q_offset;
+    if (!offset.present()) return;
+    if (offset.rank == 0) {
+      offset.rank = 1;
+      offset.shape[0] = scores_[0];
+      offset.stride[0] = 0;
+    }
+    if (offset.rank != 1 || offset.shape[0] != scores_[0]) {
+      reject_shape("q_offset", offset, "an integer or (B,) = " + text_of(scores_, 1));
+    }
+    for_each_integer(offset, [](int64_t b, int64_t value) {
+      if (value >= -kMaxOffset && value <= kMaxOffset) return;
+      reject_value("q_offset[" + std::to_string(b) + "] is " + std::to_string(value) + ", expected -2^60 to 2^60");
+    });
+  }
+
+  // Values on another device are for its backend to judge.
+  template <typename Visit>
+  static void for_each_integer(const TensorView& view, Visit visit) {
+    if (view.device.type != DeviceType::kCpu) return;
+    for (int64_t b = 0; b < view.shape[0]; ++b) {
+      const int64_t offset = b * view.stride[0];
+      visit(b, view.dtype == DType::kInt32 ? static_cast<const int32_t*>(view.data)[offset]
+                                           : static_cast<const int64_t*>(view.data)[offset]);
+    }
+  }
+
+  void rewrite_numbers() {
+    const auto rewrite_window = [](const char* name, int64_t& width) {
+      if (width < 0 && width != kUnlimited)
+        reject_value(name + (" is " + std::to_string(width)) + ", expected at least 0");
+      if (width >= kWindowBeyondAll) width = kUnlimited;
+    };
+    rewrite_window("window[0]", p_.window_left);
+    rewrite_window("window[1]", p_.window_right);
+    if (!p_.has_scale) p_.scale = 1.0 / std::sqrt(static_cast<double>(p_.q.shape[kDim]));
+    p_.has_scale = true;
+    if (!std::isfinite(p_.scale)) reject_value("scale is " + text_of(p_.scale) + ", expected a finite number");
+    if (!std::isfinite(p_.softcap) || p_.softcap < 0.0) {
+      reject_value("softcap is " + text_of(p_.softcap) + ", expected a finite number of at least 0");
+    }
+  }
+
+  void rewrite_outputs() {
+    if (p_.out.present()) {
+      require_rank("out", p_.out, rank_);
+      p_.out = canonical_view(p_.out, layout_);
+      require_extent("out", p_.out, kBatch, "batch", scores_[0], "q");
+      require_extent("out", p_.out, kHead, "num_heads", scores_[1], "q");
+      require_extent("out", p_.out, kSeq, "seqlen_q", scores_[2], "q");
+      require_extent("out", p_.out, kDim, "value head_dim", p_.v.shape[kDim], "v");
+    }
+    // lse and weights keep the order (B, Hq, Sq, ...) in every layout, and drop the axes that q drops.
+    if (p_.lse.present() && p_.lse.rank != 3) {
+      require_rank("lse", p_.lse, rank_ - 1);
+      TensorView columns = p_.lse;  // as (..., Sq, 1)
+      columns.rank = rank_;
+      columns.shape[rank_ - 1] = 1;
+      columns.stride[rank_ - 1] = 0;
+      p_.lse = canonical_view(columns, Layout::kBhsd);
+      p_.lse.rank = 3;
+    }
+    if (p_.lse.present() && !std::equal(scores_, scores_ + 3, p_.lse.shape)) {
+      reject_shape("lse", p_.lse, "(B, Hq, Sq) = " + text_of(scores_, 3));
+    }
+    if (p_.weights.present()) {
+      require_rank("weights", p_.weights, rank_);
+      p_.weights = canonical_view(p_.weights, Layout::kBhsd);
+      if (!std::equal(scores_, scores_ + 4, p_.weights.shape)) {
+        reject_shape("weights", p_.weights, "(B, Hq, Sq, Skv) = " + text_of(scores_, 4));
+      }
+    }
+    require_own_memory("out", p_.out);
+    require_own_memory("lse", p_.lse);
+    require_own_memory("weights", p_.weights);
+  }
+
+  void require_own_memory(const char* output, const TensorView& written) const {
+    if (!written.present()) return;
+    if (may_overlap_itself(written)) {
+      reject_value(std::string(output) + " has elements that share memory, expected an array without overlap");
+    }
+    for_each_array([&](const char* name, const TensorView& view) {
+      if (&view == &written || !may_overlap(written, view)) return;
+      reject_value(std::string(output) + " shares memory with " + name + ", expected a separate array");
+    });
+  }
+
+  void require_rank(const char* name, const TensorView& view, int rank) const {
+    if (view.rank != rank)
+      reject_value(name + (" has " + dimensions(view.rank)) + ", expected " + std::to_string(rank) + " (from q)");
+  }
+
+  // `view` is canonical; the text names the axis of the caller's array.
+  void require_extent(const char* name, const TensorView& view, Axis axis, const char* what, int64_t expected,
+                      const char* source) const {
+    if (view.shape[axis] == expected) return;
+    reject_value(extent_found(name, position_of(axis, rank_, layout_), view.shape[axis]) + ", expected " + what + " " +
+                 std::to_string(expected) + " (from " + source + ")");
+  }
+
+  template <typename Visit>
+  void for_each_array(Visit visit) const {
+    const auto visit_present = [&](const char* name, const TensorView& view) {
+      if (view.present()) visit(name, view);
+    };
+    visit_present("q", p_.q);
+    visit_present("k", p_.k);
+    visit_present("v", p_.v);
+    visit_present("mask", p_.mask);
+    visit_present("bias", p_.bias);
+    visit_present("alibi_slopes", p_.alibi_slopes);
+    visit_present("sinks", p_.sinks);
+    visit_present("q_lens", p_.q_lens);
+    visit_present("kv_lens", p_.kv_lens);
+    visit_present("q_offset", p_.q_offset);
+    visit_present("out", p_.out);
+    visit_present("lse", p_.lse);
+    visit_present("weights", p_.weights);
+  }
+
+  AttentionProblem& p_;
+  const Layout layout_;  // the caller's
+  const int rank_;       // the caller's, of q
+  int64_t scores_[4] = {};
+};
+
+}  // namespace
+
+TensorView canonical_view(const TensorView& view, Layout layout) {
+  TensorView canonical = view;
+  canonical.rank = 4;
+  for (int axis = 0; axis < 4; ++axis) {
+    const int position = position_of(axis, view.rank, layout);
+    canonical.shape[axis] = position < 0 ? 1 : view.shape[position];
+    canonical.stride[axis] = position < 0 ? 0 : view.stride[position];
+  }
+  return canonical;
+}
+
+Status canonicalize(AttentionProblem& problem) {
+  try {
+    Canonicalizer(problem).run();
+    return {};
+  } catch (Rejection& rejection) {
+    return {rejection.kind, std::move(rejection.text)};
+  } catch (const std::bad_alloc&) {
+    return {ErrorKind::kMemory, "attention: out of memory"};
+  }
+}
+
+}  // namespace foveal
