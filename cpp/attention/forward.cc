@@ -1,0 +1,344 @@
+// Runs a forward plan: prepares the heads, spreads the work items over threads, merges split key ranges.
+//
+// The only OpenMP region of the forward pass. Threads take items from one counter; an item's result does not depend on who computes
+// it. The parts of a split row block are merged in order by whoever finishes the last of them.
+#include <omp.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "attention/plan.h"
+#include "attention/scalar_access.h"
+#include "foveal/attention.h"
+#include "isa/detect.h"
+#include "isa/kernel_table.h"
+
+namespace foveal {
+namespace {
+
+constexpr double kFlopsWorthAThread = 1e6;  // about 10 microseconds: what waking a sleeping team costs
+constexpr auto kPollAfter = std::chrono::milliseconds(50);
+
+// ---- threads -------------------------------------------------------------------------------------------------------------------
+
+// libgomp's pool does not survive fork: a child whose parent ran a parallel region would wait for it for ever.
+std::atomic<bool> in_forked_child{false};
+
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
+
+// Threads that calls from other host threads keep busy; a call takes what is left, so that n callers do not start n teams.
+std::atomic<int> busy_threads{0};
+
+class Team {
+ public:
+  Team(int wanted, int64_t items, double flops) {
+    const double worthwhile = std::min(static_cast<double>(items), flops / kFlopsWorthAThread);
+    const int useful = worthwhile < 2 || fork_handler != 0 || in_forked_child.load(std::memory_order_relaxed)
+                           ? 1
+                           : static_cast<int>(std::min<double>(wanted, worthwhile));
+    const int busy = busy_threads.fetch_add(useful, std::memory_order_relaxed);
+    size_ = std::clamp(wanted - busy, 1, useful);
+    busy_threads.fetch_sub(useful - size_, std::memory_order_relaxed);
+  }
+  ~Team() { busy_threads.fetch_sub(size_, std::memory_order_relaxed); }
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+
+ private:
+  int size_ = 1;
+};
+
+// ---- memory --------------------------------------------------------------------------------------------------------------------
+
+constexpr size_t kAlignment = 64;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<std::byte, Free>;
+
+// Null when there is no memory.
+Buffer allocate(int64_t nbytes) {
+  const size_t rounded = (static_cast<size_t>(nbytes) + kAlignment - 1) / kAlignment * kAlignment;
+  return Buffer(static_cast<std::byte*>(std::aligned_alloc(kAlignment, std::max(rounded, kAlignment))));
+}
+
+template <class T>
+T* offset(const TensorView& view, int64_t elements) {
+  return view.data == nullptr ? nullptr : static_cast<T*>(view.data) + elements * itemsize(view.dtype) / static_cast<int64_t>(sizeof(T));
+}
+
+// ---- heads ---------------------------------------------------------------------------------------------------------------------
+
+std::vector<double> read_slopes(const AttentionProblem& p) {
+  std::vector<double> slopes;
+  if (!p.alibi_slopes.present()) return slopes;
+  for (int64_t b = 0; b < p.q.shape[0]; ++b)
+    for (int64_t h = 0; h < p.q.shape[1]; ++h)
+      slopes.push_back(read_floating(p.alibi_slopes, b * p.alibi_slopes.stride[0] + h * p.alibi_slopes.stride[1]));
+  return slopes;
+}
+
+std::vector<double> read_sinks(const AttentionProblem& p) {
+  std::vector<double> sinks;
+  if (!p.sinks.present()) return sinks;
+  for (int64_t h = 0; h < p.q.shape[1]; ++h) sinks.push_back(read_floating(p.sinks, h * p.sinks.stride[0]));
+  return sinks;
+}
+
+// Everything the kernels need about one (batch, key/value head) pair.
+HeadTask head_task(const AttentionProblem& p, const Plan& plan, int64_t b, int64_t kv_head, const double* slopes, const double* sinks) {
+  const SequencePlan& s = plan.sequences[static_cast<size_t>(b)];
+  const int64_t q_head = kv_head * plan.group;
+  const auto at = [b](const TensorView& view, int64_t head) {
+    return offset<std::byte>(view, b * view.stride[0] + head * view.stride[1]);
+  };
+  HeadTask h = {};
+  h.q = at(p.q, q_head);
+  h.q_stride_s = p.q.stride[2];
+  h.q_stride_g = p.q.stride[1];
+  h.q_stride_d = p.q.stride[3];
+  h.k = at(p.k, kv_head);
+  h.k_stride_s = p.k.stride[2];
+  h.k_stride_d = p.k.stride[3];
+  h.v = at(p.v, kv_head);
+  h.v_stride_s = p.v.stride[2];
+  h.v_stride_d = p.v.stride[3];
+  h.out = at(p.out, q_head);
+  h.out_stride_s = p.out.stride[2];
+  h.out_stride_g = p.out.stride[1];
+  h.out_stride_d = p.out.stride[3];
+  h.head_dim = p.q.shape[3];
+  h.value_dim = p.v.shape[3];
+  h.group = plan.group;
+  h.kv_len = s.kv_len;
+  h.q_offset = s.q_offset;
+  const auto limit = [](int64_t window) { return window < 0 ? kPositionLimit : std::min(window, kPositionLimit); };
+  h.window_left = limit(p.window_left);
+  h.window_right = p.causal ? 0 : limit(p.window_right);
+  h.scale = p.scale;
+  h.softcap = p.softcap;
+  if (slopes != nullptr) h.slopes = slopes + b * p.q.shape[1] + q_head;
+  if (sinks != nullptr) h.sinks = sinks + q_head;
+  if (p.mask.present()) {
+    h.mask = reinterpret_cast<const uint8_t*>(at(p.mask, q_head));
+    h.mask_stride_s = p.mask.stride[2];
+    h.mask_stride_g = p.mask.stride[1];
+    h.mask_stride_k = p.mask.stride[3];
+  }
+  if (p.bias.present()) {
+    h.bias = at(p.bias, q_head);
+    h.bias_dtype = p.bias.dtype;
+    h.bias_stride_s = p.bias.stride[2];
+    h.bias_stride_g = p.bias.stride[1];
+    h.bias_stride_k = p.bias.stride[3];
+  }
+  if (p.weights.present()) {
+    h.weights = at(p.weights, q_head);
+    h.weights_stride_s = p.weights.stride[2];
+    h.weights_stride_g = p.weights.stride[1];
+    h.weights_stride_k = p.weights.stride[3];
+  }
+  return h;
+}
+
+// ---- results beside the kernels' own --------------------------------------------------------------------------------------------
+
+void fill_row(const TensorView& view, int64_t start, int64_t n, int64_t stride) {
+  const int64_t size = itemsize(view.dtype);
+  std::byte* p = static_cast<std::byte*>(view.data) + start * size;
+  if (stride == 1) {
+    std::memset(p, 0, static_cast<size_t>(n * size));
+  } else {
+    for (int64_t c = 0; c < n; ++c) std::memset(p + c * stride * size, 0, static_cast<size_t>(size));
+  }
+}
+
+// Queries [begin, end) of one (batch, query head): rows of zeros.
+void fill_zero(const TensorView& view, int64_t b, int64_t h, int64_t begin, int64_t end) {
+  if (!view.present()) return;
+  for (int64_t i = begin; i < end; ++i)
+    fill_row(view, b * view.stride[0] + h * view.stride[1] + i * view.stride[2], view.shape[3], view.stride[3]);
+}
+
+void write_lse(const TensorView& lse, int64_t b, int64_t h, int64_t i, double max2, double sum) {
+  const double value = sum == 0 ? -INFINITY : max2 * M_LN2 + std::log(sum);
+  const int64_t at = b * lse.stride[0] + h * lse.stride[1] + i * lse.stride[2];
+  if (lse.dtype == DType::kFloat64)
+    static_cast<double*>(lse.data)[at] = value;
+  else
+    static_cast<float*>(lse.data)[at] = static_cast<float>(value);
+}
+
+// Rows past q_len of every head of a batch element.
+void finish_padding(const AttentionProblem& p, int64_t b, int64_t q_len) {
+  for (int64_t h = 0; h < p.q.shape[1]; ++h) {
+    fill_zero(p.out, b, h, q_len, p.q.shape[2]);
+    fill_zero(p.weights, b, h, q_len, p.q.shape[2]);
+    if (p.lse.present())
+      for (int64_t i = q_len; i < p.q.shape[2]; ++i) write_lse(p.lse, b, h, i, 0, 0);
+  }
+}
+
+// ---- one call --------------------------------------------------------------------------------------------------------------------
+
+class ForwardRun {
+ public:
+  ForwardRun(const AttentionProblem& p, const Plan& plan, const ExecutionOptions& options)
+      : p_(p), plan_(plan), options_(options), slopes_(read_slopes(p)), sinks_(read_sinks(p)) {
+    accumulator_nbytes_ = p.q.dtype == DType::kFloat64 ? 8 : 4;
+  }
+
+  Status operator()() {
+    for (int64_t b = 0; b < static_cast<int64_t>(plan_.sequences.size()); ++b)
+      if (plan_.sequences[static_cast<size_t>(b)].q_len < p_.q.shape[2]) finish_padding(p_, b, plan_.sequences[static_cast<size_t>(b)].q_len);
+    if (plan_.items == 0) return {};
+
+    const Team team(options_.num_threads, plan_.items, plan_.flops);
+    measure_scratch();
+    const int64_t partial_nbytes = plan_.partial_rows * (p_.v.shape[3] + 2) * accumulator_nbytes_;
+    const Buffer scratch = allocate(scratch_nbytes_ * team.size());
+    const Buffer partial = allocate(partial_nbytes);
+    if (scratch == nullptr || partial == nullptr)
+      return {ErrorKind::kMemory, "attention: cannot allocate " + std::to_string(scratch_nbytes_ * team.size() + partial_nbytes) +
+                                      " bytes of scratch memory"};
+    partial_ = partial.get();
+    if (plan_.groups > 0) pending_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(plan_.groups));
+
+    if (team.size() == 1) {
+      work(scratch.get(), true);
+    } else {
+#pragma omp parallel num_threads(team.size())
+      {
+        const int thread = omp_get_thread_num();
+        work(scratch.get() + scratch_nbytes_ * thread, thread == 0);
+      }
+    }
+    if (stop_.load(std::memory_order_relaxed)) return {ErrorKind::kInterrupted, "attention: interrupted"};
+    return {};
+  }
+
+ private:
+  void measure_scratch() {
+    const HeadTask h = head_task(p_, plan_, 0, 0, nullptr, nullptr);
+    int64_t kernel = 0;
+    rows_max_ = 0;
+    for (const SequencePlan& s : plan_.sequences) {
+      const int64_t rows = std::min(s.rows_per_block, s.rows);
+      rows_max_ = std::max(rows_max_, rows);
+      kernel = std::max(kernel, s.decode ? plan_.kernels->decode_scratch_nbytes(h, rows) : plan_.kernels->forward_scratch_nbytes(h, rows));
+    }
+    // The kernel's own, then max and sum of the rows; a whole number of cache lines a thread.
+    kernel_nbytes_ = kernel;
+    const int64_t total = kernel + 2 * rows_max_ * accumulator_nbytes_;
+    scratch_nbytes_ = (total + 127) / 128 * 128;
+  }
+
+  void work(std::byte* scratch, bool polls) {
+    const auto start = std::chrono::steady_clock::now();
+    HeadTask head;
+    int64_t batch = -1, kv_head = -1;
+    for (;;) {
+      const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
+      if (index >= plan_.items || stop_.load(std::memory_order_relaxed)) return;
+      const WorkItem item = item_at(plan_, index);
+      if (item.batch != batch || item.kv_head != kv_head) {
+        batch = item.batch;
+        kv_head = item.kv_head;
+        head = head_task(p_, plan_, batch, kv_head, slopes_.empty() ? nullptr : slopes_.data(), sinks_.empty() ? nullptr : sinks_.data());
+      }
+      run(head, item, scratch);
+      if (polls && options_.interrupted != nullptr && std::chrono::steady_clock::now() - start > kPollAfter &&
+          options_.interrupted(options_.interrupted_context))
+        stop_.store(true, std::memory_order_relaxed);
+    }
+  }
+
+  void run(const HeadTask& head, const WorkItem& item, std::byte* scratch) {
+    if (p_.weights.present()) clear_weights(item);
+    RowTask task = {};
+    task.head = &head;
+    task.row_begin = item.row_begin;
+    task.row_end = item.row_end;
+    task.key_begin = item.key_begin;
+    task.key_end = item.key_end;
+    task.scratch = scratch;
+    const int64_t rows = item.row_end - item.row_begin;
+    if (item.parts == 1) {
+      task.row_max = scratch + kernel_nbytes_;
+      task.row_sum = scratch + kernel_nbytes_ + rows_max_ * accumulator_nbytes_;
+    } else {
+      task.partial = partial_rows(item.partial_row);
+      task.row_max = partial_max(item.partial_row);
+      task.row_sum = partial_sum(item.partial_row);
+    }
+    const bool decode = plan_.sequences[static_cast<size_t>(item.batch)].decode;
+    (decode ? plan_.kernels->decode : plan_.kernels->forward)(task);
+
+    if (item.parts > 1) {
+      // acq_rel: the last to finish reads what the others wrote before they counted.
+      std::atomic<int64_t>& done = pending_[static_cast<size_t>(item.group_index)];
+      if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < item.parts) return;
+      task.partial = partial_rows(item.group_partial_row);
+      task.row_max = partial_max(item.group_partial_row);
+      task.row_sum = partial_sum(item.group_partial_row);
+      plan_.kernels->merge(task, item.parts);
+    }
+    if (p_.lse.present())
+      for (int64_t x = 0; x < rows; ++x) {
+        const int64_t row = item.row_begin + x;
+        write_lse(p_.lse, item.batch, item.kv_head * plan_.group + row % plan_.group, row / plan_.group, accumulator(task.row_max, x),
+                  accumulator(task.row_sum, x));
+      }
+  }
+
+  void clear_weights(const WorkItem& item) {
+    for (int64_t row = item.row_begin; row < item.row_end; ++row) {
+      const int64_t i = row / plan_.group;
+      fill_zero(p_.weights, item.batch, item.kv_head * plan_.group + row % plan_.group, i, i + 1);
+    }
+  }
+
+  double accumulator(const void* p, int64_t i) const {
+    return accumulator_nbytes_ == 8 ? static_cast<const double*>(p)[i] : static_cast<double>(static_cast<const float*>(p)[i]);
+  }
+
+  // Partial buffer: all sums, then all maxima, then all denominators.
+  std::byte* partial_rows(int64_t row) const { return partial_ + row * p_.v.shape[3] * accumulator_nbytes_; }
+  std::byte* partial_max(int64_t row) const { return partial_ + (plan_.partial_rows * p_.v.shape[3] + row) * accumulator_nbytes_; }
+  std::byte* partial_sum(int64_t row) const { return partial_max(plan_.partial_rows + row); }
+
+  const AttentionProblem& p_;
+  const Plan& plan_;
+  const ExecutionOptions& options_;
+  const std::vector<double> slopes_, sinks_;
+  std::unique_ptr<std::atomic<int64_t>[]> pending_;
+  std::byte* partial_ = nullptr;
+  int64_t accumulator_nbytes_ = 4, rows_max_ = 0, kernel_nbytes_ = 0, scratch_nbytes_ = 0;
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> stop_{false};
+};
+
+}  // namespace
+
+Status attention_forward(const AttentionProblem& problem, const ExecutionOptions& options) try {
+  Status status;
+  const KernelTable* table = options.table != nullptr ? options.table : active_table(status);
+  if (!status.ok()) return status;
+  const Plan plan = make_plan(problem, *table);
+  return ForwardRun(problem, plan, options)();
+} catch (const std::bad_alloc&) {
+  return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
+}
+
+}  // namespace foveal

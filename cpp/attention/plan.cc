@@ -1,0 +1,99 @@
+#include "attention/plan.h"
+
+#include <algorithm>
+
+#include "attention/scalar_access.h"
+
+namespace foveal {
+namespace {
+
+// Long key ranges of few rows are cut, so that one sequence can use every core; each part costs one write and read of its sums.
+constexpr int64_t kDecodePartKeys = 1024;
+constexpr int64_t kForwardPartKeys = 2048;
+
+// Packed keys (widened halves, strided elements) are shared by this many rows, which makes packing a few percent of the work.
+constexpr int64_t kRowsSharingPackedKeys = 192;
+constexpr int64_t kRowsSharingKeys = 48;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const RowKernels& kernels_for(const KernelTable& table, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return table.float64;
+    case DType::kFloat16:
+      return table.float16;
+    case DType::kBFloat16:
+      return table.bfloat16;
+    default:
+      return table.float32;
+  }
+}
+
+}  // namespace
+
+Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
+  Plan plan;
+  plan.kernels = &kernels_for(table, p.q.dtype);
+  plan.kv_heads = p.k.shape[1];
+  plan.group = plan.kv_heads > 0 ? p.q.shape[1] / plan.kv_heads : 1;
+  const int64_t batch = plan.kv_heads > 0 ? p.q.shape[0] : 0;
+  const bool packed = itemsize(p.k.dtype) == 2 || p.k.stride[3] != 1 || p.v.stride[3] != 1;
+  const int64_t tile = plan.kernels->rows_per_tile;
+  const int64_t rows_per_item = divide_up(packed ? kRowsSharingPackedKeys : kRowsSharingKeys, tile) * tile;
+  plan.sequences.reserve(static_cast<size_t>(batch));
+  for (int64_t b = 0; b < batch; ++b) {
+    SequencePlan s;
+    s.q_len = p.q_lens.present() ? read_integer(p.q_lens, b) : p.q.shape[2];
+    s.kv_len = p.kv_lens.present() ? read_integer(p.kv_lens, b) : p.k.shape[2];
+    const int64_t offset = p.q_offset.present() ? read_integer(p.q_offset, b) : s.kv_len - s.q_len;
+    s.q_offset = std::clamp(offset, -kPositionLimit / 2, kPositionLimit / 2);
+    s.rows = s.q_len * plan.group;
+    s.decode = s.rows <= plan.kernels->decode_rows && !p.weights.present();
+    s.rows_per_block = s.decode ? std::max<int64_t>(s.rows, 1) : rows_per_item;
+    s.row_blocks = divide_up(s.rows, s.rows_per_block);
+    s.keys_per_part = s.decode ? kDecodePartKeys : kForwardPartKeys;
+    s.parts = divide_up(s.kv_len, s.keys_per_part);
+    if (s.row_blocks > 1 || s.parts < 2 || p.weights.present()) {
+      s.parts = 1;
+      s.keys_per_part = s.kv_len;
+    }
+    s.first_item = plan.items;
+    s.first_group = plan.groups;
+    s.first_partial_row = plan.partial_rows;
+    plan.items += plan.kv_heads * s.row_blocks * s.parts;
+    if (s.parts > 1) {
+      plan.groups += plan.kv_heads * s.row_blocks;
+      plan.partial_rows += plan.kv_heads * s.rows * s.parts;
+    }
+    plan.flops += 2.0 * static_cast<double>(plan.kv_heads * s.rows) * static_cast<double>(s.kv_len) *
+                  static_cast<double>(p.k.shape[3] + p.v.shape[3]);
+    plan.sequences.push_back(s);
+  }
+  return plan;
+}
+
+WorkItem item_at(const Plan& plan, int64_t index) {
+  const auto after = std::upper_bound(plan.sequences.begin(), plan.sequences.end(), index,
+                                      [](int64_t x, const SequencePlan& s) { return x < s.first_item; });
+  const SequencePlan& s = *(after - 1);
+  const int64_t local = index - s.first_item;
+  const int64_t block_index = local / s.parts;  // over heads and row blocks
+  WorkItem item;
+  item.batch = (after - 1) - plan.sequences.begin();
+  item.kv_head = block_index / s.row_blocks;
+  // Under a causal mask the last rows see the most keys: hand them out first, so that threads finish together.
+  const int64_t block = s.row_blocks - 1 - block_index % s.row_blocks;
+  item.row_begin = block * s.rows_per_block;
+  item.row_end = std::min(item.row_begin + s.rows_per_block, s.rows);
+  item.part = local % s.parts;
+  item.parts = s.parts;
+  item.key_begin = item.part * s.keys_per_part;
+  item.key_end = std::min(item.key_begin + s.keys_per_part, s.kv_len);
+  item.group_index = s.first_group + block_index;
+  item.group_partial_row = s.first_partial_row + block_index * s.rows * s.parts;
+  item.partial_row = item.group_partial_row + item.part * s.rows;
+  return item;
+}
+
+}  // namespace foveal

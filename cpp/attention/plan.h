@@ -1,0 +1,53 @@
+// The HOW: which kernel, row blocks and key parts a problem is cut into.
+//
+// Everything is decided per batch element, from its own q_len and kv_len, D, Dv, dtype, options and the GQA ratio; never from the
+// batch size, the number of heads or of threads. So a sequence gives the same bits alone, padded, or in any batch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "foveal/attention.h"
+#include "isa/kernel_table.h"
+
+namespace foveal {
+
+// How one batch element is cut. Its items are numbered head by head, row block by row block, key part by key part.
+struct SequencePlan {
+  int64_t q_len, kv_len, q_offset;
+  bool decode;           // the few-rows kernel
+  int64_t rows;          // q_len * group
+  int64_t rows_per_block;
+  int64_t row_blocks;
+  int64_t keys_per_part;
+  int64_t parts;         // more than 1: partial results, merged in order
+  int64_t first_item;    // of this element
+  int64_t first_group;   // a group is the parts of one row block; numbered only where parts > 1
+  int64_t first_partial_row;
+};
+
+struct Plan {
+  const RowKernels* kernels = nullptr;
+  int64_t group = 1, kv_heads = 0;
+  std::vector<SequencePlan> sequences;
+  int64_t items = 0;
+  int64_t groups = 0;
+  int64_t partial_rows = 0;
+  double flops = 0;  // an upper estimate, to decide whether threads are worth waking
+};
+
+struct WorkItem {
+  int64_t batch, kv_head;
+  int64_t row_begin, row_end;
+  int64_t key_begin, key_end;
+  int64_t part, parts;
+  int64_t group_index;        // where parts > 1
+  int64_t partial_row;        // first row of this part in the partial buffer
+  int64_t group_partial_row;  // first row of part 0
+};
+
+Plan make_plan(const AttentionProblem& problem, const KernelTable& table);
+
+WorkItem item_at(const Plan& plan, int64_t index);
+
+}  // namespace foveal

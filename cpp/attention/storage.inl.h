@@ -1,0 +1,100 @@
+// Reading and writing rows of stored elements (float, double, Float16, BFloat16) as accumulator values, at any stride.
+#pragma once
+
+namespace foveal {
+namespace {
+
+template <class V, class S>
+FOVEAL_INLINE typename V::T widen_one(const S* p) {
+  if constexpr (sizeof(S) == sizeof(typename V::T)) {
+    return *p;
+  } else {
+    alignas(64) typename V::T lanes[V::kLanes];
+    store(lanes, widen_n(p, 1));
+    return lanes[0];
+  }
+}
+
+// n <= kLanes elements of a row, the other lanes 0.
+template <class V, class S>
+FOVEAL_INLINE V widen_strided(const S* p, int64_t stride, int64_t n) {
+  if (stride == 1) return n >= V::kLanes ? widen(p) : widen_n(p, n);
+  alignas(64) typename V::T lanes[V::kLanes] = {};
+  for (int64_t c = 0; c < n && c < V::kLanes; ++c) lanes[c] = widen_one<V>(p + c * stride);
+  return load(lanes);
+}
+
+// rows x width elements -> a dense (rows, width) array.
+template <class V, class S>
+static void pack_rows(const S* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t width, typename V::T* dst) {
+  for (int64_t j = 0; j < rows; ++j, src += stride_s, dst += width) {
+    int64_t c = 0;
+    if (stride_d == 1) {
+      for (; c + V::kLanes <= width; c += V::kLanes) store(dst + c, widen(src + c));
+    }
+    for (; c < width; c += V::kLanes) {
+      const int64_t n = min64(V::kLanes, width - c);
+      narrow_n(dst + c, widen_strided<V>(src + c * stride_d, stride_d, n), n);
+    }
+  }
+}
+
+template <class V, class S>
+FOVEAL_INLINE void narrow_strided(S* p, int64_t stride, V x, int64_t n) {
+  if (stride == 1) {
+    narrow_n(p, x, n);
+    return;
+  }
+  S lanes[V::kLanes];
+  narrow_n(lanes, x, V::kLanes);
+  for (int64_t c = 0; c < n && c < V::kLanes; ++c) p[c * stride] = lanes[c];
+}
+
+// Whether no element of a (rows, width) block with contiguous rows is inf or NaN.
+template <class V, class S>
+static bool all_finite(const S* p, int64_t stride_s, int64_t rows, int64_t width) {
+  V probe = zero<V>();  // becomes NaN where an element is inf or NaN
+  for (int64_t j = 0; j < rows; ++j)
+    for (int64_t c = 0; c < width; c += V::kLanes)
+      probe = fma(widen_strided<V>(p + j * stride_s + c, 1, min64(V::kLanes, width - c)), zero<V>(), probe);
+  return reduce_add(probe) == 0;
+}
+
+// n <= kLanes elements of any floating dtype at `p + offset`.
+template <class V>
+static V widen_any(const void* p, DType dtype, int64_t offset, int64_t stride, int64_t n) {
+  using T = typename V::T;
+  alignas(64) T lanes[V::kLanes] = {};
+  switch (dtype) {
+    case DType::kFloat32: {
+      const float* x = static_cast<const float*>(p) + offset;
+      if constexpr (sizeof(T) == 4) return widen_strided<V>(x, stride, n);
+      for (int64_t c = 0; c < n; ++c) lanes[c] = static_cast<T>(x[c * stride]);
+      break;
+    }
+    case DType::kFloat64: {
+      const double* x = static_cast<const double*>(p) + offset;
+      if constexpr (sizeof(T) == 8) return widen_strided<V>(x, stride, n);
+      for (int64_t c = 0; c < n; ++c) lanes[c] = static_cast<T>(x[c * stride]);
+      break;
+    }
+    case DType::kFloat16: {
+      const Float16* x = static_cast<const Float16*>(p) + offset;
+      if constexpr (sizeof(T) == 4) return widen_strided<V>(x, stride, n);
+      for (int64_t c = 0; c < n; ++c) lanes[c] = static_cast<T>(widen_one<F32>(x + c * stride));
+      break;
+    }
+    case DType::kBFloat16: {
+      const BFloat16* x = static_cast<const BFloat16*>(p) + offset;
+      if constexpr (sizeof(T) == 4) return widen_strided<V>(x, stride, n);
+      for (int64_t c = 0; c < n; ++c) lanes[c] = static_cast<T>(widen_one<F32>(x + c * stride));
+      break;
+    }
+    default:
+      break;
+  }
+  return load(lanes);
+}
+
+}  // namespace
+}  // namespace foveal

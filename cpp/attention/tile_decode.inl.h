@@ -1,0 +1,372 @@
+// The forward kernel for few rows (decoding): head dimensions in the vector lanes.
+//
+// With one query and thousands of keys the work is reading K and V once, so every row of the head (the query group of GQA
+// included) goes with each key while that is in registers, stored halves are widened there, and nothing is packed.
+//
+//   q   [R][head_dim, padded]   queries times scale * log2(e); R = 1, 2, 4 or 8 rows, the spare ones zero
+//   s   [kKeyBlock][R]          scores, then weights: lane l of a vector is row l % R of key l / R
+//   o   [R][value_dim, padded]  running sums of weighted values
+//
+// Same online softmax and the same block boundaries as the forward tile. A long key range is cut by the plan into parts that
+// `merge` joins in order.
+#pragma once
+
+namespace foveal {
+namespace {
+
+constexpr int kDecodeAccumulators = kVectorRegisters >= 32 ? 16 : 8;
+
+template <class V>
+constexpr int64_t kDecodeRows = V::kLanes < 8 ? V::kLanes : 8;
+
+// acc[i] summed over its lanes -> lane i.
+template <class V>
+FOVEAL_INLINE V sum_each(V (&acc)[V::kLanes]) {
+  transpose(acc);
+#pragma GCC unroll 4
+  for (int step = V::kLanes / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) acc[i] = acc[i] + acc[i + step];
+  return acc[0];
+}
+
+// s[NK][R] = k . q for NK keys.
+template <class V, class S, int R, int NK>
+FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, const S* k, int64_t k_stride,
+                                     typename V::T* s) {
+  constexpr int kCount = NK * R;
+  V acc[kCount];
+#pragma GCC unroll 16
+  for (int x = 0; x < kCount; ++x) acc[x] = zero<V>();
+  int64_t d = 0;
+  for (; d + V::kLanes <= head_dim; d += V::kLanes) {
+    V qd[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) qd[r] = load(q + r * q_stride + d);
+#pragma GCC unroll 16
+    for (int n = 0; n < NK; ++n) {
+      const V kd = widen(k + n * k_stride + d);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[n * R + r] = fma(kd, qd[r], acc[n * R + r]);
+    }
+  }
+  if (d < head_dim) {
+#pragma GCC unroll 16
+    for (int n = 0; n < NK; ++n) {
+      const V kd = widen_n(k + n * k_stride + d, head_dim - d);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[n * R + r] = fma(kd, load(q + r * q_stride + d), acc[n * R + r]);
+    }
+  }
+  if constexpr (kCount % V::kLanes == 0) {
+#pragma GCC unroll 4
+    for (int x = 0; x < kCount; x += V::kLanes) store(s + x, sum_each(*reinterpret_cast<V(*)[V::kLanes]>(acc + x)));
+  } else {
+    // The same tree as sum_each, so that a key's score does not depend on how many keys came with it.
+    V padded[V::kLanes];
+    for (int x = 0; x < V::kLanes; ++x) padded[x] = x < kCount ? acc[x] : zero<V>();
+    alignas(64) typename V::T lanes[V::kLanes];
+    store(lanes, sum_each(padded));
+    for (int x = 0; x < kCount; ++x) s[x] = lanes[x];
+  }
+}
+
+template <class V, class S, int R>
+static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, const S* k, int64_t k_stride, int64_t n,
+                          typename V::T* s) {
+  constexpr int kKeys = kDecodeAccumulators / R;
+  int64_t j = 0;
+  for (; j + kKeys <= n; j += kKeys) decode_score_step<V, S, R, kKeys>(q, q_stride, head_dim, k + j * k_stride, k_stride, s + j * R);
+  for (; j < n; ++j) decode_score_step<V, S, R, 1>(q, q_stride, head_dim, k + j * k_stride, k_stride, s + j * R);
+}
+
+// o[R][width] = o * rescale + p^T v for the NC vectors of columns at v.
+template <class V, class S, int R, int NC>
+FOVEAL_INLINE void decode_value_step(const typename V::T* p, int64_t n, const S* v, int64_t v_stride, int64_t width, typename V::T* o,
+                                     int64_t o_stride, const typename V::T* rescale) {
+  V acc[R][NC];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < NC; ++c) acc[r][c] = load(o + r * o_stride + c * V::kLanes) * broadcast<V>(rescale[r]);
+  for (int64_t j = 0; j < n; ++j) {
+    V vd[NC];
+#pragma GCC unroll 8
+    for (int c = 0; c < NC; ++c) {
+      const S* x = v + j * v_stride + c * V::kLanes;
+      vd[c] = NC > 1 || width >= V::kLanes ? widen(x) : widen_n(x, width);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V w = broadcast<V>(p[j * R + r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < NC; ++c) acc[r][c] = fma(w, vd[c], acc[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < NC; ++c) store(o + r * o_stride + c * V::kLanes, acc[r][c]);
+}
+
+template <class V, class S, int R>
+static void decode_values(const typename V::T* p, int64_t n, const S* v, int64_t v_stride, int64_t value_dim, typename V::T* o,
+                          int64_t o_stride, const typename V::T* rescale) {
+  constexpr int kColumns = kDecodeAccumulators / R < 8 ? kDecodeAccumulators / R : 8;
+  int64_t c = 0;
+  if constexpr (kColumns > 1)
+    for (; c + kColumns * V::kLanes <= value_dim; c += kColumns * V::kLanes)
+      decode_value_step<V, S, R, kColumns>(p, n, v + c, v_stride, kColumns * V::kLanes, o + c, o_stride, rescale);
+  for (; c < value_dim; c += V::kLanes)
+    decode_value_step<V, S, R, 1>(p, n, v + c, v_stride, min64(V::kLanes, value_dim - c), o + c, o_stride, rescale);
+}
+
+// As add_values_guarded of the forward tile: weights with a sign bit are masked, and their values are not read into the sum.
+template <class V, class S, int R>
+static void decode_values_guarded(const typename V::T* p, int64_t n, const S* v, int64_t v_stride, int64_t value_dim, typename V::T* o,
+                                  int64_t o_stride, const typename V::T* rescale) {
+  for (int r = 0; r < R; ++r)
+    for (int64_t c = 0; c < value_dim; c += V::kLanes) {
+      typename V::T* x = o + r * o_stride + c;
+      V acc = load(x) * broadcast<V>(rescale[r]);
+      for (int64_t j = 0; j < n; ++j) {
+        const typename V::T w = p[j * R + r];
+        if (!__builtin_signbit(w))
+          acc = fma(broadcast<V>(w), widen_strided<V>(v + j * v_stride + c, 1, min64(V::kLanes, value_dim - c)), acc);
+      }
+      store(x, acc);
+    }
+}
+
+template <class V, int R>
+struct DecodeState {
+  int64_t row_begin, rows;
+  typename V::T *q, *o, *s;
+  int64_t q_stride, o_stride;
+  typename V::T max[R], sum[R];
+};
+
+// The scores of keys [begin, begin + n), all policies applied, their per-lane maxima in `highest`.
+template <class V, class S, int R>
+static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>& state, int64_t begin, int64_t n, const S* k,
+                                      int64_t k_stride, V& highest) {
+  using T = typename V::T;
+  constexpr int kKeys = V::kLanes / R;  // keys a vector
+  uint64_t bits[kKeyBlock + V::kLanes];
+  const Visibility seen = visible_bits(h, state.row_begin, state.rows, begin, n, bits);
+  highest = negative_infinity<V>();
+  if (seen == Visibility::kNone) return seen;
+  T* s = state.s;
+  decode_scores<V, S, R>(state.q, state.q_stride, h.head_dim, k, k_stride, n, s);
+
+  const int64_t padded = round_up(n, kKeys);  // the block's last vector may reach past its keys
+  for (int64_t j = n; j < padded; ++j) {
+    bits[j] = 0;
+    for (int r = 0; r < R; ++r) s[j * R + r] = -static_cast<T>(__builtin_inf());
+  }
+  if (h.softcap > 0) apply_softcap<V, 1>(s, padded / kKeys, h.softcap);
+  if (h.slopes != nullptr) {
+    alignas(64) T slopes[V::kLanes], offsets[V::kLanes];
+    for (int lane = 0; lane < V::kLanes; ++lane) {
+      const int64_t row = state.row_begin + min64(lane % R, state.rows - 1);
+      slopes[lane] = static_cast<T>(-h.slopes[row % h.group] * kLog2E);
+      offsets[lane] = static_cast<T>(h.q_offset + row / h.group - begin - lane / R);
+    }
+    const V slope = load(slopes), distance = load(offsets);
+    for (int64_t j = 0; j < padded; j += kKeys)
+      store(s + j * R, fma(slope, abs(distance - broadcast<V>(static_cast<T>(j))), load(s + j * R)));
+  }
+  if (h.bias != nullptr) {
+    for (int64_t r = 0; r < state.rows; ++r) {
+      const int64_t row = state.row_begin + r;
+      const int64_t offset = row / h.group * h.bias_stride_s + row % h.group * h.bias_stride_g;
+      for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
+        const int64_t width = min64(V::kLanes, n - j0);
+        alignas(64) T lanes[V::kLanes];
+        store(lanes, widen_any<V>(h.bias, h.bias_dtype, offset + (begin + j0) * h.bias_stride_k, h.bias_stride_k, width));
+        for (int64_t j = 0; j < width; ++j) s[(j0 + j) * R + r] += lanes[j] * static_cast<T>(kLog2E);
+      }
+    }
+  }
+  const bool masked = seen == Visibility::kPartial || padded != n;
+  if (seen == Visibility::kFull && masked)
+    for (int64_t j = 0; j < n; ++j) bits[j] = ~uint64_t{0};
+  for (int64_t j = 0; j < padded; j += kKeys) {
+    V x = load(s + j * R);
+    if (masked) {
+      uint64_t lanes = 0;
+      for (int key = 0; key < kKeys; ++key) lanes |= (bits[j + key] & low_bits(R)) << (key * R);
+      x = select(mask_from_bits<V>(lanes), x, negative_infinity<V>());
+      store(s + j * R, x);
+    }
+    highest = max(highest, x);
+  }
+  return seen;
+}
+
+template <class V, class S, int R>
+static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t begin, int64_t n, const S* k, int64_t k_stride, const S* v,
+                         int64_t v_stride) {
+  using T = typename V::T;
+  V highest;
+  const Visibility seen = decode_block_scores<V, S, R>(h, state, begin, n, k, k_stride, highest);
+  if (seen == Visibility::kNone) return;
+  alignas(64) T lanes[V::kLanes], base[V::kLanes];
+  T rescale[R];
+  store(lanes, highest);
+  for (int lane = R; lane < V::kLanes; ++lane) lanes[lane % R] = lanes[lane] > lanes[lane % R] ? lanes[lane] : lanes[lane % R];
+  for (int r = 0; r < R; ++r) base[r] = state.max[r];
+  for (int lane = 0; lane < V::kLanes; ++lane) {
+    const int r = lane % R;
+    base[lane] = state.max[r] > lanes[r] || state.max[r] != state.max[r] ? state.max[r] : lanes[r];
+  }
+  const V now = load(base), shift = or_zero_if_unseen(now);
+  alignas(64) T factor[V::kLanes], before[V::kLanes];
+  for (int lane = 0; lane < V::kLanes; ++lane) before[lane] = state.max[lane % R];
+  store(factor, exp2_nonpositive(load(before) - shift));
+
+  const bool guarded = seen == Visibility::kPartial && !all_finite<V>(v, v_stride, n, h.value_dim);
+  const V masked = zero<V>() * broadcast<V>(-1);
+  V sum = zero<V>();
+  for (int64_t x = 0; x < round_up(n * R, V::kLanes); x += V::kLanes) {
+    const V score = load(state.s + x);
+    const V w = exp2_nonpositive(score - shift);
+    sum = sum + w;
+    store(state.s + x, guarded ? select(equal(score, negative_infinity<V>()), masked, w) : w);
+  }
+  store(lanes, sum);
+  for (int r = 0; r < R; ++r) {
+    T total = 0;
+    for (int lane = r; lane < V::kLanes; lane += R) total += lanes[lane];
+    rescale[r] = factor[r];
+    state.max[r] = base[r];
+    state.sum[r] = state.sum[r] * rescale[r] + total;
+  }
+  if (guarded)
+    decode_values_guarded<V, S, R>(state.s, n, v, v_stride, h.value_dim, state.o, state.o_stride, rescale);
+  else
+    decode_values<V, S, R>(state.s, n, v, v_stride, h.value_dim, state.o, state.o_stride, rescale);
+}
+
+template <class V>
+static int64_t decode_scratch_nbytes(const HeadTask& h, int64_t) {
+  const int64_t n = kDecodeRows<V> * (round_up(h.head_dim, V::kLanes) + round_up(h.value_dim, V::kLanes) + kKeyBlock) +
+                    kKeyBlock * (h.head_dim + h.value_dim);
+  return round_up(n * static_cast<int64_t>(sizeof(typename V::T)) + 5 * 64, 64);
+}
+
+template <class V, class S, int R>
+static void decode_rows(const RowTask& task) {
+  using T = typename V::T;
+  const HeadTask& h = *task.head;
+  Arena<T> arena{static_cast<T*>(task.scratch)};
+  DecodeState<V, R> state;
+  state.row_begin = task.row_begin;
+  state.rows = task.row_end - task.row_begin;
+  state.q_stride = round_up(h.head_dim, V::kLanes);
+  state.o_stride = round_up(h.value_dim, V::kLanes);
+  state.q = arena.take(R * state.q_stride);
+  state.o = arena.take(R * state.o_stride);
+  state.s = arena.take(R * kKeyBlock);
+  const V scale = broadcast<V>(static_cast<T>(h.scale * kLog2E));
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t row = task.row_begin + r;
+    const S* q = static_cast<const S*>(h.q) + row / h.group * h.q_stride_s + row % h.group * h.q_stride_g;
+    for (int64_t d = 0; d < h.head_dim; d += V::kLanes)
+      store(state.q + r * state.q_stride + d,
+            r < state.rows ? widen_strided<V>(q + d * h.q_stride_d, h.q_stride_d, min64(V::kLanes, h.head_dim - d)) * scale : zero<V>());
+    for (int64_t c = 0; c < state.o_stride; c += V::kLanes) store(state.o + r * state.o_stride + c, zero<V>());
+    begin_row(h, row, task.partial == nullptr, state.max + r, state.sum + r);
+  }
+
+  KeyRange range = visible_keys(h, task.row_begin, task.row_end);
+  range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
+  T* packed_k = arena.take(kKeyBlock * h.head_dim);
+  T* packed_v = arena.take(kKeyBlock * h.value_dim);
+  for (int64_t block = range.begin / kKeyBlock * kKeyBlock; block < range.end; block += kKeyBlock) {
+    const int64_t begin = max64(block, range.begin), n = min64(block + kKeyBlock, range.end) - begin;
+    const S* k = static_cast<const S*>(h.k) + begin * h.k_stride_s;
+    const S* v = static_cast<const S*>(h.v) + begin * h.v_stride_s;
+    if (h.k_stride_d == 1 && h.v_stride_d == 1) {
+      decode_block<V, S, R>(h, state, begin, n, k, h.k_stride_s, v, h.v_stride_s);
+    } else {
+      pack_rows<V>(k, h.k_stride_s, h.k_stride_d, n, h.head_dim, packed_k);
+      pack_rows<V>(v, h.v_stride_s, h.v_stride_d, n, h.value_dim, packed_v);
+      decode_block<V, T, R>(h, state, begin, n, packed_k, h.head_dim, packed_v, h.value_dim);
+    }
+  }
+
+  for (int64_t r = 0; r < state.rows; ++r) {
+    const int64_t row = task.row_begin + r;
+    const T* o = state.o + r * state.o_stride;
+    if (task.row_max != nullptr) static_cast<T*>(task.row_max)[r] = state.max[r];
+    if (task.row_sum != nullptr) static_cast<T*>(task.row_sum)[r] = state.sum[r];
+    const V factor = inverse_or_zero(broadcast<V>(state.sum[r]));
+    S* out = static_cast<S*>(h.out) + row / h.group * h.out_stride_s + row % h.group * h.out_stride_g;
+    for (int64_t c = 0; c < h.value_dim; c += V::kLanes) {
+      const int64_t n = min64(V::kLanes, h.value_dim - c);
+      if (task.partial != nullptr)
+        narrow_n(static_cast<T*>(task.partial) + r * h.value_dim + c, load(o + c), n);
+      else
+        narrow_strided(out + c * h.out_stride_d, h.out_stride_d, load(o + c) * factor, n);
+    }
+  }
+}
+
+template <class V, class S>
+static void decode(const RowTask& task) {
+  const int64_t rows = task.row_end - task.row_begin;
+  if (rows == 1) return decode_rows<V, S, 1>(task);
+  if (rows == 2) return decode_rows<V, S, 2>(task);
+  if constexpr (kDecodeRows<V> > 4)
+    if (rows > 4) return decode_rows<V, S, 8>(task);
+  decode_rows<V, S, 4>(task);
+}
+
+// Joins the parts of a split key range, in their order. Part p, row r is at partial[(p * rows + r) * value_dim], its state at
+// row_max[p * rows + r] and row_sum[p * rows + r].
+template <class V, class S>
+static void merge(const RowTask& task, int64_t parts) {
+  using T = typename V::T;
+  const HeadTask& h = *task.head;
+  const int64_t rows = task.row_end - task.row_begin;
+  T* row_max = static_cast<T*>(task.row_max);
+  T* row_sum = static_cast<T*>(task.row_sum);
+  const T* partial = static_cast<const T*>(task.partial);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = task.row_begin + r;
+    T highest, total;
+    begin_row(h, row, true, &highest, &total);
+    const T sink = highest;
+    for (int64_t p = 0; p < parts; ++p) {
+      const T x = row_max[p * rows + r];
+      if (x > highest || x != x) highest = x;
+    }
+    const V shift = or_zero_if_unseen(broadcast<V>(highest));
+    alignas(64) T lanes[V::kLanes];
+    const auto weight = [&](T max) {
+      store(lanes, exp2_nonpositive(broadcast<V>(max) - shift));
+      return lanes[0];
+    };
+    total *= weight(sink);
+    for (int64_t p = 0; p < parts; ++p) {
+      row_max[p * rows + r] = weight(row_max[p * rows + r]);
+      total += row_sum[p * rows + r] * row_max[p * rows + r];
+    }
+    const V factor = inverse_or_zero(broadcast<V>(total));
+    S* out = static_cast<S*>(h.out) + row / h.group * h.out_stride_s + row % h.group * h.out_stride_g;
+    for (int64_t c = 0; c < h.value_dim; c += V::kLanes) {
+      const int64_t n = min64(V::kLanes, h.value_dim - c);
+      V acc = zero<V>();
+      for (int64_t p = 0; p < parts; ++p)
+        acc = fma(widen_n(partial + (p * rows + r) * h.value_dim + c, n), broadcast<V>(row_max[p * rows + r]), acc);
+      narrow_strided(out + c * h.out_stride_d, h.out_stride_d, acc * factor, n);
+    }
+    // Row 0's slot of part 0 is read no more once its row is done, so the joined state can take its place.
+    row_max[r] = highest;
+    row_sum[r] = total;
+  }
+}
+
+}  // namespace
+}  // namespace foveal

@@ -1,0 +1,473 @@
+// The forward kernel for many rows: query rows in the vector lanes.
+//
+// A register tile is kRowVectors vectors of rows. Its scores are computed transposed, S^T = K Q^T, and so are its outputs,
+// O^T = V^T P^T, so that one row's maximum, sum and rescale factor are element-wise, K and V are read in place by scalar broadcast,
+// and only Q (once, on entry) and O (once, on exit) are transposed.
+//
+//   qt   [head_dim][rows]     queries, transposed, times scale * log2(e)
+//   s    [kKeyBlock][rows]    scores, then weights, of one key block
+//   ot   [value_dim][rows]    running sums of weighted values
+//
+// Online softmax in base 2 (Milakov & Gimelshein 2018). Key blocks begin at multiples of kKeyBlock whatever rows or ranges are
+// asked for, every row's arithmetic is one fixed sequence, and a block that a row does not see leaves its state unchanged bit for
+// bit: so a row's result does not depend on the rows beside it.
+#pragma once
+
+namespace foveal {
+namespace {
+
+constexpr int kRowVectors = 3;
+constexpr int kTileStep = kVectorRegisters >= 32 ? 8 : 4;  // keys (or value columns) a register tile holds at once
+
+template <class V>
+constexpr int64_t kTileRows = int64_t{kRowVectors} * V::kLanes;
+
+// One register tile of rows in scratch. `rows` may be fewer than the vectors hold; the lanes beyond compute on zeros.
+template <class V>
+struct Tile {
+  int64_t row_begin, rows;
+  int vectors;
+  bool untouched;  // no key block yet: ot is undefined and counts as 0
+  typename V::T *qt, *ot, *max, *sum;
+};
+
+// ---- scores ------------------------------------------------------------------------------------------------------------------
+
+template <class V, int NK, int NV>
+FOVEAL_INLINE void score_step(const typename V::T* qt, int64_t head_dim, const typename V::T* k, int64_t k_stride, typename V::T* s,
+                              V (&highest)[NV]) {
+  V acc[NK][NV];
+#pragma GCC unroll 8
+  for (int n = 0; n < NK; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < NV; ++r) acc[n][r] = zero<V>();
+  for (int64_t d = 0; d < head_dim; ++d) {
+    V q[NV];
+#pragma GCC unroll 4
+    for (int r = 0; r < NV; ++r) q[r] = load(qt + (d * NV + r) * V::kLanes);
+#pragma GCC unroll 8
+    for (int n = 0; n < NK; ++n) {
+      const V kb = broadcast<V>(k[n * k_stride + d]);
+#pragma GCC unroll 4
+      for (int r = 0; r < NV; ++r) acc[n][r] = fma(kb, q[r], acc[n][r]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < NK; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < NV; ++r) {
+      highest[r] = max(highest[r], acc[n][r]);
+      store(s + (n * NV + r) * V::kLanes, acc[n][r]);
+    }
+}
+
+// s[n][rows] = k[n] . q; returns the largest score of each row in `highest`.
+template <class V, int NV>
+static void scores(const typename V::T* qt, int64_t head_dim, const typename V::T* k, int64_t k_stride, int64_t n, typename V::T* s,
+                   V (&highest)[NV]) {
+  constexpr int64_t step = int64_t{NV} * V::kLanes;
+  for (int r = 0; r < NV; ++r) highest[r] = negative_infinity<V>();
+  int64_t j = 0;
+  for (; j + kTileStep <= n; j += kTileStep)
+    score_step<V, kTileStep, NV>(qt, head_dim, k + j * k_stride, k_stride, s + j * step, highest);
+  for (; j < n; ++j) score_step<V, 1, NV>(qt, head_dim, k + j * k_stride, k_stride, s + j * step, highest);
+}
+
+// ---- weighted values -----------------------------------------------------------------------------------------------------------
+
+template <class V, int NC, int NV, bool kFirst>
+FOVEAL_INLINE void value_step(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride, typename V::T* ot,
+                              const V (&rescale)[NV]) {
+  V acc[NC][NV];
+#pragma GCC unroll 8
+  for (int c = 0; c < NC; ++c)
+#pragma GCC unroll 4
+    for (int r = 0; r < NV; ++r) acc[c][r] = kFirst ? zero<V>() : load(ot + (c * NV + r) * V::kLanes) * rescale[r];
+  for (int64_t j = 0; j < n; ++j) {
+    V w[NV];
+#pragma GCC unroll 4
+    for (int r = 0; r < NV; ++r) w[r] = load(p + (j * NV + r) * V::kLanes);
+#pragma GCC unroll 8
+    for (int c = 0; c < NC; ++c) {
+      const V vb = broadcast<V>(v[j * v_stride + c]);
+#pragma GCC unroll 4
+      for (int r = 0; r < NV; ++r) acc[c][r] = fma(vb, w[r], acc[c][r]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < NC; ++c)
+#pragma GCC unroll 4
+    for (int r = 0; r < NV; ++r) store(ot + (c * NV + r) * V::kLanes, acc[c][r]);
+}
+
+template <class V, int NV, bool kFirst>
+static void add_values(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride, int64_t value_dim,
+                       typename V::T* ot, const V (&rescale)[NV]) {
+  constexpr int64_t step = int64_t{NV} * V::kLanes;
+  int64_t c = 0;
+  for (; c + kTileStep <= value_dim; c += kTileStep)
+    value_step<V, kTileStep, NV, kFirst>(p, n, v + c, v_stride, ot + c * step, rescale);
+  for (; c < value_dim; ++c) value_step<V, 1, NV, kFirst>(p, n, v + c, v_stride, ot + c * step, rescale);
+}
+
+// For the rare block where some row must not see a key whose value is inf or NaN: masked weights carry a sign bit, and their
+// products are dropped instead of added as 0 * v.
+template <class V, int NV>
+static void add_values_guarded(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride, int64_t value_dim,
+                               typename V::T* ot, const V (&rescale)[NV], bool first) {
+  constexpr int64_t step = int64_t{NV} * V::kLanes;
+  for (int64_t c = 0; c < value_dim; ++c)
+    for (int r = 0; r < NV; ++r) {
+      typename V::T* o = ot + c * step + r * V::kLanes;
+      V acc = first ? zero<V>() : load(o) * rescale[r];
+      for (int64_t j = 0; j < n; ++j) {
+        const V w = load(p + (j * NV + r) * V::kLanes);
+        acc = select(sign_mask(w), acc, fma(broadcast<V>(v[j * v_stride + c]), w, acc));
+      }
+      store(o, acc);
+    }
+}
+
+// ---- score policies, each one pass over the scores of a block ------------------------------------------------------------------
+
+template <class V, int NV>
+static void apply_softcap(typename V::T* s, int64_t n, double softcap) {
+  using T = typename V::T;
+  const V cap = broadcast<V>(static_cast<T>(softcap * kLog2E));
+  const V inverse = broadcast<V>(static_cast<T>(1.0 / (softcap * kLog2E)));
+  for (int64_t x = 0; x < n * NV * V::kLanes; x += V::kLanes) store(s + x, cap * tanh(load(s + x) * inverse));
+}
+
+template <class V, int NV>
+static void apply_alibi(const HeadTask& h, int64_t row_begin, int64_t key_begin, int64_t n, typename V::T* s) {
+  using T = typename V::T;
+  V slope[NV], distance[NV];
+  for (int r = 0; r < NV; ++r) {
+    alignas(64) T slopes[V::kLanes], offsets[V::kLanes];
+    for (int lane = 0; lane < V::kLanes; ++lane) {
+      const int64_t row = row_begin + r * V::kLanes + lane;
+      slopes[lane] = static_cast<T>(h.slopes[row % h.group] * kLog2E);
+      offsets[lane] = static_cast<T>(h.q_offset + row / h.group - key_begin);
+    }
+    slope[r] = zero<V>() - load(slopes);
+    distance[r] = load(offsets);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    const V key = broadcast<V>(static_cast<T>(j));
+    for (int r = 0; r < NV; ++r) {
+      T* x = s + (j * NV + r) * V::kLanes;
+      store(x, fma(slope[r], abs(distance[r] - key), load(x)));
+    }
+  }
+}
+
+template <class V, int NV>
+static void add_bias(const HeadTask& h, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t n, typename V::T* s) {
+  using T = typename V::T;
+  const V log2e = broadcast<V>(static_cast<T>(kLog2E));
+  for (int r = 0; r < NV; ++r) {
+    for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
+      const int64_t width = min64(V::kLanes, n - j0);
+      V block[V::kLanes];
+      for (int lane = 0; lane < V::kLanes; ++lane) {
+        const int64_t row = row_begin + r * V::kLanes + lane;
+        block[lane] = zero<V>();
+        if (row >= row_begin + rows) continue;
+        const int64_t offset = row / h.group * h.bias_stride_s + row % h.group * h.bias_stride_g + (key_begin + j0) * h.bias_stride_k;
+        block[lane] = widen_any<V>(h.bias, h.bias_dtype, offset, h.bias_stride_k, width);
+      }
+      transpose(block);
+      for (int64_t j = 0; j < width; ++j) {
+        T* x = s + ((j0 + j) * NV + r) * V::kLanes;
+        store(x, fma(block[j], log2e, load(x)));
+      }
+    }
+  }
+}
+
+template <class V, int NV>
+static void apply_bits(const uint64_t* bits, int64_t n, typename V::T* s) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int r = 0; r < NV; ++r) {
+      typename V::T* x = s + (j * NV + r) * V::kLanes;
+      store(x, select(mask_from_bits<V>(bits[j] >> (r * V::kLanes)), load(x), negative_infinity<V>()));
+    }
+}
+
+// ---- online softmax --------------------------------------------------------------------------------------------------------------
+
+// Scores become weights 2^(s - max); the tile's max and sum move on; `rescale` is what the sums so far are worth now.
+template <class V, int NV>
+static void softmax_step(Tile<V>& tile, typename V::T* s, int64_t n, const V (&highest)[NV], V (&rescale)[NV], bool mark_masked) {
+  V base[NV], sum[NV];
+#pragma GCC unroll 4
+  for (int r = 0; r < NV; ++r) {
+    const V before = load(tile.max + r * V::kLanes);
+    const V now = max(before, highest[r]);
+    base[r] = or_zero_if_unseen(now);
+    rescale[r] = exp2_nonpositive(before - base[r]);
+    store(tile.max + r * V::kLanes, now);
+    sum[r] = zero<V>();
+  }
+  if (mark_masked) {
+    const V masked = zero<V>() * broadcast<V>(-1);
+    for (int64_t j = 0; j < n; ++j)
+      for (int r = 0; r < NV; ++r) {
+        typename V::T* x = s + (j * NV + r) * V::kLanes;
+        const V score = load(x);
+        const V w = exp2_nonpositive(score - base[r]);
+        sum[r] = sum[r] + w;
+        store(x, select(equal(score, negative_infinity<V>()), masked, w));
+      }
+  } else {
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int r = 0; r < NV; ++r) {
+        typename V::T* x = s + (j * NV + r) * V::kLanes;
+        const V w = exp2_nonpositive(load(x) - base[r]);
+        sum[r] = sum[r] + w;
+        store(x, w);
+      }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < NV; ++r) {
+    typename V::T* total = tile.sum + r * V::kLanes;
+    store(total, fma(load(total), rescale[r], sum[r]));
+  }
+}
+
+// ---- a tile and a key block --------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct KeyBlock {
+  int64_t begin, end;  // positions
+  const T *k, *v;      // of position `begin`
+  int64_t k_stride, v_stride;
+};
+
+// The scores of keys [begin, end), all policies applied. kNone: no row sees any of them, and s is undefined.
+template <class V, int NV>
+static Visibility block_scores(const HeadTask& h, const Tile<V>& tile, const KeyBlock<typename V::T>& block, typename V::T* s,
+                               V (&highest)[NV]) {
+  const int64_t n = block.end - block.begin;
+  uint64_t bits[kKeyBlock];
+  const Visibility seen = visible_bits(h, tile.row_begin, tile.rows, block.begin, n, bits);
+  if (seen == Visibility::kNone) return seen;
+  scores<V, NV>(tile.qt, h.head_dim, block.k, block.k_stride, n, s, highest);
+  const bool changed = h.softcap > 0 || h.slopes != nullptr || h.bias != nullptr || seen == Visibility::kPartial;
+  if (!changed) return seen;
+  if (h.softcap > 0) apply_softcap<V, NV>(s, n, h.softcap);
+  if (h.slopes != nullptr) apply_alibi<V, NV>(h, tile.row_begin, block.begin, n, s);
+  if (h.bias != nullptr) add_bias<V, NV>(h, tile.row_begin, tile.rows, block.begin, n, s);
+  if (seen == Visibility::kPartial) apply_bits<V, NV>(bits, n, s);
+  for (int r = 0; r < NV; ++r) highest[r] = negative_infinity<V>();
+  for (int64_t j = 0; j < n; ++j)
+    for (int r = 0; r < NV; ++r) highest[r] = max(highest[r], load(s + (j * NV + r) * V::kLanes));
+  return seen;
+}
+
+template <class V, int NV>
+static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename V::T>& block, typename V::T* s) {
+  V highest[NV], rescale[NV];
+  const int64_t n = block.end - block.begin;
+  const Visibility seen = block_scores<V, NV>(h, tile, block, s, highest);
+  if (seen == Visibility::kNone) return;
+  const bool guarded = seen == Visibility::kPartial && !all_finite<V>(block.v, block.v_stride, n, h.value_dim);
+  softmax_step<V, NV>(tile, s, n, highest, rescale, guarded);
+  if (guarded)
+    add_values_guarded<V, NV>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale, tile.untouched);
+  else if (tile.untouched)
+    add_values<V, NV, true>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale);
+  else
+    add_values<V, NV, false>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale);
+  tile.untouched = false;
+}
+
+// ---- entry and exit of a tile --------------------------------------------------------------------------------------------------------
+
+template <class V, class S>
+static void begin_tile(const RowTask& task, Tile<V>& tile) {
+  using T = typename V::T;
+  const HeadTask& h = *task.head;
+  const V scale = broadcast<V>(static_cast<T>(h.scale * kLog2E));
+  const int64_t width = int64_t{tile.vectors} * V::kLanes;
+  for (int r = 0; r < tile.vectors; ++r) {
+    const S* row_pointer[V::kLanes];
+    for (int lane = 0; lane < V::kLanes; ++lane) {
+      const int64_t row = tile.row_begin + r * V::kLanes + lane;
+      row_pointer[lane] = row >= tile.row_begin + tile.rows
+                              ? nullptr
+                              : static_cast<const S*>(h.q) + row / h.group * h.q_stride_s + row % h.group * h.q_stride_g;
+    }
+    for (int64_t d = 0; d < h.head_dim; d += V::kLanes) {
+      const int64_t n = min64(V::kLanes, h.head_dim - d);
+      V block[V::kLanes];
+      for (int lane = 0; lane < V::kLanes; ++lane)
+        block[lane] = row_pointer[lane] == nullptr ? zero<V>() : widen_strided<V>(row_pointer[lane] + d * h.q_stride_d, h.q_stride_d, n);
+      transpose(block);
+      for (int64_t c = 0; c < n; ++c) store(tile.qt + (d + c) * width + r * V::kLanes, block[c] * scale);
+    }
+    for (int lane = 0; lane < V::kLanes; ++lane) {
+      const int64_t row = tile.row_begin + r * V::kLanes + lane;
+      begin_row(h, row, task.partial == nullptr, tile.max + r * V::kLanes + lane, tile.sum + r * V::kLanes + lane);
+    }
+  }
+  tile.untouched = true;
+}
+
+template <class V, class S>
+static void finish_tile(const RowTask& task, const Tile<V>& tile) {
+  using T = typename V::T;
+  const HeadTask& h = *task.head;
+  const int64_t width = int64_t{tile.vectors} * V::kLanes;
+  for (int r = 0; r < tile.vectors; ++r) {
+    const V factor = task.partial != nullptr ? broadcast<V>(1) : inverse_or_zero(load(tile.sum + r * V::kLanes));
+    const int64_t rows = min64(V::kLanes, tile.rows - r * V::kLanes);
+    for (int64_t c = 0; c < h.value_dim; c += V::kLanes) {
+      const int64_t n = min64(V::kLanes, h.value_dim - c);
+      V block[V::kLanes];
+      for (int lane = 0; lane < V::kLanes; ++lane)
+        block[lane] = lane < n && !tile.untouched ? load(tile.ot + (c + lane) * width + r * V::kLanes) * factor : zero<V>();
+      transpose(block);
+      for (int64_t lane = 0; lane < rows; ++lane) {
+        const int64_t row = tile.row_begin + r * V::kLanes + lane;
+        if (task.partial != nullptr) {
+          narrow_n(static_cast<T*>(task.partial) + (row - task.row_begin) * h.value_dim + c, block[lane], n);
+        } else {
+          S* out = static_cast<S*>(h.out) + row / h.group * h.out_stride_s + row % h.group * h.out_stride_g + c * h.out_stride_d;
+          narrow_strided(out, h.out_stride_d, block[lane], n);
+        }
+      }
+    }
+  }
+  for (int64_t x = 0; x < tile.rows; ++x) {
+    if (task.row_max != nullptr) static_cast<T*>(task.row_max)[tile.row_begin - task.row_begin + x] = tile.max[x];
+    if (task.row_sum != nullptr) static_cast<T*>(task.row_sum)[tile.row_begin - task.row_begin + x] = tile.sum[x];
+  }
+}
+
+template <class V, class S, int NV>
+static void write_weights(const RowTask& task, const Tile<V>& tile, const KeyBlock<typename V::T>& block, typename V::T* s) {
+  const HeadTask& h = *task.head;
+  V highest[NV];
+  if (block_scores<V, NV>(h, tile, block, s, highest) == Visibility::kNone) return;
+  const int64_t n = block.end - block.begin;
+  for (int r = 0; r < NV; ++r) {
+    const V base = or_zero_if_unseen(load(tile.max + r * V::kLanes));
+    const V factor = inverse_or_zero(load(tile.sum + r * V::kLanes));
+    for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
+      const int64_t width = min64(V::kLanes, n - j0);
+      V weights[V::kLanes];
+      for (int lane = 0; lane < V::kLanes; ++lane)
+        weights[lane] = lane < width ? exp2_nonpositive(load(s + ((j0 + lane) * NV + r) * V::kLanes) - base) * factor : zero<V>();
+      transpose(weights);
+      for (int64_t lane = 0; lane < V::kLanes && r * V::kLanes + lane < tile.rows; ++lane) {
+        const int64_t row = tile.row_begin + r * V::kLanes + lane;
+        S* out = static_cast<S*>(h.weights) + row / h.group * h.weights_stride_s + row % h.group * h.weights_stride_g +
+                 (block.begin + j0) * h.weights_stride_k;
+        narrow_strided(out, h.weights_stride_k, weights[lane], width);
+      }
+    }
+  }
+}
+
+// ---- the kernel ------------------------------------------------------------------------------------------------------------------------
+
+// K and V of a key block as accumulator values: in place where they are stored so, else packed once and shared by the tiles.
+template <class V, class S>
+struct KeyReader {
+  using T = typename V::T;
+  const HeadTask* h;
+  T *packed_k, *packed_v;
+
+  static bool in_place(int64_t stride_d) { return sizeof(S) == sizeof(T) && stride_d == 1; }
+
+  KeyBlock<T> read(int64_t begin, int64_t end) const {
+    const S* k = static_cast<const S*>(h->k) + begin * h->k_stride_s;
+    const S* v = static_cast<const S*>(h->v) + begin * h->v_stride_s;
+    KeyBlock<T> block{begin, end, packed_k, packed_v, h->head_dim, h->value_dim};
+    if (in_place(h->k_stride_d)) {
+      block.k = reinterpret_cast<const T*>(k);
+      block.k_stride = h->k_stride_s;
+    } else {
+      pack_rows<V>(k, h->k_stride_s, h->k_stride_d, end - begin, h->head_dim, packed_k);
+    }
+    if (in_place(h->v_stride_d)) {
+      block.v = reinterpret_cast<const T*>(v);
+      block.v_stride = h->v_stride_s;
+    } else {
+      pack_rows<V>(v, h->v_stride_s, h->v_stride_d, end - begin, h->value_dim, packed_v);
+    }
+    return block;
+  }
+};
+
+// The part of `block` inside `range`.
+template <class T>
+FOVEAL_INLINE KeyBlock<T> intersect(KeyBlock<T> block, KeyRange range) {
+  const int64_t begin = max64(block.begin, range.begin), end = min64(block.end, range.end);
+  block.k += (begin - block.begin) * block.k_stride;
+  block.v += (begin - block.begin) * block.v_stride;
+  block.begin = begin;
+  block.end = end;
+  return block;
+}
+
+template <class V>
+static int64_t forward_scratch_nbytes(const HeadTask& h, int64_t rows) {
+  const int64_t tiles = (rows + kTileRows<V> - 1) / kTileRows<V>;
+  const int64_t per_tile = kTileRows<V> * (h.head_dim + h.value_dim + 2) + static_cast<int64_t>(sizeof(Tile<V>));
+  const int64_t shared = kKeyBlock * (kTileRows<V> + h.head_dim + h.value_dim);
+  return round_up((tiles * per_tile + shared) * static_cast<int64_t>(sizeof(typename V::T)) + 4 * 64, 64);
+}
+
+template <class V, class S>
+static void forward(const RowTask& task) {
+  using T = typename V::T;
+  const HeadTask& h = *task.head;
+  Arena<T> arena{static_cast<T*>(task.scratch)};
+  const int64_t tiles = (task.row_end - task.row_begin + kTileRows<V> - 1) / kTileRows<V>;
+  T* s = arena.take(kKeyBlock * kTileRows<V>);
+  const KeyReader<V, S> reader{&h, arena.take(kKeyBlock * h.head_dim), arena.take(kKeyBlock * h.value_dim)};
+  Tile<V>* tile = reinterpret_cast<Tile<V>*>(arena.take(tiles * static_cast<int64_t>(sizeof(Tile<V>) / sizeof(T))));
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row_begin = task.row_begin + t * kTileRows<V>;
+    const int64_t rows = min64(kTileRows<V>, task.row_end - row_begin);
+    tile[t] = {row_begin, rows, static_cast<int>((rows + V::kLanes - 1) / V::kLanes), true, arena.take(kTileRows<V> * h.head_dim),
+               arena.take(kTileRows<V> * h.value_dim), arena.take(kTileRows<V>), arena.take(kTileRows<V>)};
+    begin_tile<V, S>(task, tile[t]);
+  }
+
+  const auto for_each_block = [&](const auto& visit) {
+    KeyRange range = visible_keys(h, task.row_begin, task.row_end);
+    range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
+    for (int64_t begin = range.begin / kKeyBlock * kKeyBlock; begin < range.end; begin += kKeyBlock) {
+      const KeyBlock<T> all = reader.read(max64(begin, range.begin), min64(begin + kKeyBlock, range.end));
+      for (int64_t t = 0; t < tiles; ++t) {
+        const KeyBlock<T> block = intersect(all, visible_keys(h, tile[t].row_begin, tile[t].row_begin + tile[t].rows));
+        if (block.begin < block.end) visit(tile[t], block);
+      }
+    }
+  };
+  for_each_block([&](Tile<V>& t, const KeyBlock<T>& block) {
+    if (t.vectors == 1)
+      accumulate<V, 1>(h, t, block, s);
+    else if (t.vectors == 2)
+      accumulate<V, 2>(h, t, block, s);
+    else
+      accumulate<V, 3>(h, t, block, s);
+  });
+  for (int64_t t = 0; t < tiles; ++t) finish_tile<V, S>(task, tile[t]);
+  if (h.weights == nullptr) return;
+  for_each_block([&](Tile<V>& t, const KeyBlock<T>& block) {
+    if (t.vectors == 1)
+      write_weights<V, S, 1>(task, t, block, s);
+    else if (t.vectors == 2)
+      write_weights<V, S, 2>(task, t, block, s);
+    else
+      write_weights<V, S, 3>(task, t, block, s);
+  });
+}
+
+}  // namespace
+}  // namespace foveal

@@ -1,0 +1,51 @@
+// The kernels of one instruction set. CMake compiles this file once for each, with FOVEAL_ISA_<name> and that set's flags.
+//
+// Everything but the table itself has internal linkage, and no header with inline functions, templates of the standard library or
+// libm is included: else the linker could keep the copy of a shared inline function that was compiled for the widest set and give
+// it to everybody.
+#if defined(FOVEAL_ISA_avx512)
+#define FOVEAL_ISA avx512
+#include "simd/avx512.h"
+#elif defined(FOVEAL_ISA_avx2)
+#define FOVEAL_ISA avx2
+#include "simd/avx2.h"
+#elif defined(FOVEAL_ISA_neon)
+#define FOVEAL_ISA neon
+#include "simd/neon.h"
+#else
+#define FOVEAL_ISA scalar
+#include "simd/scalar.h"
+#endif
+
+#include "isa/kernel_table.h"
+// clang-format off: each builds on those before it
+#include "attention/elementary.inl.h"
+#include "attention/mask.inl.h"
+#include "attention/storage.inl.h"
+#include "attention/softmax.inl.h"
+#include "attention/tile_forward.inl.h"
+#include "attention/tile_decode.inl.h"
+// clang-format on
+
+#define FOVEAL_CONCAT_(a, b) a##b
+#define FOVEAL_CONCAT(a, b) FOVEAL_CONCAT_(a, b)
+
+namespace foveal {
+namespace {
+
+template <class V, class S>
+constexpr RowKernels kRowKernels = {kTileRows<V>,
+                                    kDecodeRows<V>,
+                                    forward_scratch_nbytes<V>,
+                                    forward<V, S>,
+                                    decode_scratch_nbytes<V>,
+                                    decode<V, S>,
+                                    merge<V, S>};
+
+}  // namespace
+
+extern const KernelTable FOVEAL_CONCAT(kTable_, FOVEAL_ISA);
+const KernelTable FOVEAL_CONCAT(kTable_, FOVEAL_ISA) = {kIsaName, kRowKernels<F32, float>, kRowKernels<F64, double>,
+                                                         kRowKernels<F32, Float16>, kRowKernels<F32, BFloat16>};
+
+}  // namespace foveal

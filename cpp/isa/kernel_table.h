@@ -1,0 +1,79 @@
+// What the driver hands to the kernels of one instruction set, and the table of those kernels. Plain data only: this header is
+// read by code that is compiled for an instruction set the machine may not have.
+#pragma once
+
+#include <cstdint>
+
+#include "foveal/tensor_view.h"
+
+namespace foveal {
+
+constexpr int64_t kPositionLimit = int64_t{1} << 60;  // "no limit" for window sides, far from overflow when added to positions
+
+// The rows of one (batch, key/value head) pair, and where its keys are. The query heads of a group share k and v, so a row is a
+// (position i, head-in-group g) pair, interleaved:   row = i * group + g.   Strides are in elements.
+struct HeadTask {
+  const void* q;  // (Sq, group, D)
+  int64_t q_stride_s, q_stride_g, q_stride_d;
+  const void* k;  // (Skv, D)
+  int64_t k_stride_s, k_stride_d;
+  const void* v;  // (Skv, Dv)
+  int64_t v_stride_s, v_stride_d;
+  void* out;  // (Sq, group, Dv)
+  int64_t out_stride_s, out_stride_g, out_stride_d;
+  int64_t head_dim, value_dim, group;
+  int64_t kv_len;
+
+  // Query i sits at position q_offset + i and sees the keys [position - window_left, position + window_right]; causal is
+  // window_right = 0; kPositionLimit = unlimited.
+  int64_t q_offset, window_left, window_right;
+
+  double scale;
+  double softcap;       // 0: none
+  const double* slopes;  // ALiBi, one per head in the group; null: none
+  const double* sinks;   // one per head in the group; null: none
+
+  const uint8_t* mask;  // null: none; (Sq, group, Skv)
+  int64_t mask_stride_s, mask_stride_g, mask_stride_k;
+  const void* bias;  // null: none; (Sq, group, Skv)
+  DType bias_dtype;
+  int64_t bias_stride_s, bias_stride_g, bias_stride_k;
+
+  void* weights;  // null: not asked for; (Sq, group, Skv)
+  int64_t weights_stride_s, weights_stride_g, weights_stride_k;
+};
+
+// Rows [row_begin, row_end) of a head over the keys [key_begin, key_end).
+struct RowTask {
+  const HeadTask* head;
+  int64_t row_begin, row_end;
+  int64_t key_begin, key_end;
+
+  // Row state after the keys, in the accumulator type, base-2 logarithms: the largest score and the sum of 2^(score - max).
+  // One value a row from row_begin on; null: not wanted.
+  void* row_max;
+  void* row_sum;
+  // Not null: the unnormalised sums of weighted values go here, (rows, value_dim) in the accumulator type, instead of the
+  // finished rows to `out`, for a later merge with other key ranges.
+  void* partial;
+  void* scratch;  // scratch_nbytes(), 64-byte aligned
+};
+
+struct RowKernels {
+  int64_t rows_per_tile;  // the rows that one register tile covers
+  int64_t decode_rows;    // up to so many rows of a head, `decode` is the faster
+  int64_t (*forward_scratch_nbytes)(const HeadTask&, int64_t rows);
+  void (*forward)(const RowTask&);
+  int64_t (*decode_scratch_nbytes)(const HeadTask&, int64_t rows);
+  void (*decode)(const RowTask&);
+  // Joins `parts` partial results of the same rows, in their order, writes the finished rows to head.out and the joined state to
+  // row_max and row_sum (which hold parts * rows values on entry, rows on return).
+  void (*merge)(const RowTask&, int64_t parts);
+};
+
+struct KernelTable {
+  const char* name;
+  RowKernels float32, float64, float16, bfloat16;
+};
+
+}  // namespace foveal

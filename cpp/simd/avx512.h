@@ -1,0 +1,196 @@
+// The vector vocabulary on AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles a vector, lane masks in mask registers.
+//
+// Every cpp/simd/*.h defines the same names, and nothing else of the kernels knows an intrinsic:
+//   F32, F64          vectors of T with kLanes lanes; load/store unaligned, load_n/store_n the first n lanes (others 0 / kept)
+//   Mask<V>           one truth value a lane; mask_from_bits takes the low kLanes bits
+//   max(a, b)         a NaN in b is returned; a NaN in a may be dropped
+//   exp2_scale(p, n)  p * 2^n for integral n <= 0; results below the smallest normal number may be 0
+//   widen/narrow      contiguous storage <-> F32: float, Float16 (IEEE), BFloat16 (round to nearest even)
+//   transpose(r)      a kLanes x kLanes block held in kLanes vectors
+//   nonzero_bits64    bit i = (p[i] != 0) for 64 bytes
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define FOVEAL_INLINE inline __attribute__((always_inline))
+
+namespace foveal {
+namespace {
+
+constexpr char kIsaName[] = "avx512";
+constexpr int kVectorRegisters = 32;
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct F32 {
+  using T = float;
+  using M = __mmask16;
+  static constexpr int kLanes = 16;
+  __m512 v;
+};
+
+struct F64 {
+  using T = double;
+  using M = __mmask8;
+  static constexpr int kLanes = 8;
+  __m512d v;
+};
+
+template <class V>
+V broadcast(typename V::T x);
+template <>
+FOVEAL_INLINE F32 broadcast<F32>(float x) {
+  return {_mm512_set1_ps(x)};
+}
+template <>
+FOVEAL_INLINE F64 broadcast<F64>(double x) {
+  return {_mm512_set1_pd(x)};
+}
+
+template <class V>
+FOVEAL_INLINE V zero() {
+  return broadcast<V>(0);
+}
+
+FOVEAL_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+FOVEAL_INLINE F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+FOVEAL_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+FOVEAL_INLINE void store(double* p, F64 a) { _mm512_storeu_pd(p, a.v); }
+
+FOVEAL_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+FOVEAL_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+FOVEAL_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FOVEAL_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+FOVEAL_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FOVEAL_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+FOVEAL_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+FOVEAL_INLINE F64 operator/(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
+FOVEAL_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FOVEAL_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+FOVEAL_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+FOVEAL_INLINE F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
+FOVEAL_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+FOVEAL_INLINE F64 min(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
+FOVEAL_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
+FOVEAL_INLINE F64 abs(F64 a) { return {_mm512_abs_pd(a.v)}; }
+FOVEAL_INLINE F32 round(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+FOVEAL_INLINE F64 round(F64 a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+FOVEAL_INLINE F32 exp2_scale(F32 p, F32 n) { return {_mm512_scalef_ps(p.v, n.v)}; }
+FOVEAL_INLINE F64 exp2_scale(F64 p, F64 n) { return {_mm512_scalef_pd(p.v, n.v)}; }
+
+template <class V>
+using Mask = typename V::M;
+
+template <class V>
+FOVEAL_INLINE Mask<V> mask_from_bits(uint64_t bits) {
+  return static_cast<Mask<V>>(bits);
+}
+FOVEAL_INLINE __mmask16 equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+FOVEAL_INLINE __mmask8 equal(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
+FOVEAL_INLINE F32 select(__mmask16 m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
+FOVEAL_INLINE F64 select(__mmask8 m, F64 yes, F64 no) { return {_mm512_mask_blend_pd(m, no.v, yes.v)}; }
+
+// Lanes whose sign bit is set, -0 and -NaN included.
+FOVEAL_INLINE __mmask16 sign_mask(F32 a) { return _mm512_movepi32_mask(_mm512_castps_si512(a.v)); }
+FOVEAL_INLINE __mmask8 sign_mask(F64 a) { return _mm512_movepi64_mask(_mm512_castpd_si512(a.v)); }
+
+FOVEAL_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
+FOVEAL_INLINE double reduce_add(F64 a) { return _mm512_reduce_add_pd(a.v); }
+FOVEAL_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
+FOVEAL_INLINE double reduce_max(F64 a) { return _mm512_reduce_max_pd(a.v); }
+
+FOVEAL_INLINE __mmask16 first_lanes16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1); }
+FOVEAL_INLINE __mmask8 first_lanes8(int64_t n) { return static_cast<__mmask8>(n >= 8 ? 0xffu : (1u << n) - 1); }
+
+FOVEAL_INLINE F32 widen(const float* p) { return {_mm512_loadu_ps(p)}; }
+FOVEAL_INLINE F64 widen(const double* p) { return {_mm512_loadu_pd(p)}; }
+FOVEAL_INLINE F32 widen_bf16(__m256i h) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+FOVEAL_INLINE F32 widen(const BFloat16* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FOVEAL_INLINE F32 widen(const Float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+FOVEAL_INLINE F32 widen_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes16(n), p)}; }
+FOVEAL_INLINE F64 widen_n(const double* p, int64_t n) { return {_mm512_maskz_loadu_pd(first_lanes8(n), p)}; }
+FOVEAL_INLINE F32 widen_n(const BFloat16* p, int64_t n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes16(n), p)); }
+FOVEAL_INLINE F32 widen_n(const Float16* p, int64_t n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes16(n), p))};
+}
+
+FOVEAL_INLINE __m256i narrow_bf16(F32 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+FOVEAL_INLINE __m256i narrow_f16(F32 a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FOVEAL_INLINE void narrow_n(float* p, F32 a, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes16(n), a.v); }
+FOVEAL_INLINE void narrow_n(double* p, F64 a, int64_t n) { _mm512_mask_storeu_pd(p, first_lanes8(n), a.v); }
+FOVEAL_INLINE void narrow_n(BFloat16* p, F32 a, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes16(n), narrow_bf16(a)); }
+FOVEAL_INLINE void narrow_n(Float16* p, F32 a, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes16(n), narrow_f16(a)); }
+
+FOVEAL_INLINE void transpose(F32 (&r)[16]) {
+  // Four rounds of interleaving: 32-bit, 64-bit, then 128-bit lanes twice.
+  __m512 t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+    u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+    u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+    u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+FOVEAL_INLINE void transpose(F64 (&r)[8]) {
+  __m512d t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm512_unpacklo_pd(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_pd(r[i].v, r[i + 1].v);
+  }
+  for (int i = 0; i < 2; ++i) {
+    u[i] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88);
+    u[i + 2] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
+    u[i + 4] = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x88);
+    u[i + 6] = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0xdd);
+  }
+  for (int i = 0; i < 2; ++i) {
+    r[i].v = _mm512_shuffle_f64x2(u[i], u[i + 4], 0x88);
+    r[i + 4].v = _mm512_shuffle_f64x2(u[i], u[i + 4], 0xdd);
+    r[i + 2].v = _mm512_shuffle_f64x2(u[i + 2], u[i + 6], 0x88);
+    r[i + 6].v = _mm512_shuffle_f64x2(u[i + 2], u[i + 6], 0xdd);
+  }
+}
+
+FOVEAL_INLINE uint64_t nonzero_bits64(const uint8_t* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return _mm512_test_epi8_mask(x, x);
+}
+
+}  // namespace
+}  // namespace foveal
