@@ -13,7 +13,7 @@ constexpr int64_t kForwardPartKeys = 2048;
 
 // Packed keys (widened halves, strided elements) are shared by this many rows, which makes packing a few percent of the work.
 constexpr int64_t kRowsSharingPackedKeys = 192;
-constexpr int64_t kRowsSharingKeys = 48;
+constexpr int64_t kRowsSharingKeys = 192;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -19,17 +19,6 @@ constexpr int kDecodeAccumulators = kVectorRegisters >= 32 ? 16 : 8;
 template <class V>
 constexpr int64_t kDecodeRows = V::kLanes < 8 ? V::kLanes : 8;
 
-// acc[i] summed over its lanes -> lane i.
-template <class V>
-FOVEAL_INLINE V sum_each(V (&acc)[V::kLanes]) {
-  transpose(acc);
-#pragma GCC unroll 4
-  for (int step = V::kLanes / 2; step > 0; step /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < step; ++i) acc[i] = acc[i] + acc[i + step];
-  return acc[0];
-}
-
 // s[NK][R] = k . q for NK keys.
 template <class V, class S, int R, int NK>
 FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, const S* k, int64_t k_stride,

@@ -7,6 +7,7 @@
 //   exp2_scale(p, n)  p * 2^n for integral n <= 0; results below the smallest normal number may be 0
 //   widen/narrow      contiguous storage <-> F32: float, Float16 (IEEE), BFloat16 (round to nearest even)
 //   transpose(r)      a kLanes x kLanes block held in kLanes vectors
+//   sum_each(a)       lane i = the sum of the lanes of a[i]; each sum in the same fixed order
 //   nonzero_bits64    bit i = (p[i] != 0) for 64 bytes
 #pragma once
 
@@ -185,6 +186,28 @@ FOVEAL_INLINE void transpose(F64 (&r)[8]) {
     r[i + 2].v = _mm512_shuffle_f64x2(u[i + 2], u[i + 6], 0x88);
     r[i + 6].v = _mm512_shuffle_f64x2(u[i + 2], u[i + 6], 0xdd);
   }
+}
+
+// Folding halves while interleaving: 30 shuffles where a transpose and 15 additions take 64.
+FOVEAL_INLINE F32 sum_each(F32 (&a)[16]) {
+  __m512 t[8], u[4];
+  for (int i = 0; i < 8; ++i)  // pairs (a0,a1): lanes 0,2 | 1,3 of each quarter
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
+  for (int i = 0; i < 4; ++i) {  // quarters now hold (a0,a1,a2,a3), one partial sum each
+    const __m512d x = _mm512_castps_pd(t[2 * i]), y = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  const __m512 v0 = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+  const __m512 v1 = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(v0, v1, 0x88), _mm512_shuffle_f32x4(v0, v1, 0xdd))};
+}
+FOVEAL_INLINE F64 sum_each(F64 (&a)[8]) {
+  __m512d t[4], u[2];
+  for (int i = 0; i < 4; ++i)
+    t[i] = _mm512_add_pd(_mm512_unpacklo_pd(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_pd(a[2 * i].v, a[2 * i + 1].v));
+  for (int i = 0; i < 2; ++i)
+    u[i] = _mm512_add_pd(_mm512_shuffle_f64x2(t[2 * i], t[2 * i + 1], 0x88), _mm512_shuffle_f64x2(t[2 * i], t[2 * i + 1], 0xdd));
+  return {_mm512_add_pd(_mm512_shuffle_f64x2(u[0], u[1], 0x88), _mm512_shuffle_f64x2(u[0], u[1], 0xdd))};
 }
 
 FOVEAL_INLINE uint64_t nonzero_bits64(const uint8_t* p) {
