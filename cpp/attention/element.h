@@ -1,6 +1,7 @@
 // One array element of any floating dtype as a double, and back with a single rounding (to nearest, ties to even).
 //
-// For code that must be plainly right rather than fast: the oracle and the tests. Kernels have vector conversions.
+// For code that must be plainly right rather than fast: the oracle, the tests, and the small arrays of a problem (lengths, slopes,
+// sinks). Kernels have vector conversions.
 #pragma once
 
 #include <algorithm>
@@ -85,6 +86,13 @@ inline void store_element(const TensorView& view, int64_t offset, double value) 
     default:
       break;
   }
+}
+
+// Element i of a rank-1 int32 or int64 view.
+inline int64_t load_integer(const TensorView& view, int64_t i) {
+  const int64_t offset = i * view.stride[0];
+  return view.dtype == DType::kInt32 ? static_cast<const int32_t*>(view.data)[offset]
+                                     : static_cast<const int64_t*>(view.data)[offset];
 }
 
 }  // namespace foveal

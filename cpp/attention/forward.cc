@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "attention/plan.h"
-#include "attention/scalar_access.h"
+#include "attention/element.h"
 #include "foveal/attention.h"
 #include "isa/detect.h"
 #include "isa/kernel_table.h"
@@ -85,14 +85,14 @@ std::vector<double> read_slopes(const AttentionProblem& p) {
   if (!p.alibi_slopes.present()) return slopes;
   for (int64_t b = 0; b < p.q.shape[0]; ++b)
     for (int64_t h = 0; h < p.q.shape[1]; ++h)
-      slopes.push_back(read_floating(p.alibi_slopes, b * p.alibi_slopes.stride[0] + h * p.alibi_slopes.stride[1]));
+      slopes.push_back(load_element(p.alibi_slopes, b * p.alibi_slopes.stride[0] + h * p.alibi_slopes.stride[1]));
   return slopes;
 }
 
 std::vector<double> read_sinks(const AttentionProblem& p) {
   std::vector<double> sinks;
   if (!p.sinks.present()) return sinks;
-  for (int64_t h = 0; h < p.q.shape[1]; ++h) sinks.push_back(read_floating(p.sinks, h * p.sinks.stride[0]));
+  for (int64_t h = 0; h < p.q.shape[1]; ++h) sinks.push_back(load_element(p.sinks, h * p.sinks.stride[0]));
   return sinks;
 }
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "attention/scalar_access.h"
+#include "attention/element.h"
 
 namespace foveal {
 namespace {
@@ -44,9 +44,9 @@ Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
   plan.sequences.reserve(static_cast<size_t>(batch));
   for (int64_t b = 0; b < batch; ++b) {
     SequencePlan s;
-    s.q_len = p.q_lens.present() ? read_integer(p.q_lens, b) : p.q.shape[2];
-    s.kv_len = p.kv_lens.present() ? read_integer(p.kv_lens, b) : p.k.shape[2];
-    const int64_t offset = p.q_offset.present() ? read_integer(p.q_offset, b) : s.kv_len - s.q_len;
+    s.q_len = p.q_lens.present() ? load_integer(p.q_lens, b) : p.q.shape[2];
+    s.kv_len = p.kv_lens.present() ? load_integer(p.kv_lens, b) : p.k.shape[2];
+    const int64_t offset = p.q_offset.present() ? load_integer(p.q_offset, b) : s.kv_len - s.q_len;
     s.q_offset = std::clamp(offset, -kPositionLimit / 2, kPositionLimit / 2);
     s.rows = s.q_len * plan.group;
     s.decode = s.rows <= plan.kernels->decode_rows && !p.weights.present();

@@ -29,12 +29,6 @@ int64_t offset_of(const TensorView& view, int64_t i0, int64_t i1 = 0, int64_t i2
   return offset;
 }
 
-int64_t load_integer(const TensorView& view, int64_t b) {
-  const int64_t offset = offset_of(view, b);
-  return view.dtype == DType::kInt32 ? static_cast<const int32_t*>(view.data)[offset]
-                                     : static_cast<const int64_t*>(view.data)[offset];
-}
-
 struct Row {
   int64_t b, h, kv_head, i;
   int64_t position;  // of the query among the keys: q_offset + i
