@@ -14,10 +14,35 @@
 namespace foveal {
 namespace {
 
+// The keys or values of a block: row j begins at p + j * stride, its elements are contiguous.
+template <class S>
+struct Rows {
+  const S* p;
+  int64_t stride;
+
+  const S* row(int64_t j) const { return p + j * stride; }
+};
+
 constexpr int kDecodeAccumulators = kVectorRegisters >= 32 ? 16 : 8;
 
 template <class V>
 constexpr int64_t kDecodeRows = V::kLanes < 8 ? V::kLanes : 8;
+
+// Decoding waits for memory, and the hardware foresees neither the jump to the values nor the one to the next block: ask for a row's
+// cache lines one phase ahead, into the second-level cache (a block may be larger than the first). Asking past the end of an array
+// is harmless. Short key ranges are likely there already, and the requests would only cost: `width` 0 asks for nothing.
+constexpr int64_t kPrefetchFromBytes = 128 * 1024;
+
+template <class S>
+struct Prefetch {
+  Rows<S> rows;
+  int64_t width;
+
+  FOVEAL_INLINE void row(int64_t j) const {
+    const char* line = reinterpret_cast<const char*>(rows.row(j));
+    for (int64_t x = 0; x < width * static_cast<int64_t>(sizeof(S)); x += 64) __builtin_prefetch(line + x, 0, 2);
+  }
+};
 
 // s[NK][R] = k . q for NK keys.
 template <class V, class S, int R, int NK>
@@ -61,58 +86,88 @@ FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, i
 }
 
 template <class V, class S, int R>
-static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, const S* k, int64_t k_stride, int64_t n,
-                          typename V::T* s) {
+static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, const Rows<S>& k, int64_t n, typename V::T* s,
+                          const Prefetch<S>& next) {
   constexpr int kKeys = kDecodeAccumulators / R;
   int64_t j = 0;
-  for (; j + kKeys <= n; j += kKeys) decode_score_step<V, S, R, kKeys>(q, q_stride, head_dim, k + j * k_stride, k_stride, s + j * R);
-  for (; j < n; ++j) decode_score_step<V, S, R, 1>(q, q_stride, head_dim, k + j * k_stride, k_stride, s + j * R);
+  for (; j + kKeys <= n; j += kKeys) {
+    for (int key = 0; key < kKeys; ++key) next.row(j + key);
+    decode_score_step<V, S, R, kKeys>(q, q_stride, head_dim, k.row(j), k.stride, s + j * R);
+  }
+  for (; j < n; ++j) decode_score_step<V, S, R, 1>(q, q_stride, head_dim, k.row(j), k.stride, s + j * R);
 }
 
-// o[R][width] = o * rescale + p^T v for the NC vectors of columns at v.
+// o[R][NC vectors] = o * rescale + p^T v. With few sums to keep, keys go to several sets of them in turn, so that one addition need
+// not wait for the last.
 template <class V, class S, int R, int NC>
-FOVEAL_INLINE void decode_value_step(const typename V::T* p, int64_t n, const S* v, int64_t v_stride, int64_t width, typename V::T* o,
-                                     int64_t o_stride, const typename V::T* rescale) {
-  V acc[R][NC];
+FOVEAL_INLINE void decode_value_step(const typename V::T* p, int64_t n, const Rows<S>& v, int64_t column, int64_t width,
+                                     typename V::T* o, int64_t o_stride, const typename V::T* rescale, const Prefetch<S>& next) {
+  constexpr int kSets = R * NC >= 8 ? 1 : 8 / (R * NC);
+  V acc[kSets][R][NC];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < NC; ++c) acc[r][c] = load(o + r * o_stride + c * V::kLanes) * broadcast<V>(rescale[r]);
-  for (int64_t j = 0; j < n; ++j) {
+    for (int c = 0; c < NC; ++c) {
+      acc[0][r][c] = load(o + r * o_stride + c * V::kLanes) * broadcast<V>(rescale[r]);
+#pragma GCC unroll 8
+      for (int set = 1; set < kSets; ++set) acc[set][r][c] = zero<V>();
+    }
+  const auto add_key = [&](int64_t j, V(&sum)[R][NC]) __attribute__((always_inline)) {
+    if (column == 0) next.row(j);
     V vd[NC];
 #pragma GCC unroll 8
     for (int c = 0; c < NC; ++c) {
-      const S* x = v + j * v_stride + c * V::kLanes;
+      const S* x = v.row(j) + column + c * V::kLanes;
       vd[c] = NC > 1 || width >= V::kLanes ? widen(x) : widen_n(x, width);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V w = broadcast<V>(p[j * R + r]);
 #pragma GCC unroll 8
-      for (int c = 0; c < NC; ++c) acc[r][c] = fma(w, vd[c], acc[r][c]);
+      for (int c = 0; c < NC; ++c) sum[r][c] = fma(w, vd[c], sum[r][c]);
     }
-  }
+  };
+  int64_t j = 0;
+  for (; j + kSets <= n; j += kSets)
+#pragma GCC unroll 8
+    for (int set = 0; set < kSets; ++set) add_key(j + set, acc[set]);
+  for (; j < n; ++j) add_key(j, acc[0]);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < NC; ++c) store(o + r * o_stride + c * V::kLanes, acc[r][c]);
+    for (int c = 0; c < NC; ++c) {
+#pragma GCC unroll 3
+      for (int half = kSets / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+        for (int set = 0; set < half; ++set) acc[set][r][c] = acc[set][r][c] + acc[set + half][r][c];
+      store(o + r * o_stride + c * V::kLanes, acc[0][r][c]);
+    }
+}
+
+// As many columns at once as there are accumulators for, then half as many, and so on.
+template <class V, class S, int R, int NC>
+FOVEAL_INLINE void decode_columns(int64_t c, const typename V::T* p, int64_t n, const Rows<S>& v, int64_t value_dim, typename V::T* o,
+                                  int64_t o_stride, const typename V::T* rescale, const Prefetch<S>& next) {
+  if constexpr (NC > 1) {
+    for (; c + NC * V::kLanes <= value_dim; c += NC * V::kLanes)
+      decode_value_step<V, S, R, NC>(p, n, v, c, NC * V::kLanes, o + c, o_stride, rescale, next);
+    decode_columns<V, S, R, NC / 2>(c, p, n, v, value_dim, o, o_stride, rescale, next);
+  } else {
+    for (; c < value_dim; c += V::kLanes)
+      decode_value_step<V, S, R, 1>(p, n, v, c, min64(V::kLanes, value_dim - c), o + c, o_stride, rescale, next);
+  }
 }
 
 template <class V, class S, int R>
-static void decode_values(const typename V::T* p, int64_t n, const S* v, int64_t v_stride, int64_t value_dim, typename V::T* o,
-                          int64_t o_stride, const typename V::T* rescale) {
+static void decode_values(const typename V::T* p, int64_t n, const Rows<S>& v, int64_t value_dim, typename V::T* o, int64_t o_stride,
+                          const typename V::T* rescale, const Prefetch<S>& next) {
   constexpr int kColumns = kDecodeAccumulators / R < 8 ? kDecodeAccumulators / R : 8;
-  int64_t c = 0;
-  if constexpr (kColumns > 1)
-    for (; c + kColumns * V::kLanes <= value_dim; c += kColumns * V::kLanes)
-      decode_value_step<V, S, R, kColumns>(p, n, v + c, v_stride, kColumns * V::kLanes, o + c, o_stride, rescale);
-  for (; c < value_dim; c += V::kLanes)
-    decode_value_step<V, S, R, 1>(p, n, v + c, v_stride, min64(V::kLanes, value_dim - c), o + c, o_stride, rescale);
+  decode_columns<V, S, R, kColumns>(0, p, n, v, value_dim, o, o_stride, rescale, next);
 }
 
 // As add_values_guarded of the forward tile: weights with a sign bit are masked, and their values are not read into the sum.
 template <class V, class S, int R>
-static void decode_values_guarded(const typename V::T* p, int64_t n, const S* v, int64_t v_stride, int64_t value_dim, typename V::T* o,
+static void decode_values_guarded(const typename V::T* p, int64_t n, const Rows<S>& v, int64_t value_dim, typename V::T* o,
                                   int64_t o_stride, const typename V::T* rescale) {
   for (int r = 0; r < R; ++r)
     for (int64_t c = 0; c < value_dim; c += V::kLanes) {
@@ -121,7 +176,7 @@ static void decode_values_guarded(const typename V::T* p, int64_t n, const S* v,
       for (int64_t j = 0; j < n; ++j) {
         const typename V::T w = p[j * R + r];
         if (!__builtin_signbit(w))
-          acc = fma(broadcast<V>(w), widen_strided<V>(v + j * v_stride + c, 1, min64(V::kLanes, value_dim - c)), acc);
+          acc = fma(broadcast<V>(w), widen_strided<V>(v.row(j) + c, 1, min64(V::kLanes, value_dim - c)), acc);
       }
       store(x, acc);
     }
@@ -132,13 +187,14 @@ struct DecodeState {
   int64_t row_begin, rows;
   typename V::T *q, *o, *s;
   int64_t q_stride, o_stride;
+  bool prefetch;
   typename V::T max[R], sum[R];
 };
 
 // The scores of keys [begin, begin + n), all policies applied, their per-lane maxima in `highest`.
 template <class V, class S, int R>
-static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>& state, int64_t begin, int64_t n, const S* k,
-                                      int64_t k_stride, V& highest) {
+static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>& state, int64_t begin, int64_t n, const Rows<S>& k,
+                                      const Prefetch<S>& next, V& highest) {
   using T = typename V::T;
   constexpr int kKeys = V::kLanes / R;  // keys a vector
   uint64_t bits[kKeyBlock + V::kLanes];
@@ -146,7 +202,7 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
   highest = negative_infinity<V>();
   if (seen == Visibility::kNone) return seen;
   T* s = state.s;
-  decode_scores<V, S, R>(state.q, state.q_stride, h.head_dim, k, k_stride, n, s);
+  decode_scores<V, S, R>(state.q, state.q_stride, h.head_dim, k, n, s, next);
 
   const int64_t padded = round_up(n, kKeys);  // the block's last vector may reach past its keys
   for (int64_t j = n; j < padded; ++j) {
@@ -194,11 +250,10 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
 }
 
 template <class V, class S, int R>
-static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t begin, int64_t n, const S* k, int64_t k_stride, const S* v,
-                         int64_t v_stride) {
+static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t begin, int64_t n, const Rows<S>& k, const Rows<S>& v) {
   using T = typename V::T;
   V highest;
-  const Visibility seen = decode_block_scores<V, S, R>(h, state, begin, n, k, k_stride, highest);
+  const Visibility seen = decode_block_scores<V, S, R>(h, state, begin, n, k, Prefetch<S>{v, state.prefetch ? h.value_dim : 0}, highest);
   if (seen == Visibility::kNone) return;
   alignas(64) T lanes[V::kLanes], base[V::kLanes];
   T rescale[R];
@@ -214,7 +269,7 @@ static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t be
   for (int lane = 0; lane < V::kLanes; ++lane) before[lane] = state.max[lane % R];
   store(factor, exp2_nonpositive(load(before) - shift));
 
-  const bool guarded = seen == Visibility::kPartial && !all_finite<V>(v, v_stride, n, h.value_dim);
+  const bool guarded = seen == Visibility::kPartial && !all_finite<V>(v.p, v.stride, n, h.value_dim);
   const V masked = zero<V>() * broadcast<V>(-1);
   V sum = zero<V>();
   for (int64_t x = 0; x < round_up(n * R, V::kLanes); x += V::kLanes) {
@@ -232,9 +287,10 @@ static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t be
     state.sum[r] = state.sum[r] * rescale[r] + total;
   }
   if (guarded)
-    decode_values_guarded<V, S, R>(state.s, n, v, v_stride, h.value_dim, state.o, state.o_stride, rescale);
+    decode_values_guarded<V, S, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale);
   else
-    decode_values<V, S, R>(state.s, n, v, v_stride, h.value_dim, state.o, state.o_stride, rescale);
+    decode_values<V, S, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale,
+                           Prefetch<S>{{k.row(n), k.stride}, state.prefetch ? h.head_dim : 0});
 }
 
 template <class V>
@@ -270,6 +326,7 @@ static void decode_rows(const RowTask& task) {
 
   KeyRange range = visible_keys(h, task.row_begin, task.row_end);
   range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
+  state.prefetch = (range.end - range.begin) * (h.head_dim + h.value_dim) * static_cast<int64_t>(sizeof(S)) > kPrefetchFromBytes;
   T* packed_k = arena.take(kKeyBlock * h.head_dim);
   T* packed_v = arena.take(kKeyBlock * h.value_dim);
   for (int64_t block = range.begin / kKeyBlock * kKeyBlock; block < range.end; block += kKeyBlock) {
@@ -277,11 +334,11 @@ static void decode_rows(const RowTask& task) {
     const S* k = static_cast<const S*>(h.k) + begin * h.k_stride_s;
     const S* v = static_cast<const S*>(h.v) + begin * h.v_stride_s;
     if (h.k_stride_d == 1 && h.v_stride_d == 1) {
-      decode_block<V, S, R>(h, state, begin, n, k, h.k_stride_s, v, h.v_stride_s);
+      decode_block<V, S, R>(h, state, begin, n, Rows<S>{k, h.k_stride_s}, Rows<S>{v, h.v_stride_s});
     } else {
       pack_rows<V>(k, h.k_stride_s, h.k_stride_d, n, h.head_dim, packed_k);
       pack_rows<V>(v, h.v_stride_s, h.v_stride_d, n, h.value_dim, packed_v);
-      decode_block<V, T, R>(h, state, begin, n, packed_k, h.head_dim, packed_v, h.value_dim);
+      decode_block<V, T, R>(h, state, begin, n, Rows<T>{packed_k, h.head_dim}, Rows<T>{packed_v, h.value_dim});
     }
   }
 
