@@ -24,19 +24,35 @@ FOVEAL_INLINE V widen_strided(const S* p, int64_t stride, int64_t n) {
   return load(lanes);
 }
 
-// rows x width elements -> a dense (rows, width) array.
-template <class V, class S>
-static void pack_rows(const S* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t width, typename V::T* dst) {
+// Row j begins at p + j * stride, and its elements are contiguous.
+template <class S>
+struct Rows {
+  const S* p;
+  int64_t stride;
+
+  FOVEAL_INLINE const S* row(int64_t j) const { return p + j * stride; }
+};
+
+// Rows of `To`, which is S or the accumulator type: in place where they are stored so, else packed densely into `buffer`.
+template <class V, class To, class S>
+static Rows<To> rows_as(const S* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t width, To* buffer) {
+  if constexpr (__is_same(To, S))
+    if (stride_d == 1) return {src, stride_s};
+  To* dst = buffer;
   for (int64_t j = 0; j < rows; ++j, src += stride_s, dst += width) {
-    int64_t c = 0;
-    if (stride_d == 1) {
-      for (; c + V::kLanes <= width; c += V::kLanes) store(dst + c, widen(src + c));
-    }
-    for (; c < width; c += V::kLanes) {
-      const int64_t n = min64(V::kLanes, width - c);
-      narrow_n(dst + c, widen_strided<V>(src + c * stride_d, stride_d, n), n);
+    if constexpr (__is_same(To, S)) {
+      for (int64_t c = 0; c < width; ++c) dst[c] = src[c * stride_d];
+    } else {
+      int64_t c = 0;
+      if (stride_d == 1)
+        for (; c + V::kLanes <= width; c += V::kLanes) store(dst + c, widen(src + c));
+      for (; c < width; c += V::kLanes) {
+        const int64_t n = min64(V::kLanes, width - c);
+        narrow_n(dst + c, widen_strided<V>(src + c * stride_d, stride_d, n), n);
+      }
     }
   }
+  return {buffer, width};
 }
 
 template <class V, class S>

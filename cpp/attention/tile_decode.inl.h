@@ -14,15 +14,6 @@
 namespace foveal {
 namespace {
 
-// The keys or values of a block: row j begins at p + j * stride, its elements are contiguous.
-template <class S>
-struct Rows {
-  const S* p;
-  int64_t stride;
-
-  const S* row(int64_t j) const { return p + j * stride; }
-};
-
 constexpr int kDecodeAccumulators = kVectorRegisters >= 32 ? 16 : 8;
 
 template <class V>
@@ -46,55 +37,56 @@ struct Prefetch {
 
 // s[NK][R] = k . q for NK keys.
 template <class V, class S, int R, int NK>
-FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, const S* k, int64_t k_stride,
+FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const S* k, int64_t k_stride,
                                      typename V::T* s) {
+  using Dot = ScoreDot<V, S>;
   constexpr int kCount = NK * R;
   V acc[kCount];
 #pragma GCC unroll 16
   for (int x = 0; x < kCount; ++x) acc[x] = zero<V>();
   int64_t d = 0;
-  for (; d + V::kLanes <= head_dim; d += V::kLanes) {
+  for (; d + Dot::kChunk <= head_dim; d += Dot::kChunk, q += V::kLanes) {
     V qd[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) qd[r] = load(q + r * q_stride + d);
+    for (int r = 0; r < R; ++r) qd[r] = load(q + r * q_stride);
 #pragma GCC unroll 16
     for (int n = 0; n < NK; ++n) {
-      const V kd = widen(k + n * k_stride + d);
+      const V kd = Dot::load_chunk(k + n * k_stride + d);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[n * R + r] = fma(kd, qd[r], acc[n * R + r]);
+      for (int r = 0; r < R; ++r) acc[n * R + r] = Dot::multiply_add(kd, qd[r], acc[n * R + r]);
     }
   }
   if (d < head_dim) {
 #pragma GCC unroll 16
     for (int n = 0; n < NK; ++n) {
-      const V kd = widen_n(k + n * k_stride + d, head_dim - d);
+      const V kd = Dot::load_chunk_n(k + n * k_stride + d, head_dim - d);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[n * R + r] = fma(kd, load(q + r * q_stride + d), acc[n * R + r]);
+      for (int r = 0; r < R; ++r) acc[n * R + r] = Dot::multiply_add(kd, load(q + r * q_stride), acc[n * R + r]);
     }
   }
   if constexpr (kCount % V::kLanes == 0) {
 #pragma GCC unroll 4
-    for (int x = 0; x < kCount; x += V::kLanes) store(s + x, sum_each(*reinterpret_cast<V(*)[V::kLanes]>(acc + x)));
+    for (int x = 0; x < kCount; x += V::kLanes) store(s + x, Dot::finish(sum_each(*reinterpret_cast<V(*)[V::kLanes]>(acc + x)), scale));
   } else {
     // The same tree as sum_each, so that a key's score does not depend on how many keys came with it.
     V padded[V::kLanes];
     for (int x = 0; x < V::kLanes; ++x) padded[x] = x < kCount ? acc[x] : zero<V>();
     alignas(64) typename V::T lanes[V::kLanes];
-    store(lanes, sum_each(padded));
+    store(lanes, Dot::finish(sum_each(padded), scale));
     for (int x = 0; x < kCount; ++x) s[x] = lanes[x];
   }
 }
 
 template <class V, class S, int R>
-static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, const Rows<S>& k, int64_t n, typename V::T* s,
-                          const Prefetch<S>& next) {
+static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const Rows<S>& k, int64_t n,
+                          typename V::T* s, const Prefetch<S>& next) {
   constexpr int kKeys = kDecodeAccumulators / R;
   int64_t j = 0;
   for (; j + kKeys <= n; j += kKeys) {
     for (int key = 0; key < kKeys; ++key) next.row(j + key);
-    decode_score_step<V, S, R, kKeys>(q, q_stride, head_dim, k.row(j), k.stride, s + j * R);
+    decode_score_step<V, S, R, kKeys>(q, q_stride, head_dim, scale, k.row(j), k.stride, s + j * R);
   }
-  for (; j < n; ++j) decode_score_step<V, S, R, 1>(q, q_stride, head_dim, k.row(j), k.stride, s + j * R);
+  for (; j < n; ++j) decode_score_step<V, S, R, 1>(q, q_stride, head_dim, scale, k.row(j), k.stride, s + j * R);
 }
 
 // o[R][NC vectors] = o * rescale + p^T v. With few sums to keep, keys go to several sets of them in turn, so that one addition need
@@ -202,7 +194,7 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
   highest = negative_infinity<V>();
   if (seen == Visibility::kNone) return seen;
   T* s = state.s;
-  decode_scores<V, S, R>(state.q, state.q_stride, h.head_dim, k, n, s, next);
+  decode_scores<V, S, R>(state.q, state.q_stride, h.head_dim, score_scale<V>(h), k, n, s, next);
 
   const int64_t padded = round_up(n, kKeys);  // the block's last vector may reach past its keys
   for (int64_t j = n; j < padded; ++j) {
@@ -308,18 +300,18 @@ static void decode_rows(const RowTask& task) {
   DecodeState<V, R> state;
   state.row_begin = task.row_begin;
   state.rows = task.row_end - task.row_begin;
-  state.q_stride = round_up(h.head_dim, V::kLanes);
+  using Dot = ScoreDot<V, S>;
+  state.q_stride = round_up(h.head_dim, Dot::kChunk) / Dot::kChunk * V::kLanes;
   state.o_stride = round_up(h.value_dim, V::kLanes);
   state.q = arena.take(R * state.q_stride);
   state.o = arena.take(R * state.o_stride);
   state.s = arena.take(R * kKeyBlock);
-  const V scale = broadcast<V>(static_cast<T>(h.scale * kLog2E));
   for (int64_t r = 0; r < R; ++r) {
     const int64_t row = task.row_begin + r;
     const S* q = static_cast<const S*>(h.q) + row / h.group * h.q_stride_s + row % h.group * h.q_stride_g;
-    for (int64_t d = 0; d < h.head_dim; d += V::kLanes)
-      store(state.q + r * state.q_stride + d,
-            r < state.rows ? widen_strided<V>(q + d * h.q_stride_d, h.q_stride_d, min64(V::kLanes, h.head_dim - d)) * scale : zero<V>());
+    for (int64_t x = 0, d = 0; d < h.head_dim; x += V::kLanes, d += Dot::kChunk)
+      store(state.q + r * state.q_stride + x,
+            r < state.rows ? Dot::load_query(q + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, score_scale<V>(h)) : zero<V>());
     for (int64_t c = 0; c < state.o_stride; c += V::kLanes) store(state.o + r * state.o_stride + c, zero<V>());
     begin_row(h, row, task.partial == nullptr, state.max + r, state.sum + r);
   }
@@ -327,19 +319,13 @@ static void decode_rows(const RowTask& task) {
   KeyRange range = visible_keys(h, task.row_begin, task.row_end);
   range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
   state.prefetch = (range.end - range.begin) * (h.head_dim + h.value_dim) * static_cast<int64_t>(sizeof(S)) > kPrefetchFromBytes;
-  T* packed_k = arena.take(kKeyBlock * h.head_dim);
-  T* packed_v = arena.take(kKeyBlock * h.value_dim);
+  S* packed_k = reinterpret_cast<S*>(arena.take(kKeyBlock * h.head_dim));
+  S* packed_v = reinterpret_cast<S*>(arena.take(kKeyBlock * h.value_dim));
   for (int64_t block = range.begin / kKeyBlock * kKeyBlock; block < range.end; block += kKeyBlock) {
     const int64_t begin = max64(block, range.begin), n = min64(block + kKeyBlock, range.end) - begin;
-    const S* k = static_cast<const S*>(h.k) + begin * h.k_stride_s;
-    const S* v = static_cast<const S*>(h.v) + begin * h.v_stride_s;
-    if (h.k_stride_d == 1 && h.v_stride_d == 1) {
-      decode_block<V, S, R>(h, state, begin, n, Rows<S>{k, h.k_stride_s}, Rows<S>{v, h.v_stride_s});
-    } else {
-      pack_rows<V>(k, h.k_stride_s, h.k_stride_d, n, h.head_dim, packed_k);
-      pack_rows<V>(v, h.v_stride_s, h.v_stride_d, n, h.value_dim, packed_v);
-      decode_block<V, T, R>(h, state, begin, n, Rows<T>{packed_k, h.head_dim}, Rows<T>{packed_v, h.value_dim});
-    }
+    const Rows<S> k = rows_as<V, S>(static_cast<const S*>(h.k) + begin * h.k_stride_s, h.k_stride_s, h.k_stride_d, n, h.head_dim, packed_k);
+    const Rows<S> v = rows_as<V, S>(static_cast<const S*>(h.v) + begin * h.v_stride_s, h.v_stride_s, h.v_stride_d, n, h.value_dim, packed_v);
+    decode_block<V, S, R>(h, state, begin, n, k, v);
   }
 
   for (int64_t r = 0; r < state.rows; ++r) {

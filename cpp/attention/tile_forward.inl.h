@@ -33,44 +33,50 @@ struct Tile {
 
 // ---- scores ------------------------------------------------------------------------------------------------------------------
 
-template <class V, int NK, int NV>
-FOVEAL_INLINE void score_step(const typename V::T* qt, int64_t head_dim, const typename V::T* k, int64_t k_stride, typename V::T* s,
-                              V (&highest)[NV]) {
+template <class V, class Dot, int NK, int NV>
+FOVEAL_INLINE void score_step(const typename V::T* qt, int64_t head_dim, V scale, const typename Dot::Key* k, int64_t k_stride,
+                              typename V::T* s, V (&highest)[NV]) {
   V acc[NK][NV];
 #pragma GCC unroll 8
   for (int n = 0; n < NK; ++n)
 #pragma GCC unroll 4
     for (int r = 0; r < NV; ++r) acc[n][r] = zero<V>();
-  for (int64_t d = 0; d < head_dim; ++d) {
+  const auto add = [&](int64_t step, const auto& key_at) __attribute__((always_inline)) {
     V q[NV];
 #pragma GCC unroll 4
-    for (int r = 0; r < NV; ++r) q[r] = load(qt + (d * NV + r) * V::kLanes);
+    for (int r = 0; r < NV; ++r) q[r] = load(qt + (step * NV + r) * V::kLanes);
 #pragma GCC unroll 8
     for (int n = 0; n < NK; ++n) {
-      const V kb = broadcast<V>(k[n * k_stride + d]);
+      const V kb = key_at(k + n * k_stride);
 #pragma GCC unroll 4
-      for (int r = 0; r < NV; ++r) acc[n][r] = fma(kb, q[r], acc[n][r]);
+      for (int r = 0; r < NV; ++r) acc[n][r] = Dot::multiply_add(kb, q[r], acc[n][r]);
     }
-  }
+  };
+  const int64_t steps = head_dim / Dot::kStep;
+  for (int64_t step = 0; step < steps; ++step)
+    add(step, [step](const auto* row) __attribute__((always_inline)) { return Dot::broadcast_key(row + step * Dot::kStep); });
+  if (steps * Dot::kStep < head_dim)
+    add(steps, [head_dim](const auto* row) __attribute__((always_inline)) { return Dot::broadcast_last_key(row + head_dim - 1); });
 #pragma GCC unroll 8
   for (int n = 0; n < NK; ++n)
 #pragma GCC unroll 4
     for (int r = 0; r < NV; ++r) {
-      highest[r] = max(highest[r], acc[n][r]);
-      store(s + (n * NV + r) * V::kLanes, acc[n][r]);
+      const V score = Dot::finish(acc[n][r], scale);
+      highest[r] = max(highest[r], score);
+      store(s + (n * NV + r) * V::kLanes, score);
     }
 }
 
-// s[n][rows] = k[n] . q; returns the largest score of each row in `highest`.
-template <class V, int NV>
-static void scores(const typename V::T* qt, int64_t head_dim, const typename V::T* k, int64_t k_stride, int64_t n, typename V::T* s,
-                   V (&highest)[NV]) {
+// s[n][rows] = k[n] . q * scale; the largest score of each row goes to `highest`.
+template <class V, class Dot, int NV>
+static void scores(const typename V::T* qt, int64_t head_dim, V scale, const typename Dot::Key* k, int64_t k_stride, int64_t n,
+                   typename V::T* s, V (&highest)[NV]) {
   constexpr int64_t step = int64_t{NV} * V::kLanes;
   for (int r = 0; r < NV; ++r) highest[r] = negative_infinity<V>();
   int64_t j = 0;
   for (; j + kTileStep <= n; j += kTileStep)
-    score_step<V, kTileStep, NV>(qt, head_dim, k + j * k_stride, k_stride, s + j * step, highest);
-  for (; j < n; ++j) score_step<V, 1, NV>(qt, head_dim, k + j * k_stride, k_stride, s + j * step, highest);
+    score_step<V, Dot, kTileStep, NV>(qt, head_dim, scale, k + j * k_stride, k_stride, s + j * step, highest);
+  for (; j < n; ++j) score_step<V, Dot, 1, NV>(qt, head_dim, scale, k + j * k_stride, k_stride, s + j * step, highest);
 }
 
 // ---- weighted values -----------------------------------------------------------------------------------------------------------
@@ -128,72 +134,6 @@ static void add_values_guarded(const typename V::T* p, int64_t n, const typename
     }
 }
 
-// ---- score policies, each one pass over the scores of a block ------------------------------------------------------------------
-
-template <class V, int NV>
-static void apply_softcap(typename V::T* s, int64_t n, double softcap) {
-  using T = typename V::T;
-  const V cap = broadcast<V>(static_cast<T>(softcap * kLog2E));
-  const V inverse = broadcast<V>(static_cast<T>(1.0 / (softcap * kLog2E)));
-  for (int64_t x = 0; x < n * NV * V::kLanes; x += V::kLanes) store(s + x, cap * tanh(load(s + x) * inverse));
-}
-
-template <class V, int NV>
-static void apply_alibi(const HeadTask& h, int64_t row_begin, int64_t key_begin, int64_t n, typename V::T* s) {
-  using T = typename V::T;
-  V slope[NV], distance[NV];
-  for (int r = 0; r < NV; ++r) {
-    alignas(64) T slopes[V::kLanes], offsets[V::kLanes];
-    for (int lane = 0; lane < V::kLanes; ++lane) {
-      const int64_t row = row_begin + r * V::kLanes + lane;
-      slopes[lane] = static_cast<T>(h.slopes[row % h.group] * kLog2E);
-      offsets[lane] = static_cast<T>(h.q_offset + row / h.group - key_begin);
-    }
-    slope[r] = zero<V>() - load(slopes);
-    distance[r] = load(offsets);
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    const V key = broadcast<V>(static_cast<T>(j));
-    for (int r = 0; r < NV; ++r) {
-      T* x = s + (j * NV + r) * V::kLanes;
-      store(x, fma(slope[r], abs(distance[r] - key), load(x)));
-    }
-  }
-}
-
-template <class V, int NV>
-static void add_bias(const HeadTask& h, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t n, typename V::T* s) {
-  using T = typename V::T;
-  const V log2e = broadcast<V>(static_cast<T>(kLog2E));
-  for (int r = 0; r < NV; ++r) {
-    for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
-      const int64_t width = min64(V::kLanes, n - j0);
-      V block[V::kLanes];
-      for (int lane = 0; lane < V::kLanes; ++lane) {
-        const int64_t row = row_begin + r * V::kLanes + lane;
-        block[lane] = zero<V>();
-        if (row >= row_begin + rows) continue;
-        const int64_t offset = row / h.group * h.bias_stride_s + row % h.group * h.bias_stride_g + (key_begin + j0) * h.bias_stride_k;
-        block[lane] = widen_any<V>(h.bias, h.bias_dtype, offset, h.bias_stride_k, width);
-      }
-      transpose(block);
-      for (int64_t j = 0; j < width; ++j) {
-        T* x = s + ((j0 + j) * NV + r) * V::kLanes;
-        store(x, fma(block[j], log2e, load(x)));
-      }
-    }
-  }
-}
-
-template <class V, int NV>
-static void apply_bits(const uint64_t* bits, int64_t n, typename V::T* s) {
-  for (int64_t j = 0; j < n; ++j)
-    for (int r = 0; r < NV; ++r) {
-      typename V::T* x = s + (j * NV + r) * V::kLanes;
-      store(x, select(mask_from_bits<V>(bits[j] >> (r * V::kLanes)), load(x), negative_infinity<V>()));
-    }
-}
-
 // ---- online softmax --------------------------------------------------------------------------------------------------------------
 
 // Scores become weights 2^(s - max); the tile's max and sum move on; `rescale` is what the sums so far are worth now.
@@ -238,22 +178,23 @@ static void softmax_step(Tile<V>& tile, typename V::T* s, int64_t n, const V (&h
 
 // ---- a tile and a key block --------------------------------------------------------------------------------------------------------
 
-template <class T>
+template <class Key, class T>
 struct KeyBlock {
   int64_t begin, end;  // positions
-  const T *k, *v;      // of position `begin`
+  const Key* k;        // of position `begin`
+  const T* v;
   int64_t k_stride, v_stride;
 };
 
 // The scores of keys [begin, end), all policies applied. kNone: no row sees any of them, and s is undefined.
-template <class V, int NV>
-static Visibility block_scores(const HeadTask& h, const Tile<V>& tile, const KeyBlock<typename V::T>& block, typename V::T* s,
+template <class V, class Dot, int NV>
+static Visibility block_scores(const HeadTask& h, const Tile<V>& tile, const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s,
                                V (&highest)[NV]) {
   const int64_t n = block.end - block.begin;
   uint64_t bits[kKeyBlock];
   const Visibility seen = visible_bits(h, tile.row_begin, tile.rows, block.begin, n, bits);
   if (seen == Visibility::kNone) return seen;
-  scores<V, NV>(tile.qt, h.head_dim, block.k, block.k_stride, n, s, highest);
+  scores<V, Dot, NV>(tile.qt, h.head_dim, score_scale<V>(h), block.k, block.k_stride, n, s, highest);
   const bool changed = h.softcap > 0 || h.slopes != nullptr || h.bias != nullptr || seen == Visibility::kPartial;
   if (!changed) return seen;
   if (h.softcap > 0) apply_softcap<V, NV>(s, n, h.softcap);
@@ -266,11 +207,11 @@ static Visibility block_scores(const HeadTask& h, const Tile<V>& tile, const Key
   return seen;
 }
 
-template <class V, int NV>
-static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename V::T>& block, typename V::T* s) {
+template <class V, class Dot, int NV>
+static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s) {
   V highest[NV], rescale[NV];
   const int64_t n = block.end - block.begin;
-  const Visibility seen = block_scores<V, NV>(h, tile, block, s, highest);
+  const Visibility seen = block_scores<V, Dot, NV>(h, tile, block, s, highest);
   if (seen == Visibility::kNone) return;
   const bool guarded = seen == Visibility::kPartial && !all_finite<V>(block.v, block.v_stride, n, h.value_dim);
   softmax_step<V, NV>(tile, s, n, highest, rescale, guarded);
@@ -285,11 +226,10 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
 
 // ---- entry and exit of a tile --------------------------------------------------------------------------------------------------------
 
-template <class V, class S>
+template <class V, class S, class Dot>
 static void begin_tile(const RowTask& task, Tile<V>& tile) {
-  using T = typename V::T;
   const HeadTask& h = *task.head;
-  const V scale = broadcast<V>(static_cast<T>(h.scale * kLog2E));
+  const V scale = score_scale<V>(h);
   const int64_t width = int64_t{tile.vectors} * V::kLanes;
   for (int r = 0; r < tile.vectors; ++r) {
     const S* row_pointer[V::kLanes];
@@ -299,13 +239,16 @@ static void begin_tile(const RowTask& task, Tile<V>& tile) {
                               ? nullptr
                               : static_cast<const S*>(h.q) + row / h.group * h.q_stride_s + row % h.group * h.q_stride_g;
     }
-    for (int64_t d = 0; d < h.head_dim; d += V::kLanes) {
-      const int64_t n = min64(V::kLanes, h.head_dim - d);
+    const int64_t steps = (h.head_dim + Dot::kStep - 1) / Dot::kStep;
+    for (int64_t step = 0; step < steps; step += V::kLanes) {
+      const int64_t d = step * Dot::kStep;
       V block[V::kLanes];
       for (int lane = 0; lane < V::kLanes; ++lane)
-        block[lane] = row_pointer[lane] == nullptr ? zero<V>() : widen_strided<V>(row_pointer[lane] + d * h.q_stride_d, h.q_stride_d, n);
+        block[lane] = row_pointer[lane] == nullptr
+                          ? zero<V>()
+                          : Dot::load_query(row_pointer[lane] + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, scale);
       transpose(block);
-      for (int64_t c = 0; c < n; ++c) store(tile.qt + (d + c) * width + r * V::kLanes, block[c] * scale);
+      for (int64_t c = 0; c < min64(V::kLanes, steps - step); ++c) store(tile.qt + (step + c) * width + r * V::kLanes, block[c]);
     }
     for (int lane = 0; lane < V::kLanes; ++lane) {
       const int64_t row = tile.row_begin + r * V::kLanes + lane;
@@ -346,11 +289,11 @@ static void finish_tile(const RowTask& task, const Tile<V>& tile) {
   }
 }
 
-template <class V, class S, int NV>
-static void write_weights(const RowTask& task, const Tile<V>& tile, const KeyBlock<typename V::T>& block, typename V::T* s) {
+template <class V, class S, class Dot, int NV>
+static void write_weights(const RowTask& task, const Tile<V>& tile, const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s) {
   const HeadTask& h = *task.head;
   V highest[NV];
-  if (block_scores<V, NV>(h, tile, block, s, highest) == Visibility::kNone) return;
+  if (block_scores<V, Dot, NV>(h, tile, block, s, highest) == Visibility::kNone) return;
   const int64_t n = block.end - block.begin;
   for (int r = 0; r < NV; ++r) {
     const V base = or_zero_if_unseen(load(tile.max + r * V::kLanes));
@@ -373,38 +316,27 @@ static void write_weights(const RowTask& task, const Tile<V>& tile, const KeyBlo
 
 // ---- the kernel ------------------------------------------------------------------------------------------------------------------------
 
-// K and V of a key block as accumulator values: in place where they are stored so, else packed once and shared by the tiles.
-template <class V, class S>
+// K and V of a key block as the products want them: in place where they are stored so, else packed once and shared by the tiles.
+template <class V, class S, class Dot>
 struct KeyReader {
   using T = typename V::T;
+  using Key = typename Dot::Key;
   const HeadTask* h;
-  T *packed_k, *packed_v;
+  Key* packed_k;
+  T* packed_v;
 
-  static bool in_place(int64_t stride_d) { return sizeof(S) == sizeof(T) && stride_d == 1; }
-
-  KeyBlock<T> read(int64_t begin, int64_t end) const {
-    const S* k = static_cast<const S*>(h->k) + begin * h->k_stride_s;
-    const S* v = static_cast<const S*>(h->v) + begin * h->v_stride_s;
-    KeyBlock<T> block{begin, end, packed_k, packed_v, h->head_dim, h->value_dim};
-    if (in_place(h->k_stride_d)) {
-      block.k = reinterpret_cast<const T*>(k);
-      block.k_stride = h->k_stride_s;
-    } else {
-      pack_rows<V>(k, h->k_stride_s, h->k_stride_d, end - begin, h->head_dim, packed_k);
-    }
-    if (in_place(h->v_stride_d)) {
-      block.v = reinterpret_cast<const T*>(v);
-      block.v_stride = h->v_stride_s;
-    } else {
-      pack_rows<V>(v, h->v_stride_s, h->v_stride_d, end - begin, h->value_dim, packed_v);
-    }
-    return block;
+  KeyBlock<Key, T> read(int64_t begin, int64_t end) const {
+    const Rows<Key> k = rows_as<V, Key>(static_cast<const S*>(h->k) + begin * h->k_stride_s, h->k_stride_s, h->k_stride_d, end - begin,
+                                        h->head_dim, packed_k);
+    const Rows<T> v = rows_as<V, T>(static_cast<const S*>(h->v) + begin * h->v_stride_s, h->v_stride_s, h->v_stride_d, end - begin,
+                                    h->value_dim, packed_v);
+    return {begin, end, k.p, v.p, k.stride, v.stride};
   }
 };
 
 // The part of `block` inside `range`.
-template <class T>
-FOVEAL_INLINE KeyBlock<T> intersect(KeyBlock<T> block, KeyRange range) {
+template <class Key, class T>
+FOVEAL_INLINE KeyBlock<Key, T> intersect(KeyBlock<Key, T> block, KeyRange range) {
   const int64_t begin = max64(block.begin, range.begin), end = min64(block.end, range.end);
   block.k += (begin - block.begin) * block.k_stride;
   block.v += (begin - block.begin) * block.v_stride;
@@ -428,44 +360,47 @@ static void forward(const RowTask& task) {
   Arena<T> arena{static_cast<T*>(task.scratch)};
   const int64_t tiles = (task.row_end - task.row_begin + kTileRows<V> - 1) / kTileRows<V>;
   T* s = arena.take(kKeyBlock * kTileRows<V>);
-  const KeyReader<V, S> reader{&h, arena.take(kKeyBlock * h.head_dim), arena.take(kKeyBlock * h.value_dim)};
+  using Dot = ScoreDot<V, S>;
+  using Block = KeyBlock<typename Dot::Key, T>;
+  const KeyReader<V, S, Dot> reader{&h, reinterpret_cast<typename Dot::Key*>(arena.take(kKeyBlock * h.head_dim)),
+                                    arena.take(kKeyBlock * h.value_dim)};
   Tile<V>* tile = reinterpret_cast<Tile<V>*>(arena.take(tiles * static_cast<int64_t>(sizeof(Tile<V>) / sizeof(T))));
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row_begin = task.row_begin + t * kTileRows<V>;
     const int64_t rows = min64(kTileRows<V>, task.row_end - row_begin);
     tile[t] = {row_begin, rows, static_cast<int>((rows + V::kLanes - 1) / V::kLanes), true, arena.take(kTileRows<V> * h.head_dim),
                arena.take(kTileRows<V> * h.value_dim), arena.take(kTileRows<V>), arena.take(kTileRows<V>)};
-    begin_tile<V, S>(task, tile[t]);
+    begin_tile<V, S, Dot>(task, tile[t]);
   }
 
   const auto for_each_block = [&](const auto& visit) {
     KeyRange range = visible_keys(h, task.row_begin, task.row_end);
     range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
     for (int64_t begin = range.begin / kKeyBlock * kKeyBlock; begin < range.end; begin += kKeyBlock) {
-      const KeyBlock<T> all = reader.read(max64(begin, range.begin), min64(begin + kKeyBlock, range.end));
+      const Block all = reader.read(max64(begin, range.begin), min64(begin + kKeyBlock, range.end));
       for (int64_t t = 0; t < tiles; ++t) {
-        const KeyBlock<T> block = intersect(all, visible_keys(h, tile[t].row_begin, tile[t].row_begin + tile[t].rows));
+        const Block block = intersect(all, visible_keys(h, tile[t].row_begin, tile[t].row_begin + tile[t].rows));
         if (block.begin < block.end) visit(tile[t], block);
       }
     }
   };
-  for_each_block([&](Tile<V>& t, const KeyBlock<T>& block) {
+  for_each_block([&](Tile<V>& t, const Block& block) {
     if (t.vectors == 1)
-      accumulate<V, 1>(h, t, block, s);
+      accumulate<V, Dot, 1>(h, t, block, s);
     else if (t.vectors == 2)
-      accumulate<V, 2>(h, t, block, s);
+      accumulate<V, Dot, 2>(h, t, block, s);
     else
-      accumulate<V, 3>(h, t, block, s);
+      accumulate<V, Dot, 3>(h, t, block, s);
   });
   for (int64_t t = 0; t < tiles; ++t) finish_tile<V, S>(task, tile[t]);
   if (h.weights == nullptr) return;
-  for_each_block([&](Tile<V>& t, const KeyBlock<T>& block) {
+  for_each_block([&](Tile<V>& t, const Block& block) {
     if (t.vectors == 1)
-      write_weights<V, S, 1>(task, t, block, s);
+      write_weights<V, S, Dot, 1>(task, t, block, s);
     else if (t.vectors == 2)
-      write_weights<V, S, 2>(task, t, block, s);
+      write_weights<V, S, Dot, 2>(task, t, block, s);
     else
-      write_weights<V, S, 3>(task, t, block, s);
+      write_weights<V, S, Dot, 3>(task, t, block, s);
   });
 }
 

@@ -13,6 +13,9 @@ extern const KernelTable kTable_avx2;
 #ifdef FOVEAL_HAVE_avx512
 extern const KernelTable kTable_avx512;
 #endif
+#ifdef FOVEAL_HAVE_avx512bf16
+extern const KernelTable kTable_avx512bf16;
+#endif
 #ifdef FOVEAL_HAVE_neon
 extern const KernelTable kTable_neon;
 #endif
@@ -25,6 +28,11 @@ const std::vector<const KernelTable*>& runnable_tables() {
     std::vector<const KernelTable*> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#endif
+#ifdef FOVEAL_HAVE_avx512bf16
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+      found.push_back(&kTable_avx512bf16);
 #endif
 #ifdef FOVEAL_HAVE_avx512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

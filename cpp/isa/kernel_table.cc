@@ -3,7 +3,10 @@
 // Everything but the table itself has internal linkage, and no header with inline functions, templates of the standard library or
 // libm is included: else the linker could keep the copy of a shared inline function that was compiled for the widest set and give
 // it to everybody.
-#if defined(FOVEAL_ISA_avx512)
+#if defined(FOVEAL_ISA_avx512bf16)
+#define FOVEAL_ISA avx512bf16
+#include "simd/avx512.h"
+#elif defined(FOVEAL_ISA_avx512)
 #define FOVEAL_ISA avx512
 #include "simd/avx512.h"
 #elif defined(FOVEAL_ISA_avx2)
@@ -23,6 +26,8 @@
 #include "attention/mask.inl.h"
 #include "attention/storage.inl.h"
 #include "attention/softmax.inl.h"
+#include "attention/dot.inl.h"
+#include "attention/score_policy.inl.h"
 #include "attention/tile_forward.inl.h"
 #include "attention/tile_decode.inl.h"
 // clang-format on

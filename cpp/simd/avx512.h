@@ -20,7 +20,11 @@
 namespace foveal {
 namespace {
 
+#ifdef FOVEAL_ISA_avx512bf16
+constexpr char kIsaName[] = "avx512bf16";
+#else
 constexpr char kIsaName[] = "avx512";
+#endif
 constexpr int kVectorRegisters = 32;
 
 struct Float16 {
@@ -214,6 +218,25 @@ FOVEAL_INLINE uint64_t nonzero_bits64(const uint8_t* p) {
   const __m512i x = _mm512_loadu_si512(p);
   return _mm512_test_epi8_mask(x, x);
 }
+
+#ifdef FOVEAL_ISA_avx512bf16
+// Pairs of bfloat16 as they lie in memory, one pair a lane. Products are exact, sums round to float32; denormals count as 0.
+#define FOVEAL_HAS_BF16_DOT 1
+
+FOVEAL_INLINE F32 load_pairs(const BFloat16* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
+FOVEAL_INLINE F32 load_pairs_n(const BFloat16* p, int64_t n) {
+  const __mmask32 m = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m, p))};
+}
+FOVEAL_INLINE F32 broadcast_pair(const BFloat16* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
+}
+FOVEAL_INLINE F32 dot_bf16(F32 a, F32 b, F32 sum) {
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+}
+#endif
 
 }  // namespace
 }  // namespace foveal
