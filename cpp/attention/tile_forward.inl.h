@@ -226,61 +226,86 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
 
 // ---- entry and exit of a tile --------------------------------------------------------------------------------------------------------
 
+// Pointers to the rows of one vector of a tile in an array with one axis for queries and one for the heads of the group; null past
+// the tile's last row. Counts along instead of dividing row by row.
+template <class V, class P>
+FOVEAL_INLINE void row_pointers(const HeadTask& h, const Tile<V>& tile, int r, P* base, int64_t stride_s, int64_t stride_g,
+                                P* (&pointers)[V::kLanes]) {
+  const int64_t first = tile.row_begin + r * V::kLanes;
+  int64_t i = first / h.group, g = first - i * h.group;
+  const int64_t rows = tile.rows - r * V::kLanes;
+  for (int lane = 0; lane < V::kLanes; ++lane) {
+    pointers[lane] = lane < rows ? base + i * stride_s + g * stride_g : nullptr;
+    if (++g == h.group) {
+      g = 0;
+      ++i;
+    }
+  }
+}
+
 template <class V, class S, class Dot>
 static void begin_tile(const RowTask& task, Tile<V>& tile) {
   const HeadTask& h = *task.head;
   const V scale = score_scale<V>(h);
   const int64_t width = int64_t{tile.vectors} * V::kLanes;
   for (int r = 0; r < tile.vectors; ++r) {
-    const S* row_pointer[V::kLanes];
-    for (int lane = 0; lane < V::kLanes; ++lane) {
-      const int64_t row = tile.row_begin + r * V::kLanes + lane;
-      row_pointer[lane] = row >= tile.row_begin + tile.rows
-                              ? nullptr
-                              : static_cast<const S*>(h.q) + row / h.group * h.q_stride_s + row % h.group * h.q_stride_g;
-    }
+    const S* q[V::kLanes];
+    row_pointers(h, tile, r, static_cast<const S*>(h.q), h.q_stride_s, h.q_stride_g, q);
     const int64_t steps = (h.head_dim + Dot::kStep - 1) / Dot::kStep;
     for (int64_t step = 0; step < steps; step += V::kLanes) {
       const int64_t d = step * Dot::kStep;
       V block[V::kLanes];
       for (int lane = 0; lane < V::kLanes; ++lane)
-        block[lane] = row_pointer[lane] == nullptr
-                          ? zero<V>()
-                          : Dot::load_query(row_pointer[lane] + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, scale);
+        block[lane] = q[lane] == nullptr ? zero<V>() : Dot::load_query(q[lane] + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, scale);
       transpose(block);
       for (int64_t c = 0; c < min64(V::kLanes, steps - step); ++c) store(tile.qt + (step + c) * width + r * V::kLanes, block[c]);
     }
-    for (int lane = 0; lane < V::kLanes; ++lane) {
-      const int64_t row = tile.row_begin + r * V::kLanes + lane;
-      begin_row(h, row, task.partial == nullptr, tile.max + r * V::kLanes + lane, tile.sum + r * V::kLanes + lane);
-    }
+    for (int lane = 0; lane < V::kLanes; ++lane)
+      begin_row(h, tile.row_begin + r * V::kLanes + lane, task.partial == nullptr, tile.max + r * V::kLanes + lane,
+                tile.sum + r * V::kLanes + lane);
   }
   tile.untouched = true;
+}
+
+// Columns [c, c + n) of one vector of rows, times `factor`, to a row-major array.
+template <class V, class P>
+FOVEAL_INLINE void write_columns(const typename V::T* ot, int64_t width, int64_t n, V factor, P* const (&rows)[V::kLanes], int64_t c,
+                                 int64_t stride_d) {
+  V block[V::kLanes];
+  for (int lane = 0; lane < V::kLanes; ++lane) block[lane] = lane < n ? load(ot + lane * width) * factor : zero<V>();
+  transpose(block);
+  for (int lane = 0; lane < V::kLanes && rows[lane] != nullptr; ++lane)
+    narrow_strided(rows[lane] + c * stride_d, stride_d, block[lane], n);
+}
+
+template <class V, class P>
+static void write_rows(const HeadTask& h, const Tile<V>& tile, int r, V factor, P* const (&rows)[V::kLanes], int64_t stride_d) {
+  const int64_t width = int64_t{tile.vectors} * V::kLanes;
+  const typename V::T* ot = tile.ot + r * V::kLanes;
+  int64_t c = 0;
+  if (stride_d == 1)  // the usual case, with everything that it fixes known to the compiler
+    for (; c + V::kLanes <= h.value_dim; c += V::kLanes) write_columns(ot + c * width, width, V::kLanes, factor, rows, c, 1);
+  for (; c < h.value_dim; c += V::kLanes) write_columns(ot + c * width, width, min64(V::kLanes, h.value_dim - c), factor, rows, c, stride_d);
 }
 
 template <class V, class S>
 static void finish_tile(const RowTask& task, const Tile<V>& tile) {
   using T = typename V::T;
   const HeadTask& h = *task.head;
-  const int64_t width = int64_t{tile.vectors} * V::kLanes;
+  if (tile.untouched)
+    for (int64_t x = 0; x < h.value_dim * tile.vectors * V::kLanes; x += V::kLanes) store(tile.ot + x, zero<V>());
   for (int r = 0; r < tile.vectors; ++r) {
-    const V factor = task.partial != nullptr ? broadcast<V>(1) : inverse_or_zero(load(tile.sum + r * V::kLanes));
-    const int64_t rows = min64(V::kLanes, tile.rows - r * V::kLanes);
-    for (int64_t c = 0; c < h.value_dim; c += V::kLanes) {
-      const int64_t n = min64(V::kLanes, h.value_dim - c);
-      V block[V::kLanes];
-      for (int lane = 0; lane < V::kLanes; ++lane)
-        block[lane] = lane < n && !tile.untouched ? load(tile.ot + (c + lane) * width + r * V::kLanes) * factor : zero<V>();
-      transpose(block);
-      for (int64_t lane = 0; lane < rows; ++lane) {
-        const int64_t row = tile.row_begin + r * V::kLanes + lane;
-        if (task.partial != nullptr) {
-          narrow_n(static_cast<T*>(task.partial) + (row - task.row_begin) * h.value_dim + c, block[lane], n);
-        } else {
-          S* out = static_cast<S*>(h.out) + row / h.group * h.out_stride_s + row % h.group * h.out_stride_g + c * h.out_stride_d;
-          narrow_strided(out, h.out_stride_d, block[lane], n);
-        }
+    if (task.partial != nullptr) {
+      T* rows[V::kLanes];
+      for (int lane = 0; lane < V::kLanes; ++lane) {
+        const int64_t row = r * V::kLanes + lane;
+        rows[lane] = row < tile.rows ? static_cast<T*>(task.partial) + (tile.row_begin - task.row_begin + row) * h.value_dim : nullptr;
       }
+      write_rows(h, tile, r, broadcast<V>(1), rows, 1);
+    } else {
+      S* rows[V::kLanes];
+      row_pointers(h, tile, r, static_cast<S*>(h.out), h.out_stride_s, h.out_stride_g, rows);
+      write_rows(h, tile, r, inverse_or_zero(load(tile.sum + r * V::kLanes)), rows, h.out_stride_d);
     }
   }
   for (int64_t x = 0; x < tile.rows; ++x) {
@@ -298,18 +323,16 @@ static void write_weights(const RowTask& task, const Tile<V>& tile, const KeyBlo
   for (int r = 0; r < NV; ++r) {
     const V base = or_zero_if_unseen(load(tile.max + r * V::kLanes));
     const V factor = inverse_or_zero(load(tile.sum + r * V::kLanes));
+    S* rows[V::kLanes];
+    row_pointers(h, tile, r, static_cast<S*>(h.weights), h.weights_stride_s, h.weights_stride_g, rows);
     for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
       const int64_t width = min64(V::kLanes, n - j0);
       V weights[V::kLanes];
       for (int lane = 0; lane < V::kLanes; ++lane)
         weights[lane] = lane < width ? exp2_nonpositive(load(s + ((j0 + lane) * NV + r) * V::kLanes) - base) * factor : zero<V>();
       transpose(weights);
-      for (int64_t lane = 0; lane < V::kLanes && r * V::kLanes + lane < tile.rows; ++lane) {
-        const int64_t row = tile.row_begin + r * V::kLanes + lane;
-        S* out = static_cast<S*>(h.weights) + row / h.group * h.weights_stride_s + row % h.group * h.weights_stride_g +
-                 (block.begin + j0) * h.weights_stride_k;
-        narrow_strided(out, h.weights_stride_k, weights[lane], width);
-      }
+      for (int lane = 0; lane < V::kLanes && rows[lane] != nullptr; ++lane)
+        narrow_strided(rows[lane] + (block.begin + j0) * h.weights_stride_k, h.weights_stride_k, weights[lane], width);
     }
   }
 }
