@@ -11,9 +11,10 @@ namespace {
 constexpr int64_t kDecodePartKeys = 1024;
 constexpr int64_t kForwardPartKeys = 2048;
 
-// Packed keys (widened halves, strided elements) are shared by this many rows, which makes packing a few percent of the work.
-constexpr int64_t kRowsSharingPackedKeys = 192;
+// A key block, packed or not, is read once for so many rows: packing becomes a few percent of the work, and K and V stay in the
+// second-level cache. Fewer rows where that would leave too few items to share out.
 constexpr int64_t kRowsSharingKeys = 192;
+constexpr int64_t kItemsEnough = 32;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -38,9 +39,12 @@ Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
   plan.kv_heads = p.k.shape[1];
   plan.group = plan.kv_heads > 0 ? p.q.shape[1] / plan.kv_heads : 1;
   const int64_t batch = plan.kv_heads > 0 ? p.q.shape[0] : 0;
-  const bool packed = itemsize(p.k.dtype) == 2 || p.k.stride[3] != 1 || p.v.stride[3] != 1;
+  // How many rows go together is nothing to a row's own arithmetic (tile_forward.inl.h), so this alone may look at the batch.
   const int64_t tile = plan.kernels->rows_per_tile;
-  const int64_t rows_per_item = divide_up(packed ? kRowsSharingPackedKeys : kRowsSharingKeys, tile) * tile;
+  const int64_t most_rows = p.q.shape[2] * plan.group;
+  int64_t rows_per_item = divide_up(kRowsSharingKeys, tile) * tile;
+  while (rows_per_item > tile && batch * plan.kv_heads * divide_up(most_rows, rows_per_item) < kItemsEnough)
+    rows_per_item = std::max(divide_up(rows_per_item / 2, tile) * tile, tile);
   plan.sequences.reserve(static_cast<size_t>(batch));
   for (int64_t b = 0; b < batch; ++b) {
     SequencePlan s;
@@ -52,9 +56,10 @@ Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
     s.decode = s.rows <= plan.kernels->decode_rows && !p.weights.present();
     s.rows_per_block = s.decode ? std::max<int64_t>(s.rows, 1) : rows_per_item;
     s.row_blocks = divide_up(s.rows, s.rows_per_block);
+    // Where keys are cut does enter the arithmetic: by this sequence's own rows and keys only.
     s.keys_per_part = s.decode ? kDecodePartKeys : kForwardPartKeys;
     s.parts = divide_up(s.kv_len, s.keys_per_part);
-    if (s.row_blocks > 1 || s.parts < 2 || p.weights.present()) {
+    if (s.rows > tile || s.parts < 2 || p.weights.present()) {
       s.parts = 1;
       s.keys_per_part = s.kv_len;
     }
