@@ -245,7 +245,8 @@ class ForwardRun {
   }
 
   void work(std::byte* scratch, bool polls) {
-    const auto start = std::chrono::steady_clock::now();
+    polls = polls && options_.interrupted != nullptr && plan_.items > 1;
+    const auto start = polls ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
     HeadTask head;
     int64_t batch = -1, kv_head = -1;
     for (;;) {
@@ -258,7 +259,7 @@ class ForwardRun {
         head = head_task(p_, plan_, batch, kv_head, slopes_.empty() ? nullptr : slopes_.data(), sinks_.empty() ? nullptr : sinks_.data());
       }
       run(head, item, scratch);
-      if (polls && options_.interrupted != nullptr && std::chrono::steady_clock::now() - start > kPollAfter &&
+      if (polls && std::chrono::steady_clock::now() - start > kPollAfter &&
           options_.interrupted(options_.interrupted_context))
         stop_.store(true, std::memory_order_relaxed);
     }

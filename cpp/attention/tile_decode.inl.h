@@ -180,8 +180,22 @@ struct DecodeState {
   typename V::T *q, *o, *s;
   int64_t q_stride, o_stride;
   bool prefetch;
-  typename V::T max[R], sum[R];
+  V max, sum;  // lane l: of row l % R, the sum over the keys that fell to this lane
 };
+
+// Joins the lanes of each row, over the keys of a vector; every lane of a row gets the result.
+template <class V, int R, class Join>
+FOVEAL_INLINE V over_keys(V x, Join join) {
+  alignas(64) typename V::T lanes[V::kLanes];
+  store(lanes, x);
+#pragma GCC unroll 4
+  for (int half = V::kLanes / 2; half >= R; half /= 2)
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane) lanes[lane] = join(lanes[lane], lanes[lane + half]);
+#pragma GCC unroll 16
+  for (int lane = R; lane < V::kLanes; ++lane) lanes[lane] = lanes[lane % R];
+  return load(lanes);
+}
 
 // The scores of keys [begin, begin + n), all policies applied, their per-lane maxima in `highest`.
 template <class V, class S, int R>
@@ -247,19 +261,10 @@ static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t be
   V highest;
   const Visibility seen = decode_block_scores<V, S, R>(h, state, begin, n, k, Prefetch<S>{v, state.prefetch ? h.value_dim : 0}, highest);
   if (seen == Visibility::kNone) return;
-  alignas(64) T lanes[V::kLanes], base[V::kLanes];
-  T rescale[R];
-  store(lanes, highest);
-  for (int lane = R; lane < V::kLanes; ++lane) lanes[lane % R] = lanes[lane] > lanes[lane % R] ? lanes[lane] : lanes[lane % R];
-  for (int r = 0; r < R; ++r) base[r] = state.max[r];
-  for (int lane = 0; lane < V::kLanes; ++lane) {
-    const int r = lane % R;
-    base[lane] = state.max[r] > lanes[r] || state.max[r] != state.max[r] ? state.max[r] : lanes[r];
-  }
-  const V now = load(base), shift = or_zero_if_unseen(now);
-  alignas(64) T factor[V::kLanes], before[V::kLanes];
-  for (int lane = 0; lane < V::kLanes; ++lane) before[lane] = state.max[lane % R];
-  store(factor, exp2_nonpositive(load(before) - shift));
+  const V now = max(state.max, over_keys<V, R>(highest, [](T x, T y) { return x > y ? x : y; }));
+  const V shift = or_zero_if_unseen(now);
+  const V factor = exp2_nonpositive(state.max - shift);
+  state.max = now;
 
   const bool guarded = seen == Visibility::kPartial && !all_finite<V>(v.p, v.stride, n, h.value_dim);
   const V masked = zero<V>() * broadcast<V>(-1);
@@ -270,14 +275,9 @@ static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t be
     sum = sum + w;
     store(state.s + x, guarded ? select(equal(score, negative_infinity<V>()), masked, w) : w);
   }
-  store(lanes, sum);
-  for (int r = 0; r < R; ++r) {
-    T total = 0;
-    for (int lane = r; lane < V::kLanes; lane += R) total += lanes[lane];
-    rescale[r] = factor[r];
-    state.max[r] = base[r];
-    state.sum[r] = state.sum[r] * rescale[r] + total;
-  }
+  state.sum = fma(state.sum, factor, sum);
+  alignas(64) T rescale[V::kLanes];
+  store(rescale, factor);
   if (guarded)
     decode_values_guarded<V, S, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale);
   else
@@ -306,6 +306,7 @@ static void decode_rows(const RowTask& task) {
   state.q = arena.take(R * state.q_stride);
   state.o = arena.take(R * state.o_stride);
   state.s = arena.take(R * kKeyBlock);
+  alignas(64) T row_max[V::kLanes], row_sum[V::kLanes];
   for (int64_t r = 0; r < R; ++r) {
     const int64_t row = task.row_begin + r;
     const S* q = static_cast<const S*>(h.q) + row / h.group * h.q_stride_s + row % h.group * h.q_stride_g;
@@ -313,8 +314,15 @@ static void decode_rows(const RowTask& task) {
       store(state.q + r * state.q_stride + x,
             r < state.rows ? Dot::load_query(q + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, score_scale<V>(h)) : zero<V>());
     for (int64_t c = 0; c < state.o_stride; c += V::kLanes) store(state.o + r * state.o_stride + c, zero<V>());
-    begin_row(h, row, task.partial == nullptr, state.max + r, state.sum + r);
+    begin_row(h, row, task.partial == nullptr, row_max + r, row_sum + r);
   }
+  // A sink counts once, in the lane of the row's first key.
+  for (int lane = R; lane < V::kLanes; ++lane) {
+    row_max[lane] = row_max[lane % R];
+    row_sum[lane] = 0;
+  }
+  state.max = load(row_max);
+  state.sum = load(row_sum);
 
   KeyRange range = visible_keys(h, task.row_begin, task.row_end);
   range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
@@ -328,12 +336,14 @@ static void decode_rows(const RowTask& task) {
     decode_block<V, S, R>(h, state, begin, n, k, v);
   }
 
+  store(row_max, state.max);
+  store(row_sum, over_keys<V, R>(state.sum, [](T x, T y) { return x + y; }));
   for (int64_t r = 0; r < state.rows; ++r) {
     const int64_t row = task.row_begin + r;
     const T* o = state.o + r * state.o_stride;
-    if (task.row_max != nullptr) static_cast<T*>(task.row_max)[r] = state.max[r];
-    if (task.row_sum != nullptr) static_cast<T*>(task.row_sum)[r] = state.sum[r];
-    const V factor = inverse_or_zero(broadcast<V>(state.sum[r]));
+    if (task.row_max != nullptr) static_cast<T*>(task.row_max)[r] = row_max[r];
+    if (task.row_sum != nullptr) static_cast<T*>(task.row_sum)[r] = row_sum[r];
+    const V factor = inverse_or_zero(broadcast<V>(row_sum[r]));
     S* out = static_cast<S*>(h.out) + row / h.group * h.out_stride_s + row % h.group * h.out_stride_g;
     for (int64_t c = 0; c < h.value_dim; c += V::kLanes) {
       const int64_t n = min64(V::kLanes, h.value_dim - c);
