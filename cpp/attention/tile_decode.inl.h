@@ -359,10 +359,11 @@ template <class V, class S>
 static void decode(const RowTask& task) {
   const int64_t rows = task.row_end - task.row_begin;
   if (rows == 1) return decode_rows<V, S, 1>(task);
-  if (rows == 2) return decode_rows<V, S, 2>(task);
   if constexpr (kDecodeRows<V> > 4)
     if (rows > 4) return decode_rows<V, S, 8>(task);
-  decode_rows<V, S, 4>(task);
+  if constexpr (kDecodeRows<V> > 2)
+    if (rows > 2) return decode_rows<V, S, 4>(task);
+  decode_rows<V, S, 2>(task);
 }
 
 // Joins the parts of a split key range, in their order. Part p, row r is at partial[(p * rows + r) * value_dim], its state at
