@@ -1,21 +1,9 @@
-// The vector vocabulary on AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles a vector, lane masks in mask registers.
-//
-// Every cpp/simd/*.h defines the same names, and nothing else of the kernels knows an intrinsic:
-//   F32, F64          vectors of T with kLanes lanes; load/store unaligned, load_n/store_n the first n lanes (others 0 / kept)
-//   Mask<V>           one truth value a lane; mask_from_bits takes the low kLanes bits
-//   max(a, b)         a NaN in b is returned; a NaN in a may be dropped
-//   exp2_scale(p, n)  p * 2^n for integral n <= 0; results below the smallest normal number may be 0
-//   widen/narrow      contiguous storage <-> F32: float, Float16 (IEEE), BFloat16 (round to nearest even)
-//   transpose(r)      a kLanes x kLanes block held in kLanes vectors
-//   sum_each(a)       lane i = the sum of the lanes of a[i]; each sum in the same fixed order
-//   nonzero_bits64    bit i = (p[i] != 0) for 64 bytes
+// The vector vocabulary (see common.h) on AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles a vector, lane masks in mask registers.
 #pragma once
 
 #include <immintrin.h>
 
-#include <cstdint>
-
-#define FOVEAL_INLINE inline __attribute__((always_inline))
+#include "simd/common.h"
 
 namespace foveal {
 namespace {
@@ -26,13 +14,6 @@ constexpr char kIsaName[] = "avx512bf16";
 constexpr char kIsaName[] = "avx512";
 #endif
 constexpr int kVectorRegisters = 32;
-
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 struct F32 {
   using T = float;
@@ -48,8 +29,6 @@ struct F64 {
   __m512d v;
 };
 
-template <class V>
-V broadcast(typename V::T x);
 template <>
 FOVEAL_INLINE F32 broadcast<F32>(float x) {
   return {_mm512_set1_ps(x)};
@@ -57,11 +36,6 @@ FOVEAL_INLINE F32 broadcast<F32>(float x) {
 template <>
 FOVEAL_INLINE F64 broadcast<F64>(double x) {
   return {_mm512_set1_pd(x)};
-}
-
-template <class V>
-FOVEAL_INLINE V zero() {
-  return broadcast<V>(0);
 }
 
 FOVEAL_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -90,26 +64,24 @@ FOVEAL_INLINE F64 round(F64 a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO
 FOVEAL_INLINE F32 exp2_scale(F32 p, F32 n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 FOVEAL_INLINE F64 exp2_scale(F64 p, F64 n) { return {_mm512_scalef_pd(p.v, n.v)}; }
 
-template <class V>
-using Mask = typename V::M;
-
-template <class V>
-FOVEAL_INLINE Mask<V> mask_from_bits(uint64_t bits) {
-  return static_cast<Mask<V>>(bits);
+template <>
+FOVEAL_INLINE __mmask16 mask_from_bits<F32>(uint64_t bits) {
+  return static_cast<__mmask16>(bits);
+}
+template <>
+FOVEAL_INLINE __mmask8 mask_from_bits<F64>(uint64_t bits) {
+  return static_cast<__mmask8>(bits);
 }
 FOVEAL_INLINE __mmask16 equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 FOVEAL_INLINE __mmask8 equal(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
 FOVEAL_INLINE F32 select(__mmask16 m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 FOVEAL_INLINE F64 select(__mmask8 m, F64 yes, F64 no) { return {_mm512_mask_blend_pd(m, no.v, yes.v)}; }
 
-// Lanes whose sign bit is set, -0 and -NaN included.
 FOVEAL_INLINE __mmask16 sign_mask(F32 a) { return _mm512_movepi32_mask(_mm512_castps_si512(a.v)); }
 FOVEAL_INLINE __mmask8 sign_mask(F64 a) { return _mm512_movepi64_mask(_mm512_castpd_si512(a.v)); }
 
 FOVEAL_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
 FOVEAL_INLINE double reduce_add(F64 a) { return _mm512_reduce_add_pd(a.v); }
-FOVEAL_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
-FOVEAL_INLINE double reduce_max(F64 a) { return _mm512_reduce_max_pd(a.v); }
 
 FOVEAL_INLINE __mmask16 first_lanes16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1); }
 FOVEAL_INLINE __mmask8 first_lanes8(int64_t n) { return static_cast<__mmask8>(n >= 8 ? 0xffu : (1u << n) - 1); }
