@@ -30,6 +30,7 @@
 #include "attention/score_policy.inl.h"
 #include "attention/tile_forward.inl.h"
 #include "attention/tile_decode.inl.h"
+#include "attention/merge.inl.h"
 // clang-format on
 
 #define FOVEAL_CONCAT_(a, b) a##b
