@@ -1,5 +1,6 @@
 #include "isa/detect.h"
 
+#include <atomic>
 #include <cstdlib>
 
 #include "isa/kernel_table.h"
@@ -52,6 +53,9 @@ const std::vector<const KernelTable*>& runnable_tables() {
   return tables;
 }
 
+// relaxed: it points to a constant.
+std::atomic<const KernelTable*> chosen_table{nullptr};
+
 }  // namespace
 
 std::vector<std::string> available_isas() {
@@ -66,15 +70,22 @@ const KernelTable* find_table(const std::string& name) {
   return nullptr;
 }
 
-const KernelTable* active_table(Status& status) {
-  static const char* const forced = std::getenv("FOVEAL_ISA");
-  if (forced == nullptr || *forced == '\0') return runnable_tables().front();
-  if (const KernelTable* table = find_table(forced)) return table;
+const KernelTable* require_table(const std::string& name, const std::string& source, Status& status) {
+  if (const KernelTable* table = find_table(name)) return table;
   std::string choices;
-  for (const std::string& name : available_isas()) choices += (choices.empty() ? "" : ", ") + name;
-  status = {ErrorKind::kValue, "FOVEAL_ISA is '" + std::string(forced) + "', expected one of: " + choices};
+  for (const std::string& available : available_isas()) choices += (choices.empty() ? "" : ", ") + available;
+  status = {ErrorKind::kValue, source + " is '" + name + "', expected one of: " + choices};
   return nullptr;
 }
+
+const KernelTable* active_table(Status& status) {
+  if (const KernelTable* table = chosen_table.load(std::memory_order_relaxed)) return table;
+  static const char* const forced = std::getenv("FOVEAL_ISA");
+  if (forced == nullptr || *forced == '\0') return runnable_tables().front();
+  return require_table(forced, "FOVEAL_ISA", status);
+}
+
+void use_table(const KernelTable* table) { chosen_table.store(table, std::memory_order_relaxed); }
 
 const char* table_name(const KernelTable* table) { return table->name; }
 
