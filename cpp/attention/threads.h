@@ -1,0 +1,16 @@
+// How many threads a call may use.
+#pragma once
+
+#include "foveal/attention.h"
+
+namespace foveal {
+
+// The count of this process; 0 goes back to the environment. At least 0: the caller has checked.
+void set_num_threads(int count);
+
+// First that is set: set_num_threads, FOVEAL_NUM_THREADS, `framework_count` (of the framework whose arrays a call is
+// about, 0: none), OpenMP's own choice, which is OMP_NUM_THREADS or the processors that the process may use. Sets
+// `status` to kValue for a FOVEAL_NUM_THREADS that is no positive integer.
+int num_threads(int framework_count, Status& status);
+
+}  // namespace foveal
