@@ -2,7 +2,7 @@
 //
 // The only place where shapes, dtypes, strides and values are refused, so that NumPy, torch and C++ callers meet the
 // same errors. Texts count axes as the caller did: in a 3-D "bshd" call the head axis is 1. No text is built unless it
-// is needed: a call on tiny arrays spends a third of a microsecond here.
+// is needed: a call on tiny arrays has no time for strings.
 //
 // Bounds that hold afterwards, so that kernels may add positions and multiply extents in int64_t:
 //   elements of q, k, v, out and of the scores < 2^60 (so every extent too); |q_offset| <= 2^60; window sides < 2^62
