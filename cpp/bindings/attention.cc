@@ -1,0 +1,264 @@
+// foveal.attention on NumPy and DLPack arrays: Python arguments -> AttentionProblem -> results.
+//
+// A plain C function with positional arguments: pybind11's dispatcher takes 0.16 us to hand over 18 arguments, where a
+// whole call on tiny arrays takes 1.5. Its Python caller has the keywords and the defaults.
+#include "bindings/attention.h"
+
+#include <algorithm>
+#include <new>
+#include <string>
+#include <utility>
+
+#include "attention/rejection.h"
+#include "attention/threads.h"
+#include "bindings/array_in_out.h"
+#include "bindings/errors.h"
+#include "foveal/attention.h"
+
+namespace py = pybind11;
+
+namespace foveal {
+namespace {
+
+enum Argument {
+  kQ,
+  kK,
+  kV,
+  kMask,
+  kBias,
+  kCausal,
+  kQOffset,
+  kWindow,
+  kScale,
+  kSoftcap,
+  kAlibiSlopes,
+  kSinks,
+  kQLens,
+  kKvLens,
+  kLayout,
+  kOut,
+  kReturnLse,
+  kReturnWeights,
+  kNumArguments
+};
+
+constexpr char kFloating[] = "float32, float64, float16 or bfloat16";
+
+// ---- scalars --------------------------------------------------------------------------------------------------------
+
+bool is_true(py::handle value) {
+  const int truth = PyObject_IsTrue(value.ptr());
+  if (truth < 0) throw py::error_already_set();
+  return truth == 1;
+}
+
+// Python's bool or NumPy's: an integer or an array here is a mistake, such as a causal length.
+bool to_bool(const char* name, py::handle value) {
+  if (value.ptr() == Py_True) return true;
+  if (value.ptr() == Py_False) return false;
+  const std::string type = type_text(value);
+  if (type != "numpy.bool" && type != "numpy.bool_") {
+    reject_type(std::string(name) + " has type " + type + ", expected bool");
+  }
+  return is_true(value);
+}
+
+double to_double(const char* name, py::handle value) {
+  const double number = PyFloat_AsDouble(value.ptr());
+  if (number != -1.0 || PyErr_Occurred() == nullptr) return number;
+  const bool overflow = PyErr_ExceptionMatches(PyExc_OverflowError) != 0;
+  if (!overflow && PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();
+  PyErr_Clear();
+  if (overflow) reject_value(std::string(name) + " is beyond float64, expected a finite number");
+  reject_type(std::string(name) + " has type " + type_text(value) + ", expected a number");
+}
+
+// One side of a window: None is unlimited here, so the core's own sign for it is no number to accept.
+int64_t to_window_side(const char* name, py::handle value) {
+  if (value.is_none()) return kUnlimited;
+  const auto index = PyIndex_Check(value.ptr()) && !PyBool_Check(value.ptr())
+                         ? py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()))
+                         : py::object();
+  if (!index) {
+    PyErr_Clear();
+    reject_type(std::string(name) + " has type " + type_text(value) + ", expected an integer or None");
+  }
+  int overflow = 0;
+  const int64_t width = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow > 0) return kUnlimited;
+  if (overflow < 0 || width < 0) {
+    reject_value(std::string(name) + " is " + py::str(index).cast<std::string>() + ", expected None or at least 0");
+  }
+  return width;
+}
+
+void read_window(py::handle window, AttentionProblem& problem) {
+  if (!PyTuple_Check(window.ptr()) && !PyList_Check(window.ptr())) {
+    reject_type("window has type " + type_text(window) + ", expected (left, right)");
+  }
+  const auto sides = py::reinterpret_borrow<py::sequence>(window);
+  if (sides.size() != 2) {
+    reject_value("window has " + std::to_string(sides.size()) + " items, expected (left, right)");
+  }
+  problem.window_left = to_window_side("window[0]", sides[0]);
+  problem.window_right = to_window_side("window[1]", sides[1]);
+}
+
+Layout to_layout(py::handle layout) {
+  if (!PyUnicode_Check(layout.ptr()))
+    reject_type("layout has type " + type_text(layout) + ", expected 'bhsd' or 'bshd'");
+  if (PyUnicode_CompareWithASCIIString(layout.ptr(), "bhsd") == 0) return Layout::kBhsd;
+  if (PyUnicode_CompareWithASCIIString(layout.ptr(), "bshd") == 0) return Layout::kBshd;
+  reject_value("layout is " + py::repr(layout).cast<std::string>() + ", expected 'bhsd' or 'bshd'");
+}
+
+// ---- the call -------------------------------------------------------------------------------------------------------
+
+AttentionProblem read_problem(PyObject* const* arguments, CallArrays& arrays) {
+  const auto argument = [arguments](Argument index) { return py::handle(arguments[index]); };
+  const auto optional = [&](const char* name, Argument index, const char* expected, Access access = Access::kRead) {
+    return argument(index).is_none() ? TensorView{} : arrays.view(name, argument(index), expected, access);
+  };
+  AttentionProblem problem;
+  problem.layout = to_layout(argument(kLayout));
+  problem.causal = to_bool("causal", argument(kCausal));
+  read_window(argument(kWindow), problem);
+  problem.has_scale = !argument(kScale).is_none();
+  if (problem.has_scale) problem.scale = to_double("scale", argument(kScale));
+  problem.softcap = to_double("softcap", argument(kSoftcap));
+
+  problem.q = arrays.view("q", argument(kQ), kFloating);
+  problem.k = arrays.view("k", argument(kK), kFloating);
+  problem.v = arrays.view("v", argument(kV), kFloating);
+  problem.mask = optional("mask", kMask, "bool");
+  problem.bias = optional("bias", kBias, kFloating);
+  problem.alibi_slopes = optional("alibi_slopes", kAlibiSlopes, kFloating);
+  problem.sinks = optional("sinks", kSinks, kFloating);
+  problem.q_lens = arrays.integers("q_lens", argument(kQLens));
+  problem.kv_lens = arrays.integers("kv_lens", argument(kKvLens));
+  problem.q_offset = arrays.integers("q_offset", argument(kQOffset));
+  problem.out = optional("out", kOut, kFloating, Access::kWrite);
+  return problem;
+}
+
+using Compute = Status (*)(const AttentionProblem&);
+
+// (out, lse, weights), None where not asked for; out alone when it is all that is asked for.
+py::object run(PyObject* const* arguments, Compute compute) {
+  CallArrays arrays(arguments[kQ]);
+  AttentionProblem problem = read_problem(arguments, arrays);
+  const Layout layout = problem.layout;
+  const int rank = problem.q.rank;
+  int64_t out_shape[kMaxRank];
+  std::copy_n(problem.q.shape, kMaxRank, out_shape);
+  throw_if_failed(canonicalize(problem));
+
+  // The caller's rank: axes that q lacks are dropped from the front.
+  const int64_t scores[] = {problem.q.shape[0], problem.q.shape[1], problem.q.shape[2], problem.k.shape[2]};
+  const int64_t* caller_scores = scores + (4 - rank);
+  py::object out, lse, weights;
+  if (!problem.out.present()) {
+    out_shape[rank - 1] = problem.v.shape[3];
+    out = arrays.allocate(problem.q.dtype, out_shape, rank, problem.out);
+    problem.out = canonical_view(problem.out, layout);
+  }
+  if (is_true(arguments[kReturnLse])) {
+    const DType dtype = problem.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    lse = arrays.allocate(dtype, caller_scores, rank - 1, problem.lse);
+    problem.lse = contiguous_view(problem.lse.data, dtype, scores, 3);
+  }
+  if (is_true(arguments[kReturnWeights])) {
+    weights = arrays.allocate(problem.q.dtype, caller_scores, rank, problem.weights);
+    problem.weights = contiguous_view(problem.weights.data, problem.q.dtype, scores, 4);
+  }
+
+  throw_if_failed(compute(problem));
+
+  out = out ? arrays.hand_over(std::move(out)) : py::reinterpret_borrow<py::object>(arguments[kOut]);
+  if (!lse && !weights) return out;
+  const auto or_none = [&](py::object& result) {
+    return result ? arrays.hand_over(std::move(result)) : py::object(py::none());
+  };
+  return py::make_tuple(std::move(out), or_none(lse), or_none(weights));
+}
+
+// ---- computing without the GIL --------------------------------------------------------------------------------------
+
+class ReleasedGil {
+ public:
+  ReleasedGil() : state_(PyEval_SaveThread()) {}
+  ~ReleasedGil() { PyEval_RestoreThread(state_); }
+  ReleasedGil(const ReleasedGil&) = delete;
+  ReleasedGil& operator=(const ReleasedGil&) = delete;
+
+  // Runs pending signal handlers, which Python does on its main thread alone. True leaves an exception set.
+  bool interrupted() {
+    PyEval_RestoreThread(state_);
+    const bool raised = PyErr_CheckSignals() != 0;
+    state_ = PyEval_SaveThread();
+    return raised;
+  }
+
+ private:
+  PyThreadState* state_;
+};
+
+Status compute_forward(const AttentionProblem& problem) {
+  Status status;
+  ExecutionOptions options;
+  options.num_threads = num_threads(0, status);
+  if (!status.ok()) return status;
+  ReleasedGil gil;
+  options.interrupted = [](void* released) { return static_cast<ReleasedGil*>(released)->interrupted(); };
+  options.interrupted_context = &gil;
+  return attention_forward(problem, options);
+}
+
+Status compute_reference(const AttentionProblem& problem) {
+  const ReleasedGil gil;
+  return attention_reference(problem);
+}
+
+// ---- entry points ---------------------------------------------------------------------------------------------------
+
+template <Compute compute>
+PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  try {
+    if (count == kNumArguments) return run(arguments, compute).release().ptr();
+    PyErr_Format(PyExc_TypeError, "attention: %zd positional arguments, expected %d", count, int{kNumArguments});
+  } catch (const Rejection& rejection) {
+    PyErr_SetString(exception_class(rejection.kind), rejection.text.c_str());
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_SetString(PyExc_MemoryError, "attention: out of memory");
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+#define FOVEAL_SIGNATURE                                                                                            \
+  "($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lens, kv_lens, " \
+  "layout, out, return_lse, return_weights, /)\n--\n\n"
+
+template <Compute compute>
+PyCFunction function() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<compute>));
+}
+
+PyMethodDef methods[] = {
+    {"attention", function<compute_forward>(), METH_FASTCALL,
+     "attention" FOVEAL_SIGNATURE "foveal.attention on arrays that are no torch tensors."},
+    {"attention_reference", function<compute_reference>(), METH_FASTCALL,
+     "attention_reference" FOVEAL_SIGNATURE "The same by the plain float64 oracle."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void bind_attention(py::module_& module) {
+  if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
+}
+
+}  // namespace foveal

@@ -1,0 +1,53 @@
+// The extension module foveal._core.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "attention/threads.h"
+#include "bindings/attention.h"
+#include "bindings/dlpack.h"
+#include "bindings/errors.h"
+#include "isa/detect.h"
+
+namespace py = pybind11;
+
+namespace {
+
+int get_num_threads() {
+  foveal::Status status;
+  const int count = foveal::num_threads(0, status);
+  foveal::throw_if_failed(status);
+  return count;
+}
+
+std::string isa() {
+  foveal::Status status;
+  const foveal::KernelTable* table = foveal::active_table(status);
+  foveal::throw_if_failed(status);
+  return foveal::table_name(table);
+}
+
+void use_isa(const std::optional<std::string>& name) {
+  foveal::Status status;
+  const foveal::KernelTable* table = name ? foveal::require_table(*name, "use_isa: name", status) : nullptr;
+  foveal::throw_if_failed(status);
+  foveal::use_table(table);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "The native half of foveal. Private: what is public is in the package itself.";
+  foveal::bind_attention(m);
+  foveal::bind_dlpack(m);
+  m.def("set_num_threads", &foveal::set_num_threads, py::arg("count"), py::pos_only(),
+        "0 goes back to the environment.");
+  m.def("get_num_threads", &get_num_threads);
+  m.def("isa", &isa, "The instruction set whose kernels run. ValueError for an unknown or unavailable FOVEAL_ISA.");
+  m.def("isas", &foveal::available_isas, "The instruction sets of this build that this machine can run, best first.");
+  m.def("use_isa", &use_isa, py::arg("name"), py::pos_only(),
+        "Run the kernels of this instruction set from now on; None goes back to FOVEAL_ISA or the best. For tests.");
+}
