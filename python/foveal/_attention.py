@@ -1,0 +1,280 @@
+"""``foveal.attention``: one signature for every kind of array, and the way from it to the kernel of that kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, overload
+
+from numpy import ndarray
+
+from foveal import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from typing_extensions import Unpack
+
+ArrayT = TypeVar("ArrayT")
+
+
+class Attention(NamedTuple):
+    """What :func:`attention` returns when more than the output is asked for; what was not asked for is None."""
+
+    out: Any
+    lse: Any = None
+    weights: Any = None
+    stats: Any = None
+
+
+class _Options(TypedDict, total=False):
+    mask: Any
+    bias: Any
+    causal: bool
+    q_offset: int | Sequence[int] | Any | None
+    window: tuple[int | None, int | None]
+    scale: float | None
+    softcap: float
+    alibi_slopes: Any
+    sinks: Any
+    q_lens: Sequence[int] | Any | None
+    kv_lens: Sequence[int] | Any | None
+    dropout_p: float
+    seed: int | None
+    normalizer: Literal["softmax", "sparsemax", "entmax15", "sigmoid", "relu"]
+    layout: Literal["bhsd", "bshd"]
+    out: Any
+
+
+_torch_attention: Callable[..., Any] | None = None
+
+
+def _load_torch_attention() -> Callable[..., Any]:
+    """Import foveal.torch when the first tensor comes: foveal alone never imports torch."""
+    global _torch_attention
+    from foveal import torch
+
+    _torch_attention = torch._attention
+    return _torch_attention
+
+
+@overload
+def attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    *,
+    return_lse: Literal[False] = ...,
+    return_weights: Literal[False] = ...,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> ArrayT: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    *,
+    return_lse: Literal[True],
+    return_weights: bool = ...,
+    return_stats: bool = ...,
+    **options: Unpack[_Options],
+) -> Attention: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    *,
+    return_lse: bool = ...,
+    return_weights: Literal[True],
+    return_stats: bool = ...,
+    **options: Unpack[_Options],
+) -> Attention: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    *,
+    return_lse: bool = ...,
+    return_weights: bool = ...,
+    return_stats: bool = ...,
+    **options: Unpack[_Options],
+) -> ArrayT | Attention: ...
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    causal: bool = False,
+    q_offset: int | Sequence[int] | Any | None = None,
+    window: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_lens: Sequence[int] | Any | None = None,
+    kv_lens: Sequence[int] | Any | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    normalizer: str = "softmax",
+    layout: str = "bhsd",
+    out: Any = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    return_stats: bool = False,
+) -> Any:
+    r"""Compute exact scaled dot-product attention, block by block, without the array of scores.
+
+    ::
+
+        s = scale * q k^T                          (Sq, Skv), never held
+        s = softcap * tanh(s / softcap)            where softcap > 0
+        s = s - slope * |q_offset + i - j| + bias  where given
+        out = softmax(s) v                         over the keys j that query i sees
+
+    Symbols: B batch, Hq query heads, Hkv key/value heads (Hkv divides Hq; query head h reads key/value head
+    h // (Hq / Hkv)), Sq and Skv sequence lengths, D query/key head dim, Dv value head dim.
+
+    Parameters
+    ----------
+    q, k, v : array
+        (B, Hq, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv), or all without B, or all without B and H. numpy.ndarray,
+        torch.Tensor or any CPU array with ``__dlpack__`` (such as JAX's), of one kind and one dtype: float32, float64,
+        float16 or bfloat16 (``ml_dtypes.bfloat16`` in NumPy). Strides are free: negative, broadcast (0) and padded ones
+        are read in place.
+    mask : bool array, optional
+        Broadcastable to (B, Hq, Sq, Skv); True: query i sees key j.
+    bias : floating array, optional
+        Broadcastable to (B, Hq, Sq, Skv), added to the scores. A key at -inf is not seen.
+    causal : bool
+        Query i, at position q_offset + i, sees the keys j <= q_offset + i.
+    q_offset : int or (B,) integers, optional
+        May be negative. Default: Skv - Sq (kv_len - q_len with lengths), so the last query sits at the last key. For
+        the alignment at the first key that PyTorch's ``is_causal`` has, pass 0.
+    window : (int or None, int or None)
+        Query i sees the keys q_offset + i - left <= j <= q_offset + i + right; None: no limit. Composes with
+        ``causal``.
+    scale : float, optional
+        Default: 1/sqrt(D).
+    softcap : float
+        0: none.
+    alibi_slopes : (Hq,) or (B, Hq) floating array, optional
+        ALiBi (Press et al. 2022), by distance from the query's position.
+    sinks : (Hq,) floating array, optional
+        One more logit per head in the denominator alone.
+    q_lens, kv_lens : (B,) integers, optional
+        Rows past q_len are 0; keys past kv_len are never read. Lists, NumPy arrays and tensors will do for all kinds.
+    dropout_p, seed, normalizer, return_stats
+        Not built yet, except for the defaults.
+    layout : "bhsd" or "bshd"
+        "bshd": q, k, v and the output are (B, Sq, Hq, D) and so on, and (S, H, D) without B. Nothing is copied.
+    out : array, optional
+        Takes the output and is returned: q's shape with Dv for D, q's kind and dtype, any strides that do not overlap
+        themselves or another argument. Undefined after a KeyboardInterrupt.
+    return_lse, return_weights : bool
+        Return an :class:`Attention` with ``lse`` (B, Hq, Sq), log(sum(exp(s))), in float32 (float64 for float64), and
+        ``weights`` (B, Hq, Sq, Skv), softmax(s), in q's dtype; in this order in every layout, without the axes that q
+        lacks.
+
+    Returns
+    -------
+    array or Attention
+        (B, Hq, Sq, Dv), in the layout, rank, kind and dtype of q, C-contiguous. Sums are float32 (float64 for float64)
+        and the output is rounded once. A query that sees no key gives 0, weights 0 and lse -inf (with a sink: the
+        sink). What is not seen, NaN and infinity included, has no influence.
+
+        The bits do not depend on the number of threads, nor on what else is in the batch, nor on padding that lengths
+        exclude; they may differ between instruction sets.
+
+    Raises
+    ------
+    TypeError
+        An argument has a wrong type, kind, dtype or device; a floating ``mask``.
+    ValueError
+        A shape, stride, length or number does not fit; the text says which, and what was expected.
+    NotImplementedError
+        An option that is not built yet.
+    MemoryError
+        No memory for a result or for working space.
+
+    References
+    ----------
+    Vaswani et al. 2017, "Attention Is All You Need". Milakov and Gimelshein 2018, "Online normalizer calculation for
+    softmax". Dao et al. 2022, "FlashAttention".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import foveal
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((2, 8, 5, 64), dtype=np.float32)
+    >>> k = rng.standard_normal((2, 2, 7, 64), dtype=np.float32)
+    >>> v = rng.standard_normal((2, 2, 7, 64), dtype=np.float32)
+    >>> foveal.attention(q, k, v, causal=True).shape
+    (2, 8, 5, 64)
+    >>> out, lse, weights, _ = foveal.attention(q, k, v, kv_lens=[7, 3], return_lse=True, return_weights=True)
+    >>> lse.shape, weights.shape
+    ((2, 8, 5), (2, 8, 5, 7))
+    >>> bool((weights[1, :, :, 3:] == 0).all())
+    True
+    """
+    if dropout_p != 0.0 or normalizer != "softmax" or return_stats:
+        _refuse_unbuilt(dropout_p, normalizer)
+    if not isinstance(q, ndarray) and hasattr(q, "__torch_function__"):
+        on_tensors = _torch_attention or _load_torch_attention()
+        return on_tensors(
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=bias,
+            causal=causal,
+            q_offset=q_offset,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
+            layout=layout,
+            out=out,
+            return_lse=return_lse,
+            return_weights=return_weights,
+        )
+    # By position: keywords would cost as much as a whole call on small arrays.
+    result = _core.attention(
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        causal,
+        q_offset,
+        window,
+        scale,
+        softcap,
+        alibi_slopes,
+        sinks,
+        q_lens,
+        kv_lens,
+        layout,
+        out,
+        return_lse,
+        return_weights,
+    )
+    return Attention(*result) if return_lse or return_weights else result
+
+
+def _refuse_unbuilt(dropout_p: float, normalizer: str) -> None:
+    if normalizer not in ("softmax", "sparsemax", "entmax15", "sigmoid", "relu"):
+        raise ValueError(
+            f"attention: normalizer is {normalizer!r}, expected 'softmax', 'sparsemax', 'entmax15', 'sigmoid' or 'relu'"
+        )
+    if normalizer != "softmax":
+        raise NotImplementedError(f"attention: normalizer {normalizer!r} is not built yet, expected 'softmax'")
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"attention: dropout_p is {dropout_p}, expected 0.0: dropout is not built yet")
+    raise NotImplementedError("attention: return_stats is not built yet, expected False")
