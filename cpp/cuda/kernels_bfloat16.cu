@@ -1,0 +1,4 @@
+#define FOVEAL_CUDA_ELEMENT BFloat16
+#define FOVEAL_CUDA_FIND find_kernel_bfloat16
+#define FOVEAL_CUDA_COMBINE combine_kernel_bfloat16
+#include "cuda/kernels_16bit.inl.h"

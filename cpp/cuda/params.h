@@ -1,0 +1,52 @@
+// What a kernel reads: the canonical AttentionProblem reduced to pointers, strides and 32-bit extents, passed by value.
+//
+// A canonical problem has rank-4 (B,H,S,D) views with stride 0 on broadcast axes (see attention.h). Extents and
+// positions fit 32 bits (plan.cc refuses larger ones); offsets in memory are 64-bit.
+#pragma once
+
+#include <cstdint>
+
+#include "foveal/tensor_view.h"
+
+namespace foveal::cuda {
+
+// Positions stay within +-2^29 and a window side without a limit is 2^30, so no sum of three leaves 32 bits.
+constexpr int kPositionLimit = 1 << 29;
+constexpr int kNoLimit = 1 << 30;
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+struct Array {
+  void* data = nullptr;  // null: the optional argument was not given
+  int64_t stride[4] = {};
+  DType dtype = DType::kFloat32;
+};
+
+struct Params {
+  Array q, k, v, out;               // (B,H,S,D)
+  Array lse;                        // optional (B,Hq,Sq)
+  Array weights;                    // optional (B,Hq,Sq,Skv), plain path only
+  Array mask, bias;                 // optional (B,Hq,Sq,Skv)
+  Array alibi_slopes;               // optional (B,Hq)
+  Array sinks;                      // optional (Hq,)
+  Array q_lens, kv_lens, q_offset;  // optional (B,)
+  int batch = 0;
+  int num_heads = 0;
+  int num_kv_heads = 0;
+  int group = 0;  // num_heads / num_kv_heads
+  int seqlen_q = 0;
+  int seqlen_kv = 0;
+  int head_dim = 0;
+  int value_dim = 0;
+  int window_left = kNoLimit;
+  int window_right = kNoLimit;  // 0 under causal
+  double scale = 1.0;
+  double softcap = 0.0;  // 0: none
+  // Split keys: (num_splits, B, Hq, Sq, value_dim) normalised outputs and (num_splits, B, Hq, Sq) natural-log lse.
+  float* partial_out = nullptr;
+  float* partial_lse = nullptr;
+  int num_splits = 1;
+};
+
+}  // namespace foveal::cuda

@@ -1,0 +1,36 @@
+// Shapes that host and device must agree on: rows and bytes of shared memory of each kernel family.
+#pragma once
+
+namespace foveal::cuda {
+
+constexpr int tile_nbytes(int rows, int columns) { return rows * columns * 2; }
+
+// forward_mma.h: Q, one K and one V tile
+constexpr int forward_shared_nbytes(int head_dim, int block_m, int block_n) {
+  return tile_nbytes(block_m, head_dim) + 2 * tile_nbytes(block_n, head_dim);
+}
+
+// decode.h: Q and a ring of K and V tiles per warp, whose place the merge takes
+constexpr int kSplitKeys = 256;
+constexpr int kPackedRows = 16;
+constexpr int kWarpKeys = 16;
+constexpr int kCombineRows = 4;
+constexpr int decode_shared_nbytes(int head_dim, int warps, int stages) {
+  const int ring = warps * stages * 2 * tile_nbytes(kWarpKeys, head_dim);
+  const int merge = warps * kPackedRows * (head_dim + 2) * 4;
+  return tile_nbytes(kPackedRows, head_dim) + (ring > merge ? ring : merge);
+}
+
+// forward_plain.h: Q rows and 32 padded keys or values
+constexpr int kPlainKeys = 32;
+constexpr int kPlainRowsPerWarp = 4;
+constexpr int kPlainThreadsFloat = 256;
+constexpr int kPlainThreadsDouble = 128;
+constexpr int kPlainRowsFloat = kPlainThreadsFloat / 32 * kPlainRowsPerWarp;
+constexpr int kPlainRowsDouble = kPlainThreadsDouble / 32 * kPlainRowsPerWarp;
+constexpr int plain_shared_nbytes(int itemsize, int rows, int head_dim, int value_dim) {
+  const int width = head_dim > value_dim ? head_dim : value_dim;
+  return itemsize * (rows * head_dim + kPlainKeys * (width + 1));
+}
+
+}  // namespace foveal::cuda
