@@ -1,0 +1,244 @@
+"""The problems on which the CUDA backend is checked, and their float64 answers. CPU only.
+
+A `Case` is a shape and options by name; `make_inputs` draws them (rounded to the case's dtype, NaN put where a mask
+hides it); `reference` computes the answer from the rounded inputs row by row in float64, straight from the definition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+# ||out - ref|| / ||ref||, and the absolute error of lse. float32 and float64: sums of up to a few thousand terms.
+TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 2e-6, "float64": 1e-13}
+LSE_TOLERANCE = {"bfloat16": 1e-4, "float16": 1e-4, "float32": 1e-4, "float64": 1e-12}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem; `None` and zero mean an option is absent."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    seqlen_q: int
+    seqlen_kv: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    q_offset: int | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+    mask: bool = False
+    bias: str | None = None  # dtype of the bias
+    alibi: bool = False
+    sinks: bool = False
+    q_lens: tuple[int, ...] | None = None
+    kv_lens: tuple[int, ...] | None = None
+    layout: str = "bhsd"
+    strided: bool = False  # the last axis of q, k, v has stride 2
+    poison: bool = False  # NaN in every key and value that no row sees, and in some that only some rows see
+    variant: int = -1
+
+    def name(self) -> str:
+        """Shape, then every option that differs from its default."""
+        head = (
+            f"b{self.batch} h{self.num_heads}/{self.num_kv_heads} s{self.seqlen_q}x{self.seqlen_kv} "
+            f"d{self.head_dim}/{self.value_dim} {self.dtype}"
+        )
+        extras = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)[8:]
+            if getattr(self, f.name) != f.default
+        ]
+        return " ".join([head, *extras])
+
+
+def to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to the named dtype, bfloat16 by ml_dtypes."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return array.astype(ml_dtypes.bfloat16)
+    return array.astype(dtype)
+
+
+def visible(case: Case, batch: int, mask: np.ndarray | None) -> np.ndarray:
+    """(Hq,Sq,Skv) bool: which keys each row sees."""
+    q_len = case.q_lens[batch] if case.q_lens else case.seqlen_q
+    kv_len = case.kv_lens[batch] if case.kv_lens else case.seqlen_kv
+    offset = kv_len - q_len if case.q_offset is None else case.q_offset
+    position = offset + np.arange(case.seqlen_q)[:, None]
+    key = np.arange(case.seqlen_kv)[None, :]
+    seen = np.broadcast_to(key < kv_len, (case.seqlen_q, case.seqlen_kv)).copy()
+    if case.causal:
+        seen &= key <= position
+    left, right = case.window
+    if left is not None:
+        seen &= key >= position - left
+    if right is not None:
+        seen &= key <= position + right
+    seen[q_len:] = False
+    result = np.broadcast_to(seen, (case.num_heads, *seen.shape))
+    return result & mask[batch] if mask is not None else result
+
+
+def make_inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
+    """Arrays by argument name, contiguous in (B,H,S,D); lens are int32, q_offset is kept in the case."""
+    rng = np.random.default_rng([seed, case.batch, case.seqlen_q, case.seqlen_kv, case.head_dim])
+    kv_shape = (case.batch, case.num_kv_heads, case.seqlen_kv)
+    arrays = {
+        "q": rng.standard_normal((case.batch, case.num_heads, case.seqlen_q, case.head_dim)),
+        "k": rng.standard_normal((*kv_shape, case.head_dim)),
+        "v": rng.standard_normal((*kv_shape, case.value_dim)),
+    }
+    arrays = {name: to_dtype(a, case.dtype) for name, a in arrays.items()}
+    scores = (case.batch, case.num_heads, case.seqlen_q, case.seqlen_kv)
+    if case.mask:
+        mask = rng.random(scores) < 0.7
+        if case.seqlen_q > 2:
+            mask[:, :, 1] = False  # a fully masked row
+        arrays["mask"] = mask
+    if case.bias:
+        arrays["bias"] = to_dtype(rng.standard_normal((1, case.num_heads, case.seqlen_q, case.seqlen_kv)), case.bias)
+    if case.alibi:
+        arrays["alibi_slopes"] = (2.0 ** -np.arange(1, case.num_heads + 1)).astype(np.float32)
+    if case.sinks:
+        arrays["sinks"] = rng.standard_normal(case.num_heads).astype(np.float32)
+    for name in ("q_lens", "kv_lens"):
+        lens = getattr(case, name)
+        if lens is not None:
+            arrays[name] = np.array(lens, np.int32)
+    if case.poison:
+        group = case.num_heads // case.num_kv_heads
+        for b in range(case.batch):
+            seen = visible(case, b, arrays.get("mask")).reshape(case.num_kv_heads, group, case.seqlen_q, -1)
+            hidden = ~seen.any(axis=(1, 2))
+            if case.causal and case.seqlen_kv > 3:
+                hidden[:, -2] = True  # seen by the last rows alone: theirs is NaN, the others' must not be
+            arrays["k"][b][hidden] = np.nan
+            arrays["v"][b][hidden] = np.nan
+    return arrays
+
+
+def reference(case: Case, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) in float64."""
+    group = case.num_heads // case.num_kv_heads
+    out = np.zeros((case.batch, case.num_heads, case.seqlen_q, case.value_dim))
+    lse = np.full((case.batch, case.num_heads, case.seqlen_q), -np.inf)
+    scale = 1.0 / math.sqrt(case.head_dim) if case.scale is None else case.scale
+    with np.errstate(invalid="ignore"):
+        for b in range(case.batch):
+            seen = visible(case, b, arrays.get("mask"))
+            q_len = case.q_lens[b] if case.q_lens else case.seqlen_q
+            kv_len = case.kv_lens[b] if case.kv_lens else case.seqlen_kv
+            offset = kv_len - q_len if case.q_offset is None else case.q_offset
+            for h in range(case.num_heads):
+                q = arrays["q"][b, h].astype(np.float64)
+                k = arrays["k"][b, h // group].astype(np.float64)
+                v = arrays["v"][b, h // group].astype(np.float64)
+                s = (q @ k.T) * scale
+                if case.softcap:
+                    s = case.softcap * np.tanh(s / case.softcap)
+                if "bias" in arrays:
+                    s = s + arrays["bias"][0, h].astype(np.float64)
+                if "alibi_slopes" in arrays:
+                    distance = np.abs(offset + np.arange(case.seqlen_q)[:, None] - np.arange(case.seqlen_kv)[None])
+                    s = s - float(arrays["alibi_slopes"][h]) * distance
+                for i in range(q_len):
+                    keys = np.flatnonzero(seen[h, i])
+                    logits = s[i, keys]
+                    if "sinks" in arrays:
+                        logits = np.append(logits, float(arrays["sinks"][h]))
+                    if logits.size == 0:
+                        continue
+                    top = logits.max()
+                    total = np.exp(logits - top).sum()
+                    lse[b, h, i] = top + np.log(total)
+                    out[b, h, i] = (np.exp(s[i, keys] - top) / total) @ v[keys]
+    return out, lse
+
+
+def correctness_grid(small: bool) -> Iterator[Case]:
+    """Every option on every path; `small` keeps to sizes that an emulated GPU can run."""
+    # The middle sizes have no ragged key block: what is wrong there cannot hide behind a mask.
+    sizes = [(1, 1), (63, 65), (65, 128), (130, 70)]
+    if not small:
+        sizes = [(1, 1), (63, 65), (127, 1000), (512, 512), (1000, 127), (1000, 1000)]
+    for dtype in ("bfloat16", "float16"):
+        for head_dim in (64, 128) if small else (64, 128, 256):
+            for sq, skv in sizes:
+                for causal in (False, True):
+                    yield Case(1, 2, 1, sq, skv, head_dim, head_dim, dtype, causal=causal)
+    base: dict[str, Any] = {"batch": 2, "num_heads": 4, "num_kv_heads": 2, "seqlen_q": 70, "seqlen_kv": 90}
+    base |= {"head_dim": 64, "value_dim": 64}
+    few = {**base, "seqlen_q": 5, "seqlen_kv": 600}  # the decoding path, several splits
+    options: list[dict[str, Any]] = [
+        {"causal": True, "window": (17, None)},
+        {"window": (9, 3)},
+        {"causal": True, "q_offset": 0},
+        {"q_offset": -40, "causal": True},
+        {"softcap": 5.0},
+        {"mask": True},
+        {"bias": "float32"},
+        {"bias": "bfloat16", "causal": True},
+        {"alibi": True, "causal": True},
+        {"sinks": True},
+        {"sinks": True, "mask": True, "softcap": 20.0, "bias": "float16", "alibi": True, "window": (40, 5)},
+        {"scale": -0.2},
+        {"scale": 0.0},
+        {"layout": "bshd", "causal": True},
+        {"strided": True, "causal": True, "sinks": True},
+        {"poison": True, "causal": True},
+        {"poison": True, "window": (5, 5)},
+        {"poison": True, "mask": True, "causal": True},
+        {"head_dim": 40, "value_dim": 72},
+        {"head_dim": 36, "value_dim": 30},
+        {"head_dim": 192, "value_dim": 128, "causal": True},
+    ]
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        for shape in (base, few):
+            for extra in options:
+                yield Case(**{**shape, "dtype": dtype, **extra})
+            lens = {"kv_lens": (shape["seqlen_kv"] - 37, 0), "q_lens": (shape["seqlen_q"] - 2, 3)}
+            yield Case(**shape, dtype=dtype, causal=True, **lens)
+            yield Case(**shape, dtype=dtype, kv_lens=(40, shape["seqlen_kv"]), poison=True, sinks=True)
+    for head_dim in (64, 128, 256):
+        for sq, skv in ((1, 1), (1, 257), (16, 1000), (7, 256)):
+            yield Case(2, 8, 2, sq, skv, head_dim, head_dim, "bfloat16", causal=True)
+    # Every tensor-core kernel by its id.
+    plain = {"batch": 1, "num_heads": 2, "num_kv_heads": 2, "seqlen_q": 150, "seqlen_kv": 170, "causal": True}
+    forward = {64: (0, 1, 20), 128: (2, 3, 4, 21), 256: (5, 6, 22)}
+    decode = {64: (40, 41), 128: (42, 43), 256: (44, 45)}
+    for dtype in ("bfloat16", "float16"):
+        for dim, variants in forward.items():
+            for variant in variants:
+                softcap = 9.0 if variant >= 20 else 0.0  # those are the kernels with policies
+                yield Case(**plain, head_dim=dim, value_dim=dim, dtype=dtype, variant=variant, softcap=softcap)
+        for dim, variants in decode.items():
+            for variant in variants:
+                yield Case(2, 8, 2, 3, 700, dim, dim, dtype, causal=True, variant=variant)
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """||found - expected|| / ||expected||; inf where NaN or an unwritten element differs from the reference."""
+    if not np.array_equal(np.isnan(found), np.isnan(expected)):
+        return math.inf
+    known = ~np.isnan(expected)
+    norm = float(np.linalg.norm(expected[known]))
+    difference = float(np.linalg.norm(found[known] - expected[known]))
+    return difference / norm if norm > 0 else difference
+
+
+def absolute_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference; infinities and NaN must agree exactly."""
+    if not all(np.array_equal(kind(found), kind(expected)) for kind in (np.isnan, np.isposinf, np.isneginf)):
+        return math.inf
+    finite = np.isfinite(expected)
+    return float(np.abs(found[finite] - expected[finite]).max(initial=0.0))

@@ -1,0 +1,224 @@
+"""The CUDA backend without a GPU.
+
+The kernels' own source runs on the emulated device of tests/cpp/cuda_emulation (its cuda/device.h says what it proves),
+through the C interface and the binding that a GPU would use. What needs nvcc (`test_cuda_build.py`) is apart.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+import cuda_problems as problems  # noqa: E402
+import cuda_report  # noqa: E402
+from cuda_problems import Case  # noqa: E402
+
+cuda = cuda_report.cuda
+HOPPER_SHARED = 227 * 1024
+AMPERE_CONSUMER_SHARED = 99 * 1024
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The backend on the emulated device."""
+    spec = importlib.util.spec_from_file_location("build_emulated", ROOT / "tests/cpp/cuda_emulation/build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    path = tmp_path_factory.mktemp("cuda") / "libfoveal_cuda_emulated.so"
+    builder.build(path)
+    return cuda.Library(path)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def emulated_cases() -> list[Case]:
+    """All 16-bit cases; of the plain path, which takes one emulated second each, every fifth."""
+    cases = list(problems.correctness_grid(small=True))
+    tensor_core = [c for c in cases if c.dtype in ("bfloat16", "float16")]
+    plain = [c for c in cases if c.dtype in ("float32", "float64")]
+    return tensor_core + plain[::5]
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_kernels_agree_with_float64(emulated: Any, part: int) -> None:
+    failed = []
+    for case in emulated_cases()[part::8]:
+        result = cuda_report.check_case(emulated, cuda_report.HostMemory(), case)
+        if not result["passed"]:
+            failed.append(result)
+    assert not failed
+
+
+@pytest.mark.parametrize("seqlen_q", [2, 90])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_padded_batch_equals_each_sequence_alone(emulated: Any, dtype: str, seqlen_q: int) -> None:
+    case = Case(3, 4, 2, seqlen_q, 400, 64, 64, dtype, causal=True, kv_lens=(400, 100, 257), sinks=True)
+    assert cuda_report.check_padding(emulated, cuda_report.HostMemory(), case)["passed"]
+
+
+def test_lengths_beyond_the_arrays_are_cut(emulated: Any) -> None:
+    case = Case(1, 1, 1, 5, 40, 64, 64, "float16", kv_lens=(40,))
+    arrays = problems.make_inputs(case)
+    expected, _ = cuda_report.Run(emulated, cuda_report.HostMemory(), case, arrays)()
+    arrays["kv_lens"] = np.array([10**6], np.int32)
+    found, _ = cuda_report.Run(emulated, cuda_report.HostMemory(), case, arrays)()
+    np.testing.assert_array_equal(found, expected)
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan_of(library: Any, case: Case, shared_limit: int = HOPPER_SHARED) -> dict[str, Any]:
+    """What would be launched, for views whose memory is never touched."""
+    problem = cuda.Problem()
+    for name, heads, seqlen, dim in (
+        ("q", case.num_heads, case.seqlen_q, case.head_dim),
+        ("k", case.num_kv_heads, case.seqlen_kv, case.head_dim),
+        ("v", case.num_kv_heads, case.seqlen_kv, case.value_dim),
+        ("out", case.num_heads, case.seqlen_q, case.value_dim),
+    ):
+        shape = (case.batch, heads, seqlen, dim)
+        strides = (heads * seqlen * dim, seqlen * dim, dim, 1)
+        address = {"q": 1, "k": 2, "v": 3, "out": 4}[name] << 44
+        setattr(problem, name, cuda.view(address, case.dtype, shape, strides))
+    problem.softcap = case.softcap
+    return dict(library.plan(problem, shared_limit, case.variant))
+
+
+BASE = Case(2, 8, 2, 1000, 1000, 128, 128, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "variant"),
+    [
+        ({}, "forward", 2),
+        ({"head_dim": 64, "value_dim": 64}, "forward", 0),
+        ({"head_dim": 64, "value_dim": 96}, "forward", 2),
+        ({"head_dim": 256, "value_dim": 256}, "forward", 5),
+        ({"softcap": 5.0}, "forward", 21),
+        ({"seqlen_q": 16}, "decode", 42),
+        ({"seqlen_q": 17}, "forward", 2),
+        ({"head_dim": 100, "value_dim": 100}, "plain", 60),
+        ({"dtype": "float32"}, "plain", 60),
+        ({"dtype": "float64"}, "plain", 61),
+        ({"seqlen_q": 0}, "empty", -1),
+        ({"variant": 4}, "forward", 4),
+    ],
+)
+def test_path_and_kernel(emulated: Any, changes: dict[str, Any], path: str, variant: int) -> None:
+    plan = plan_of(emulated, dataclasses.replace(BASE, **changes))
+    assert (plan["path"], plan["variant"]) == (path, variant)
+
+
+def test_a_device_with_less_shared_memory_gets_a_smaller_kernel(emulated: Any) -> None:
+    large = dataclasses.replace(BASE, head_dim=256, value_dim=256)
+    assert plan_of(emulated, large, AMPERE_CONSUMER_SHARED)["variant"] == 6
+    few = dataclasses.replace(BASE, seqlen_q=1)
+    assert plan_of(emulated, few, AMPERE_CONSUMER_SHARED)["variant"] == 43
+    for dim in (64, 128, 256):
+        for changes in ({}, {"softcap": 1.0}, {"seqlen_q": 1}, {"dtype": "float64"}):
+            case = dataclasses.replace(BASE, head_dim=dim, value_dim=dim, **changes)
+            assert plan_of(emulated, case, AMPERE_CONSUMER_SHARED)["shared_nbytes"] <= AMPERE_CONSUMER_SHARED
+
+
+def test_splits_depend_on_neither_batch_nor_heads(emulated: Any) -> None:
+    decode = dataclasses.replace(BASE, seqlen_q=1, seqlen_kv=10_000)
+    splits = {
+        plan_of(emulated, dataclasses.replace(decode, batch=b, num_heads=h, num_kv_heads=h))["num_splits"]
+        for b in (1, 200)
+        for h in (1, 64)
+    }
+    assert splits == {40}
+    few = plan_of(emulated, decode)
+    many = plan_of(emulated, dataclasses.replace(decode, batch=6))
+    assert many["num_blocks"] == 3 * few["num_blocks"]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_are_judged_as_on_the_cpu(emulated: Any) -> None:
+    problem = cuda.Problem()
+    problem.q = cuda.view(1 << 44, "float16", (2, 4, 5, 64), (1280, 320, 64, 1))
+    problem.k = cuda.view(2 << 44, "float16", (2, 4, 5, 96), (1920, 480, 96, 1))
+    problem.v = cuda.view(3 << 44, "float16", (2, 4, 5, 64), (1280, 320, 64, 1))
+    with pytest.raises(ValueError, match=r"attention: k\.shape\[3\] is 96, expected head_dim 64 \(from q\)"):
+        emulated.plan(problem, HOPPER_SHARED)
+    problem.k = cuda.view(2 << 44, "float32", (2, 4, 5, 64), (1280, 320, 64, 1))
+    with pytest.raises(TypeError, match="attention: k has dtype float32, expected float16"):
+        emulated.plan(problem, HOPPER_SHARED)
+
+
+def test_limits_are_named(emulated: Any) -> None:
+    with pytest.raises(NotImplementedError, match="head_dim is 264, the CUDA backend takes at most 256"):
+        plan_of(emulated, dataclasses.replace(BASE, head_dim=264))
+    with pytest.raises(ValueError, match="variant is 0, which does not fit"):
+        plan_of(emulated, dataclasses.replace(BASE, variant=0))
+
+
+def test_a_workspace_that_is_too_small_is_refused(emulated: Any) -> None:
+    case = Case(1, 1, 1, 1, 600, 64, 64, "float16")
+    run = cuda_report.Run(emulated, cuda_report.HostMemory(), case, problems.make_inputs(case))
+    run()
+    with pytest.raises(MemoryError, match=r"the workspace has 8 bytes, expected 780"):
+        emulated.forward(run.problem, workspace_nbytes=8)
+
+
+def test_a_library_from_another_tree_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(cuda.Problem):  # type: ignore[misc]
+        _fields_ = [("more", ctypes.c_int64)]  # noqa: RUF012
+
+    monkeypatch.setattr(cuda, "Problem", Longer)
+    with pytest.raises(ImportError, match="rebuild foveal"):
+        cuda.Library(emulated.path)
+
+
+# --- the oracle and the report ---------------------------------------------------------------------------------------
+
+
+def test_the_reference_equals_a_softmax_written_out() -> None:
+    case = Case(1, 2, 1, 3, 4, 8, 8, "float64", causal=True)
+    arrays = problems.make_inputs(case)
+    out, lse = problems.reference(case, arrays)
+    for head in range(2):
+        scores = arrays["q"][0, head] @ arrays["k"][0, 0].T / np.sqrt(8)
+        scores[np.arange(4)[None, :] > np.arange(3)[:, None] + 1] = -np.inf
+        weights = np.exp(scores)
+        np.testing.assert_allclose(lse[0, head], np.log(weights.sum(1)), rtol=1e-14)
+        weights /= weights.sum(1, keepdims=True)
+        np.testing.assert_allclose(out[0, head], weights @ arrays["v"][0, 0], rtol=1e-13)
+
+
+def test_errors_see_what_they_must() -> None:
+    good = np.array([[1.0, -2.0], [np.nan, 3.0]])
+    assert problems.relative_error(good, good) == 0.0
+    assert problems.relative_error(np.array([[1.0, np.nan], [np.nan, 3.0]]), good) == np.inf
+    assert problems.relative_error(np.array([[1.0, -2.0], [0.0, 3.0]]), good) == np.inf
+    assert problems.absolute_error(np.array([-np.inf, 1.0]), np.array([-np.inf, 1.5])) == 0.5
+    assert problems.absolute_error(np.array([0.0, 1.5]), np.array([-np.inf, 1.5])) == np.inf
+
+
+def test_arguments_of_the_report() -> None:
+    args = cuda_report.parse_arguments(["--library", "x.so", "--stages", "check,ratios"])
+    assert args.stages == ["check", "ratios"]
+    with pytest.raises(SystemExit):
+        cuda_report.parse_arguments(["--library", "x.so", "--stages", "speed"])
+
+
+def test_the_report_writes_what_it_found(emulated: Any, tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    options = f"--library {emulated.path} --device cpu --small --stages check --json {target}"
+    assert cuda_report.main([*options.split(), "--filter", "s1x1 d64/64 float16"]) == 0
+    assert '"failed": []' in target.read_text()
