@@ -10,6 +10,7 @@
 #include "bindings/attention.h"
 #include "bindings/dlpack.h"
 #include "bindings/errors.h"
+#include "bindings/machine_limits.h"
 #include "isa/detect.h"
 
 namespace py = pybind11;
@@ -50,4 +51,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("isas", &foveal::available_isas, "The instruction sets of this build that this machine can run, best first.");
   m.def("use_isa", &use_isa, py::arg("name"), py::pos_only(),
         "Run the kernels of this instruction set from now on; None goes back to FOVEAL_ISA or the best. For tests.");
+  m.def("measure_fma_peak", &foveal::measure_fma_peak, py::arg("threads"), py::arg("seconds"), py::pos_only(),
+        py::call_guard<py::gil_scoped_release>(), "Float32 operations per second of FMAs in registers.");
+  m.def("measure_read_bandwidth", &foveal::measure_read_bandwidth, py::arg("threads"), py::arg("nbytes"), py::pos_only(),
+        py::call_guard<py::gil_scoped_release>(), "Bytes per second of reading a buffer front to back.");
 }
