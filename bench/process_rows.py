@@ -1,0 +1,109 @@
+"""The rows of the report that compare no peer's time: our own window, memory, import and the cost of a call."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+import foveal
+from foveal._bench.measure import Contender, Spread, take_turns
+from foveal._bench.show import Row
+from foveal._bench.work import Work, foveal_numpy
+
+Progress = Callable[[float], object]
+
+PEAK_MEMORY = """
+import numpy as np, re
+from pathlib import Path
+import foveal
+
+def kib(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+q, k, v = (np.random.default_rng(i).standard_normal((1, 2, {seqlen}, 64), np.float32) for i in range(3))
+out = np.zeros_like(q)
+foveal.attention(q[:, :, :256], k[:, :, :256], v[:, :, :256])  # the threads and their stacks
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
+before = kib("VmRSS")
+foveal.attention(q, k, v, out=out)
+print((kib("VmHWM") - before) / 1024)
+"""
+
+IMPORT_TIME = """
+import sys, time
+import numpy
+start = time.perf_counter()
+import foveal
+print((time.perf_counter() - start) * 1e3)
+assert "torch" not in sys.modules
+"""
+
+
+def window_against_full(budget: float, progress: Progress) -> Row:
+    """A window of 256 in 8192 causal keys, against our own causal attention over all of them."""
+    window, full = (Work(1, 8, 8192, 64, causal=True, window=keys) for keys in (256, None))
+    inputs = [full.inputs()]
+    contenders = [foveal_numpy(window, inputs), Contender("full", foveal_numpy(full, inputs).call)]
+    times = take_turns(contenders, budget=budget, progress=progress)
+    return Row(
+        str(window),
+        window.flops / times.median("foveal") / 1e9,
+        "GF/s",
+        {"own full causal": times.ratio("full", "foveal")},
+        detail=f"{times.rounds} rounds; {full.flops / window.flops:.1f} times fewer visible pairs",
+    )
+
+
+def call_overhead(budget: float, progress: Progress, *, tensors: bool) -> Row:
+    """A whole call on (1,1,1,8): all cost, no work."""
+    q = np.ones((1, 1, 1, 8), np.float32)
+    if tensors:
+        import torch
+
+        tensor = torch.from_numpy(q)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        contenders = [
+            Contender("foveal", lambda: foveal.attention(tensor, tensor, tensor), torch.no_grad),
+            Contender("torch", lambda: sdpa(tensor, tensor, tensor), torch.no_grad),
+        ]
+    else:
+        contenders = [Contender("foveal", lambda: foveal.attention(q, q, q))]
+    times = take_turns(contenders, budget=budget, progress=progress)
+    return Row(
+        f"a call on (1,1,1,8){' tensors' * tensors}",
+        times.median("foveal") * 1e6,
+        "us",
+        {"torch": times.ratio("torch", "foveal")} if tensors else {},
+        detail=f"{times.rounds} rounds",
+    )
+
+
+def peak_memory(budget: float, progress: Progress) -> Row:
+    """What a long call holds beyond its inputs and its output; q, k, v and out are 16 MiB each, the scores 8 GiB."""
+    return Row("extra memory at (1,2,32768,64) f32", float(_run(PEAK_MEMORY.format(seqlen=32768))), "MiB")
+
+
+def import_time(budget: float, progress: Progress) -> Row:
+    """`import foveal` in a fresh process that has imported NumPy."""
+    sample = []
+    for number in range(21):
+        sample.append(float(_run(IMPORT_TIME)))
+        progress((number + 1) / 21)
+    spread = Spread.of(sample)
+    return Row(
+        "import foveal after numpy",
+        statistics.median(sample),
+        "ms",
+        detail=f"21 processes, quartiles {spread.low:.1f}-{spread.high:.1f} ms; torch stays out",
+    )
+
+
+def _run(program: str) -> str:
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"bench: a measuring process failed:\n{result.stderr}")
+    return result.stdout

@@ -1,0 +1,169 @@
+"""Measures every row of docs/benchmarks.md: python bench/report.py [--rows TEXT ...] [--quick] [--out DIR].
+
+Each row first checks the results against each other and a float64 computation, then times foveal and its peers in turn
+within this process (foveal/_bench/measure.py). Prints the table, and with --out writes it there as report.md, with
+report.json and report.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from tqdm import tqdm
+
+import foveal
+from foveal._bench.compare import cache_nbytes, compare, fma_peak, read_bandwidth
+from foveal._bench.show import Row, markdown, plot
+from foveal._bench.work import Work
+from process_rows import call_overhead, import_time, peak_memory, window_against_full
+
+Progress = Callable[[float], object]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row to be, and the aims for it: times faster than a peer, fraction of the machine's limit, value at most."""
+
+    group: str
+    label: str
+    measure: Callable[[float, Progress], Row]  # (seconds to spend, progress)
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
+    limit: float | None = None
+    at_most: float | None = None
+
+    def missed(self, row: Row) -> list[str]:
+        short = [
+            f"{row.ratios[peer].median:.2f} times {peer}, aim {aim:g}"
+            for peer, aim in self.times.items()
+            if peer in row.ratios and row.ratios[peer].median < aim
+        ]
+        if self.limit is not None and row.limit is not None and row.limit < self.limit:
+            short.append(f"{row.limit:.0%} of the machine, aim {self.limit:.0%}")
+        if self.at_most is not None and row.value > self.at_most:
+            short.append(f"{row.figure}, aim {self.at_most:g} {row.unit}")
+        return short
+
+
+def attention(
+    group: str, work: Work, times: float | None = None, limit: float | None = None, **options: bool | int
+) -> Measurement:
+    def measure(budget: float, progress: Progress) -> Row:
+        return compare(work, budget=budget, progress=progress, **options)  # type: ignore[arg-type]
+
+    return Measurement(group, str(work), measure, {} if times is None else {"torch": times}, limit)
+
+
+def measurements() -> list[Measurement]:
+    half = itertools.product(("bfloat16", "float16"), ((1024, 64), (4096, 128)), (False, True))
+    one_thread = itertools.product((64, 128), (False, True))
+    return [
+        attention("forward", Work(1, 8, 4096, 64), 1.25, 0.75),
+        attention("forward", Work(1, 8, 4096, 64, causal=True), 1.35, 0.70),
+        attention("forward", Work(1, 8, 4096, 128), 1.15, 0.83),
+        attention("forward", Work(1, 8, 4096, 128, causal=True), 1.3, 0.75),
+        *(attention("one thread", Work(1, 8, 4096, d, causal=causal), threads=1) for d, causal in one_thread),
+        attention("bert", Work(8, 12, 128, 64), 1.8),
+        attention("bert", Work(4, 12, 512, 64), 1.3),
+        attention("tiny", Work(32, 12, 32, 32), 2.5),
+        attention("tiny", Work(32, 12, 32, 32, causal=True), 2.5),
+        *(attention("half", Work(1, 8, s, d, dtype, causal), 1.3) for dtype, (s, d), causal in half),
+        attention("one query", Work(1, 8, 1, 64, seqlen_kv=64), 2.0, in_microseconds=True),
+        attention("one query", Work(1, 8, 1, 64, seqlen_kv=64), 2.0, in_microseconds=True, tensors=True),
+        attention("decode", Work(1, 32, 1, 128, seqlen_kv=4096), 1.0, 0.85),
+        attention("decode", Work(1, 32, 1, 128, "bfloat16", seqlen_kv=4096), 6.0, 0.80),
+        attention("decode", Work(1, 32, 1, 128, "float16", seqlen_kv=4096), 1.7, 0.80),
+        attention("decode", Work(1, 32, 1, 128, "bfloat16", seqlen_kv=16384, kv_heads=4), 6.0, 0.80),
+        Measurement("window", "window", window_against_full, {"own full causal": 10.0}),
+        dataclasses.replace(attention("numpy", Work(1, 8, 1024, 64)), times={"numpy": 5.0}),
+        Measurement("memory", "extra memory", peak_memory, at_most=64.0),
+        Measurement("call", "numpy call", functools.partial(call_overhead, tensors=False), at_most=8.0),
+        Measurement("call", "torch call", functools.partial(call_overhead, tensors=True), at_most=12.0),
+        Measurement("import", "import", import_time, at_most=100.0),
+    ]
+
+
+def machine() -> dict[str, object]:
+    """Where and with what this was measured."""
+    threads = foveal.get_num_threads()
+    processor = platform.processor()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        processor = re.findall(r"model name\s*: (.*)", cpuinfo.read_text())[0]
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "last-level cache": f"{cache_nbytes() >> 20} MiB",
+        **{f"FMA peak, {n} thread{'s' * (n > 1)}": f"{fma_peak(n) / 1e9:.0f} GF/s" for n in {1, threads}},
+        **{f"read bandwidth, {n} thread{'s' * (n > 1)}": f"{read_bandwidth(n) / 1e9:.0f} GB/s" for n in {1, threads}},
+        **{f"foveal {name}": value for name, value in foveal.info()._asdict().items()},
+        **{name: metadata.version(name) for name in ("numpy", "torch", "onnxruntime")},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def report(rows: Sequence[Row], missed: Sequence[str], described: dict[str, object]) -> str:
+    return "\n".join(
+        [
+            markdown(rows),
+            "",
+            *(f"- {name}: {value}" for name, value in described.items()),
+            "",
+            *(f"- {row.label}: {row.detail}" for row in rows if row.detail),
+            "",
+            *([f"Short of the aim:\n\n{''.join(f'- {line}{chr(10)}' for line in missed)}"] if missed else []),
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--rows", nargs="+", metavar="TEXT", help="only rows whose group or label contains one of these"
+    )
+    parser.add_argument("--quick", action="store_true", help="a second a row instead of ten")
+    parser.add_argument("--list", action="store_true", help="print the rows and stop")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json, report.md and report.png there")
+    options = parser.parse_args()
+
+    chosen = [m for m in measurements() if not options.rows or any(t in f"{m.group}: {m.label}" for t in options.rows)]
+    if options.list:
+        print("\n".join(f"{m.group}: {m.label}" for m in chosen))
+        return
+    if not chosen:
+        parser.error(f"no row contains any of {options.rows}; --list prints them")
+    described = machine()
+    rows, missed = [], []
+    with tqdm(total=len(chosen), bar_format="{l_bar}{bar}| {elapsed}<{remaining}", mininterval=1) as bar:
+        for place, m in enumerate(chosen):
+            bar.set_description_str(f"{m.group}: {m.label}")
+
+            def progress(fraction: float, place: int = place) -> None:
+                bar.update(place + fraction - bar.n)
+
+            row = m.measure(1.0 if options.quick else 10.0, progress)
+            rows.append(row)
+            missed.extend(f"{m.group}: {row.label}: {text}" for text in m.missed(row))
+        bar.update(len(chosen) - bar.n)
+    text = report(rows, missed, described)
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        stored = {"machine": described, "rows": [dataclasses.asdict(row) for row in rows], "missed": missed}
+        (options.out / "report.json").write_text(json.dumps(stored, indent=1, default=str) + "\n")
+        (options.out / "report.md").write_text(text + "\n")
+        plot(rows, options.out / "report.png")
+
+
+if __name__ == "__main__":
+    main()

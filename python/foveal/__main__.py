@@ -1,0 +1,102 @@
+"""`python -m foveal`: what this build can do on this machine. `python -m foveal bench`: how fast it is here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import foveal
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m foveal", description="What this build of foveal can do here.")
+    bench = parser.add_subparsers(dest="command", title="commands").add_parser(
+        "bench", help="compare foveal with NumPy, and with PyTorch and ONNX Runtime where they are installed"
+    )
+    bench.add_argument("--png", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
+    bench.add_argument("--quick", action="store_true", help="a few seconds instead of about a minute")
+    options = parser.parse_args(arguments)
+    print_info()
+    if options.command == "bench":
+        if options.png and importlib.util.find_spec("matplotlib") is None:
+            sys.exit("foveal bench: --png needs matplotlib: pip install matplotlib")
+        print_bench(quick=options.quick, png=options.png)
+
+
+def print_info() -> None:
+    try:
+        info = foveal.info()
+    except ValueError as error:  # an unknown FOVEAL_ISA
+        sys.exit(str(error))
+    others = ", ".join(isa for isa in info.isas if isa != info.isa)
+    print(f"foveal           {info.version}")
+    print(f"instruction set  {info.isa} (also available: {others or 'none'})")
+    print(f"threads          {info.num_threads}")
+    print(f"PyTorch          {info.torch or 'not installed'}")
+    print(f"CUDA             {'yes' if info.cuda else 'no'}")
+
+
+def print_bench(*, quick: bool, png: Path | None) -> None:
+    from foveal._bench.compare import can_hold, compare, fma_peak
+    from foveal._bench.show import markdown, plot
+    from foveal._bench.work import Work
+
+    works = [
+        Work(1, 8, 1024, 64),
+        Work(1, 8, 1024, 64, causal=True),
+        Work(8, 12, 128, 64),
+        Work(32, 12, 32, 32),
+        Work(1, 8, 1024, 64, "bfloat16"),
+        Work(1, 32, 1, 128, seqlen_kv=4096),
+    ]
+    if not quick:
+        works[2:2] = [Work(1, 8, 4096, 64), Work(1, 8, 4096, 64, causal=True), Work(1, 8, 4096, 128)]
+    works = [work for work in works if can_hold(work.dtype)]
+    budget = 0.7 if quick else 4.0
+    with progress_bar(len(works)) as bar:
+        rows = [compare(work, budget=budget, progress=bar(place, str(work))) for place, work in enumerate(works)]
+    threads = foveal.get_num_threads()
+    print(
+        f"\n{markdown(rows)}\n\n"
+        "times a peer: how many times faster foveal is; median (quartiles) of the ratio within a round of turns.\n"
+        f"of the machine: of its measured FMA peak, {fma_peak(threads) / 1e9:.0f} GF/s on {threads} threads; where the "
+        "figure is GB/s, of its\nmeasured read bandwidth."
+    )
+    if png:
+        plot(rows, png)
+        print(f"wrote {png}")
+
+
+@contextlib.contextmanager
+def progress_bar(count: int) -> Iterator[Callable[[int, str], Callable[[float], object]]]:
+    """bar(place, text) gives the callback that moves the bar within that place; a plain line each without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+
+        def line(place: int, text: str) -> Callable[[float], object]:
+            print(f"[{place + 1}/{count}] {text}", file=sys.stderr)
+            return lambda fraction: None
+
+        yield line
+        return
+    with tqdm(total=count, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", leave=False) as progress:
+
+        def bar(place: int, text: str) -> Callable[[float], object]:
+            progress.set_description_str(f"{text:<32}")
+
+            def move(fraction: float) -> None:
+                progress.n = place + fraction
+                progress.refresh()
+
+            return move
+
+        yield bar
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Fair timing of several callables that do the same work: they take turns, and only ratios within a turn are compared.
+
+A shared or throttled machine changes its speed from second to second, so the time of one contender says little, while
+the ratio of two that ran within the same fraction of a second says much. A round runs every contender once, in an order
+that turns round from round to round; the ratio of two contenders is taken within each round, and the median and the
+quartiles of these ratios are reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+WARM_SECONDS = (
+    0.003  # before each slot: refills the caches, and lets the threads that spin in another's pool go to sleep
+)
+SLOT_SECONDS = 0.01  # calls shorter than this are repeated within a slot
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`call()` does the work once and returns its result; `within()` makes the context that the calls need, if any."""
+
+    name: str
+    call: Callable[[], Any]
+    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of a sample, between its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(sample: Sequence[float]) -> Spread:
+        if len(sample) == 1:
+            return Spread(sample[0], sample[0], sample[0])
+        low, median, high = statistics.quantiles(sample, n=4, method="inclusive")
+        return Spread(median, low, high)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds for one call, by contender: one figure a round, rounds in the same order for all."""
+
+    seconds: dict[str, list[float]]
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.seconds.values())))
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, slower: str, faster: str) -> Spread:
+        """How many times faster `faster` is than `slower`."""
+        pairs = zip(self.seconds[slower], self.seconds[faster], strict=True)
+        return Spread.of([a / b for a, b in pairs])
+
+
+def take_turns(
+    contenders: Sequence[Contender],
+    *,
+    budget: float,
+    min_rounds: int = 5,
+    max_rounds: int = 201,
+    progress: Callable[[float], object] = lambda fraction: None,
+) -> Times:
+    """Times the contenders in turn for about `budget` seconds; `progress` hears the fraction that is done."""
+    calls = {contender.name: _calls_per_slot(contender) for contender in contenders}
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    begin = time.perf_counter()
+    for number in range(max_rounds):
+        spent = (time.perf_counter() - begin) / budget
+        progress(min(max(spent, number / max_rounds), 1.0))
+        if spent >= 1 and number >= min_rounds:
+            break
+        for contender in contenders if number % 2 == 0 else reversed(contenders):
+            seconds[contender.name].append(_slot(contender, calls[contender.name]))
+    progress(1.0)
+    return Times(seconds)
+
+
+def fastest(candidates: Iterable[Contender]) -> Contender:
+    """The quickest of one party's ways to do the work; ways that refuse it are left out."""
+    able = []
+    for candidate in candidates:
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            _calls_per_slot(candidate)  # the first use of a way may be slow, and is not its time
+            able.append(candidate)
+    if len(able) == 1:
+        return able[0]
+    times = take_turns(able, budget=0.5, min_rounds=3)
+    return min(able, key=lambda candidate: times.median(candidate.name))
+
+
+def _slot(contender: Contender, calls: int) -> float:
+    call = contender.call
+    with contender.within():
+        warm_until = time.perf_counter() + WARM_SECONDS
+        call()
+        while time.perf_counter() < warm_until:
+            call()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+
+def _calls_per_slot(contender: Contender) -> int:
+    with contender.within():
+        contender.call()
+        calls = 1
+        while True:
+            start = time.perf_counter()
+            for _ in range(calls):
+                contender.call()
+            if (elapsed := time.perf_counter() - start) >= SLOT_SECONDS:
+                return calls
+            calls = max(2 * calls, int(calls * SLOT_SECONDS / max(elapsed, 1e-9)))
