@@ -1,0 +1,584 @@
+// Every kernel table that this machine runs, against the float64 oracle and against itself.
+//
+// Values: within ErrorBound of the oracle, NaN and infinity exactly where the oracle has them, for each dtype, shapes around the
+// kernels' own boundaries, every option alone and in random mixtures, and every memory layout. Bits: the same for any number of
+// threads, in any batch, padded or not, and whatever the other rows hold.
+#include <omp.h>
+
+#include <set>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include "attention_case.h"
+#include "check.h"
+#include "isa/detect.h"
+#include "isa/kernel_table.h"
+
+namespace {
+
+using namespace foveal_test;
+using foveal::KernelTable;
+using foveal::Status;
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+
+// Where the kernels change course: the key block (softmax.inl.h) and the splits of long key ranges (plan.cc).
+constexpr int64_t kKeyBlock = 128, kDecodePart = 1024, kForwardPart = 2048;
+
+const std::vector<const KernelTable*>& tables() {
+  static const std::vector<const KernelTable*> found = [] {
+    std::vector<const KernelTable*> all;
+    for (const std::string& name : foveal::available_isas()) all.push_back(foveal::find_table(name));
+    return all;
+  }();
+  return found;
+}
+
+const foveal::RowKernels& kernels(const KernelTable& table, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return table.float64;
+    case DType::kFloat16:
+      return table.float16;
+    case DType::kBFloat16:
+      return table.bfloat16;
+    default:
+      return table.float32;
+  }
+}
+
+int64_t cases_run = 0;
+
+Answer oracle(const Problem& problem) {
+  Status status;
+  AttentionProblem p = problem.canonical(status);
+  Answer answer;
+  if (!status.ok()) foveal_test::fail(__FILE__, __LINE__, text_of(problem.asked) + ": " + status.text);
+  const Case& c = problem.asked;
+  answer.out = Array(DType::kFloat64, {c.batch, c.heads, c.seqlen_q, c.value_dim});
+  answer.lse = Array(DType::kFloat64, {c.batch, c.heads, c.seqlen_q});
+  p.out = answer.out.view;
+  p.lse = answer.lse.view;
+  if (c.weights) {
+    answer.weights = Array(DType::kFloat64, {c.batch, c.heads, c.seqlen_q, c.seqlen_kv});
+    p.weights = answer.weights.view;
+  }
+  FOVEAL_CHECK(attention_reference(p).ok());
+  return answer;
+}
+
+void compute(Problem& problem, const KernelTable& table, int threads = 1) {
+  for (Array* array : {&problem.out, &problem.lse, &problem.weights})
+    if (array->view.present()) array->poison();
+  Status status;
+  const AttentionProblem p = problem.canonical(status);
+  foveal::ExecutionOptions options;
+  options.table = &table;
+  options.num_threads = threads;
+  if (status.ok()) status = attention_forward(p, options);
+  if (!status.ok()) foveal_test::fail(__FILE__, __LINE__, text_of(problem.asked) + ": " + status.text);
+  ++cases_run;
+}
+
+template <class Bound>
+void compare(const std::string& where, const Array& found, const Array& expected, Bound bound) {
+  std::vector<double> truth;
+  expected.for_each([&](int64_t at) { truth.push_back(foveal::load_element(expected.view, at)); });
+  size_t x = 0, wrong = 0, worst = 0;
+  double excess = 0, value = 0;
+  found.for_each([&](int64_t at) {
+    const double got = foveal::load_element(found.view, at), want = truth[x];
+    const bool same = got == want || (std::isnan(got) && std::isnan(want));
+    const double off = std::isfinite(want) ? std::fabs(got - want) - bound(want) : same ? 0 : kInfinity;
+    if (!(off <= 0)) {
+      if (wrong == 0 || off > excess) worst = x, excess = off, value = got;
+      ++wrong;
+    }
+    ++x;
+  });
+  if (wrong == 0) return;
+  std::ostringstream text;
+  text.precision(9);
+  text << where << ": " << wrong << " of " << x << " elements are off; element " << worst << " is " << value << ", expected " << truth[worst]
+       << " within " << bound(truth[worst]);
+  foveal_test::fail(__FILE__, __LINE__, text.str());
+}
+
+void compare_with_oracle(Problem& problem, const Answer& answer, const KernelTable& table) {
+  const ErrorBound bound(problem);
+  compute(problem, table);
+  const std::string where = std::string(table.name) + ' ' + text_of(problem.asked);
+  compare(where + ": out", problem.out, answer.out, [&](double x) { return bound.out(x); });
+  if (problem.lse.view.present()) compare(where + ": lse", problem.lse, answer.lse, [&](double x) { return bound.lse(x); });
+  if (problem.weights.view.present())
+    compare(where + ": weights", problem.weights, answer.weights, [&](double x) { return bound.weights(x); });
+  for (const Array* array : {&problem.out, &problem.lse, &problem.weights})
+    if (array->view.present() && !array->gaps_untouched())
+      foveal_test::fail(__FILE__, __LINE__, where + ": memory between the elements of an output was written");
+}
+
+void check(Problem& problem) {
+  const Answer answer = oracle(problem);
+  for (const KernelTable* table : tables()) compare_with_oracle(problem, answer, *table);
+}
+
+void check(const Case& c) {
+  Problem problem(c);
+  check(problem);
+}
+
+// ---- values --------------------------------------------------------------------------------------------------------------------------
+
+// x - 1, x, x + 1 for each x given.
+std::set<int64_t> around(std::initializer_list<int64_t> values) {
+  std::set<int64_t> result;
+  for (const int64_t x : values)
+    for (const int64_t delta : {-1, 0, 1})
+      if (x + delta >= 0) result.insert(x + delta);
+  return result;
+}
+
+// Row counts where some table changes its kernel or its tile.
+std::set<int64_t> row_counts(DType dtype) {
+  std::set<int64_t> counts = around({0, 1});
+  for (const KernelTable* table : tables()) {
+    const foveal::RowKernels& k = kernels(*table, dtype);
+    counts.merge(around({k.decode_rows, k.rows_per_tile / 3, 2 * k.rows_per_tile / 3, k.rows_per_tile}));
+  }
+  return counts;
+}
+
+void test_lengths() {
+  for (const DType dtype : kDTypes) {
+    Case c;
+    c.dtype = dtype;
+    c.head_dim = 9;
+    c.value_dim = 5;
+    for (const int64_t rows : row_counts(dtype))
+      for (const int64_t keys : around({0, 1, 4, 8, 16, kKeyBlock})) {
+        c.seqlen_q = rows;
+        c.seqlen_kv = keys;
+        c.causal = (rows + keys) % 2 == 0;
+        ++c.seed;
+        check(c);
+      }
+    // Rows over several tiles and several work items.
+    for (const int64_t rows : {191, 193, 400}) {
+      c.seqlen_q = rows;
+      c.seqlen_kv = 2 * kKeyBlock + 3;
+      for (const bool causal : {false, true}) {
+        c.causal = causal;
+        check(c);
+      }
+    }
+  }
+}
+
+void test_head_dims() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t head_dim : around({1, 4, 8, 16, 32, 64, 128}))
+      for (const int64_t rows : {1, 3, 20}) {
+        Case c;
+        c.dtype = dtype;
+        c.head_dim = std::max<int64_t>(head_dim, 1);
+        c.value_dim = 130 - head_dim;
+        c.seqlen_q = rows;
+        c.seqlen_kv = 41;
+        c.seed = static_cast<uint64_t>(head_dim);
+        check(c);
+        std::swap(c.head_dim, c.value_dim);
+        check(c);
+      }
+}
+
+// Long key ranges are cut and merged.
+void test_parts() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {1, 2, 7, 9, 50})
+      for (const int64_t keys : around({kDecodePart, kForwardPart, 2 * kForwardPart})) {
+        if (keys % 2 == 0 && dtype != DType::kFloat32 && rows > 9) continue;  // the oracle is slow
+        Case c;
+        c.dtype = dtype;
+        c.seqlen_q = rows;
+        c.seqlen_kv = keys;
+        c.head_dim = 4;
+        c.value_dim = 3;
+        c.sinks = rows == 2;
+        c.causal = rows == 7;
+        if (rows == 9) c.window_left = 1500;
+        if (rows == 1 && keys % 2 != 0) c.mask = 8, c.mask_density = 0.01;
+        check(c);
+      }
+}
+
+Case with_options(DType dtype, int64_t rows) {
+  Case c;
+  c.dtype = dtype;
+  c.batch = 2;
+  c.heads = 4;
+  c.kv_heads = 2;
+  c.seqlen_q = rows;
+  c.seqlen_kv = 150;
+  c.head_dim = 16;
+  c.value_dim = 12;
+  return c;
+}
+
+// Each option by itself, for the few-rows and the many-rows kernel.
+void test_options() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {1, 2, 37}) {
+      const Case base = with_options(dtype, rows);
+      std::vector<Case> cases;
+      const auto add = [&](auto change) {
+        Case c = base;
+        change(c);
+        c.seed = cases.size() + 1;
+        cases.push_back(c);
+      };
+      for (const std::vector<int64_t>& offset :
+           std::vector<std::vector<int64_t>>{{}, {0}, {-1}, {-20}, {140}, {500}, {-500}, {3, 120}, {int64_t{1} << 60}, {-(int64_t{1} << 60)}}) {
+        add([&](Case& c) { c.causal = true, c.q_offset = offset; });
+        add([&](Case& c) { c.window_left = 3, c.window_right = 5, c.q_offset = offset; });
+      }
+      for (const int64_t left : {int64_t{-1}, int64_t{0}, int64_t{1}, int64_t{127}, int64_t{128}, int64_t{1} << 61})
+        for (const int64_t right : {int64_t{-1}, int64_t{0}, int64_t{64}, (int64_t{1} << 62) + 5})
+          add([&](Case& c) { c.window_left = left, c.window_right = right, c.q_offset = {60}; });
+      for (int axes = 0; axes < 16; ++axes) {
+        add([&](Case& c) { c.mask = axes; });
+        add([&](Case& c) { c.bias = axes, c.bias_dtype = kDTypes[axes % 4]; });
+      }
+      for (const double density : {0.0, 0.02, 1.0}) add([&](Case& c) { c.mask = 15, c.mask_density = density; });
+      for (const DType bias_dtype : kDTypes) add([&](Case& c) { c.bias = 15, c.bias_dtype = bias_dtype, c.bias_hides = true; });
+      for (const double softcap : {0.5, 5.0, 50.0}) add([&](Case& c) { c.softcap = softcap, c.scale = 3; });
+      for (const double scale : {-0.7, 1e-3, 2.0}) add([&](Case& c) { c.scale = scale; });
+      for (const bool by_batch : {false, true}) add([&](Case& c) { c.alibi = true, c.alibi_by_batch = by_batch; });
+      add([](Case& c) { c.sinks = true; });
+      add([](Case& c) { c.sinks = true, c.mask = 12, c.mask_density = 0.01; });
+      add([](Case& c) { c.lse = false; });
+      add([](Case& c) { c.weights = true; });
+      for (const std::vector<int64_t>& lens : std::vector<std::vector<int64_t>>{{0, 150}, {149, 1}, {128, 129}}) {
+        add([&](Case& c) { c.kv_lens = lens; });
+        add([&](Case& c) { c.kv_lens = lens, c.causal = true, c.weights = true; });
+      }
+      add([&](Case& c) { c.q_lens = {0, rows}; });
+      add([&](Case& c) { c.q_lens = {rows, rows / 2}, c.kv_lens = {5, 140}, c.causal = true, c.weights = true, c.sinks = true; });
+      for (const int64_t kv_heads : {1, 4}) add([&](Case& c) { c.kv_heads = kv_heads; });
+      add([](Case& c) { c.heads = c.kv_heads = 0; });
+      add([](Case& c) { c.batch = 0; });
+      for (const Case& c : cases) check(c);
+    }
+}
+
+// Layouts: every one for every array, inputs and output mixed.
+void test_storage() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {1, 5, 23}) {
+      Case c = with_options(dtype, rows);
+      c.causal = true;
+      size_t x = 0;
+      for (const Storage input : kInputStorages)
+        for (Storage Case::*array : {&Case::q_storage, &Case::k_storage, &Case::v_storage}) {
+          Case one = c;
+          one.*array = input;
+          one.out_storage = kOutputStorages[x++ % std::size(kOutputStorages)];
+          one.weights = rows == 23;
+          check(one);
+        }
+    }
+}
+
+template <class T>
+T pick(std::mt19937_64& random, std::initializer_list<T> choices) {
+  return choices.begin()[random() % choices.size()];
+}
+
+// Options in each other's company.
+void test_mixtures(int count) {
+  std::mt19937_64 random(20);
+  const auto chance = [&](int in) { return random() % static_cast<uint64_t>(in) == 0; };
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); };
+  for (int x = 0; x < count; ++x) {
+    Case c;
+    c.seed = random();
+    c.dtype = kDTypes[x % 4];
+    c.batch = 1 + below(3);
+    c.kv_heads = 1 + below(2);
+    c.heads = c.kv_heads * pick<int64_t>(random, {1, 1, 2, 3, 8});
+    c.seqlen_q = chance(2) ? 1 + below(4) : 1 + below(110);
+    c.seqlen_kv = 1 + below(300);
+    c.head_dim = 1 + below(40);
+    c.value_dim = 1 + below(40);
+    for (Storage Case::*array : {&Case::q_storage, &Case::k_storage, &Case::v_storage})
+      c.*array = kInputStorages[random() % std::size(kInputStorages)];
+    c.out_storage = kOutputStorages[random() % std::size(kOutputStorages)];
+    c.causal = chance(2);
+    if (chance(3)) c.window_left = below(200);
+    if (chance(3)) c.window_right = below(100);
+    if (chance(3)) c.kv_lens.resize(static_cast<size_t>(c.batch));
+    for (int64_t& len : c.kv_lens) len = below(c.seqlen_kv + 1);
+    if (chance(4)) c.q_lens.resize(static_cast<size_t>(c.batch));
+    for (int64_t& len : c.q_lens) len = below(c.seqlen_q + 1);
+    if (chance(3)) c.q_offset.resize(chance(2) ? 1 : static_cast<size_t>(c.batch));
+    for (int64_t& offset : c.q_offset) offset = below(400) - 100;
+    if (chance(4)) c.softcap = pick(random, {1.0, 20.0});
+    if (chance(3)) c.mask = static_cast<int>(below(16));
+    c.mask_density = pick(random, {0.05, 0.5, 0.95});
+    if (chance(3)) c.bias = static_cast<int>(below(16));
+    c.bias_dtype = kDTypes[random() % 4];
+    c.bias_hides = chance(2);
+    c.alibi = chance(4);
+    c.alibi_by_batch = chance(2);
+    c.sinks = chance(4);
+    c.weights = chance(4);
+    check(c);
+  }
+}
+
+// Scores far apart, so that the maximum moves and old sums are rescaled, to nothing in places.
+void test_moving_maximum() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {1, 4, 40})
+      for (const double last : {0.0, 30.0, 300.0}) {
+        Case c = with_options(dtype, rows);
+        c.seqlen_kv = 700;
+        c.bias = 8;
+        Problem problem(c);
+        for (int64_t j = 0; j < c.seqlen_kv; ++j) problem.bias.set({0, 0, 0, j}, last * static_cast<double>(j) / 700);
+        check(problem);
+        for (int64_t j = 0; j < c.seqlen_kv; ++j) problem.bias.set({0, 0, 0, j}, -last * static_cast<double>(j) / 700);
+        check(problem);
+      }
+}
+
+// ---- what must not be read -------------------------------------------------------------------------------------------------------------
+
+// NaN and infinity at keys that some rows must not see: those rows stay clean, the others get what the formula says.
+void test_masked_garbage() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {1, 2, 5, 60})
+      for (const double garbage : {kNaN, kInfinity, -kInfinity})
+        for (const int in : {0, 1, 2}) {  // v, k, both
+          // A visible infinite k can make a score of -inf, which hides its key only where v is finite (docs/numerics.md).
+          if (in == 2 && !std::isnan(garbage)) continue;
+          const auto spoil = [&](Problem& problem, std::initializer_list<int64_t> keys) {
+            for (const int64_t j : keys) {
+              if (in != 0) problem.k.set({1, 1, j, 3}, garbage);
+              if (in != 1) problem.v.set({1, 1, j, 2}, garbage);
+            }
+          };
+          Case c = with_options(dtype, rows);
+          c.causal = true;
+          c.q_offset = {146 - rows};  // the last row sees keys up to 145
+          Problem causal(c);
+          spoil(causal, {140, 145, 146, 149});
+          check(causal);
+
+          c = with_options(dtype, rows);
+          c.window_left = 10;
+          c.window_right = 10;
+          c.q_offset = {50};
+          Problem window(c);
+          spoil(window, {0, 39, 45, 61, 149});
+          check(window);
+
+          c = with_options(dtype, rows);
+          c.mask = 12;
+          Problem mask(c);
+          spoil(mask, {7, 70, 140});
+          for (int64_t i = 0; i < rows; ++i)
+            for (const int64_t j : {7, 70, 140})
+              static_cast<uint8_t*>(mask.mask.view.data)[mask.mask.offset({0, 0, i, j})] = i % 3 == 1 && j == 70;
+          check(mask);
+
+          c = with_options(dtype, rows);
+          c.kv_lens = {150, 130};
+          Problem lens(c);
+          spoil(lens, {130, 131, 149});
+          check(lens);
+        }
+}
+
+// A NaN row spoils itself and none of its neighbours; so does a NaN bias, and an infinite one.
+void test_garbage_rows() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {2, 4, 30})
+      for (const double garbage : {kNaN, kInfinity}) {
+        Case c = with_options(dtype, rows);
+        Problem query(c);
+        query.q.set({0, 1, rows / 2, 0}, kNaN);
+        check(query);
+        c.bias = 15;
+        Problem bias(c);
+        bias.bias.set({1, 2, rows / 2, 77}, garbage);
+        check(bias);
+      }
+}
+
+// ---- the same bits -----------------------------------------------------------------------------------------------------------------------
+
+void expect_same(const Array& a, const Array& b, const std::string& what) {
+  if (a.contents() != b.contents()) foveal_test::fail(__FILE__, __LINE__, what + ": the bits differ");
+}
+
+Case varied(DType dtype, int64_t rows, int64_t keys, bool weights) {
+  Case c = with_options(dtype, rows);
+  c.seqlen_kv = keys;
+  c.causal = true;
+  c.mask = 12;
+  c.softcap = 10;
+  c.alibi = true;
+  c.sinks = true;
+  c.weights = weights;
+  return c;
+}
+
+void test_threads() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {1, 30, 300})
+      for (const int64_t keys : {int64_t{200}, kForwardPart + 900})
+        for (const KernelTable* table : tables()) {
+          const Case c = varied(dtype, rows, keys, rows == 30);
+          Problem one(c), many(c);
+          compute(one, *table, 1);
+          for (const int threads : {1, 2, 5}) {
+            compute(many, *table, threads);
+            const std::string what = std::string(table->name) + ' ' + text_of(c) + " by " + std::to_string(threads) + " threads";
+            expect_same(one.out, many.out, what);
+            expect_same(one.lse, many.lse, what);
+            if (c.weights) expect_same(one.weights, many.weights, what);
+          }
+        }
+}
+
+// Copies the elements that both have, index by index.
+void copy_common(const Array& from, Array& to, const std::vector<int64_t>& begin_from) {
+  std::vector<int64_t> index(static_cast<size_t>(to.view.rank), 0);
+  const int64_t n = to.count();
+  for (int64_t x = 0; x < n; ++x) {
+    std::vector<int64_t> source = index;
+    for (size_t axis = 0; axis < index.size(); ++axis) source[axis] += begin_from[axis];
+    const int64_t item = foveal::itemsize(to.view.dtype);
+    std::memcpy(static_cast<uint8_t*>(to.view.data) + to.offset(index) * item,
+                static_cast<const uint8_t*>(from.view.data) + from.offset(source) * item, static_cast<size_t>(item));
+    for (size_t axis = index.size(); axis-- > 0 && ++index[axis] == to.view.shape[axis];) index[axis] = 0;
+  }
+}
+
+// A padded batch of many heads against each sequence and head alone.
+void test_alone() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {1, 3, 50, 250})
+      for (const int64_t keys : {int64_t{200}, kForwardPart + 900})
+        for (const bool lens : {false, true}) {
+          if (rows == 250 && keys > 200 && dtype != DType::kFloat32) continue;  // nothing new, and slow
+          Case c = varied(dtype, rows, keys, false);
+          c.alibi = c.sinks = false;  // per head
+          if (lens) {
+            c.q_lens = {rows, (rows + 1) / 2};
+            c.kv_lens = {keys - 70, keys / 2};
+          }
+          Problem batch(c);
+          for (const KernelTable* table : tables()) {
+            compute(batch, *table, 2);
+            for (int64_t b = 0; b < c.batch; ++b)
+              for (int64_t kv_head = 0; kv_head < c.kv_heads; ++kv_head) {
+                Case single = c;
+                single.batch = single.kv_heads = 1;
+                single.heads = c.heads / c.kv_heads;
+                single.seqlen_q = lens ? c.q_lens[static_cast<size_t>(b)] : rows;
+                single.seqlen_kv = lens ? c.kv_lens[static_cast<size_t>(b)] : keys;
+                single.q_lens.clear();
+                single.kv_lens.clear();
+                single.k_storage = Storage::kBshd;
+                Problem alone(single);
+                const int64_t head = kv_head * single.heads;
+                copy_common(batch.q, alone.q, {b, head, 0, 0});
+                copy_common(batch.k, alone.k, {b, kv_head, 0, 0});
+                copy_common(batch.v, alone.v, {b, kv_head, 0, 0});
+                copy_common(batch.mask, alone.mask, {0, 0, 0, 0});
+                compute(alone, *table);
+                Array out(c.dtype, {1, single.heads, single.seqlen_q, c.value_dim});
+                copy_common(batch.out, out, {b, head, 0, 0});
+                const std::string what = std::string(table->name) + ' ' + text_of(c) + " sequence " + std::to_string(b) + " head " + std::to_string(head);
+                expect_same(out, alone.out, what + " out");
+                Array lse(alone.lse.view.dtype, {1, single.heads, single.seqlen_q});
+                copy_common(batch.lse, lse, {b, head, 0});
+                expect_same(lse, alone.lse, what + " lse");
+              }
+          }
+        }
+}
+
+// The many-rows kernel: a row keeps its bits whatever the rows beside it hold, and wherever in a tile it lies.
+void test_neighbours() {
+  for (const DType dtype : kDTypes)
+    for (const KernelTable* table : tables()) {
+      Case c = with_options(dtype, 60);
+      c.heads = c.kv_heads = 1;
+      c.batch = 1;
+      c.seqlen_kv = 333;
+      c.mask = 12;
+      Problem problem(c), shifted(c);
+      // Row i of the one is row i + 7 of the other, among other contents.
+      const std::vector<int64_t> moved = {0, 0, 7, 0};
+      shifted.q.fill_with([&] { return shifted.uniform(-3, 3); });
+      for (int64_t i = 0; i + 7 < c.seqlen_q; ++i) {
+        for (int64_t d = 0; d < c.head_dim; ++d) shifted.q.set({0, 0, i + 7, d}, problem.q.at({0, 0, i, d}));
+        for (int64_t j = 0; j < c.seqlen_kv; ++j)
+          static_cast<uint8_t*>(shifted.mask.view.data)[shifted.mask.offset({0, 0, i + 7, j})] =
+              static_cast<const uint8_t*>(problem.mask.view.data)[problem.mask.offset({0, 0, i, j})];
+      }
+      copy_common(problem.k, shifted.k, {0, 0, 0, 0});
+      copy_common(problem.v, shifted.v, {0, 0, 0, 0});
+      compute(problem, *table);
+      compute(shifted, *table);
+      Array here(dtype, {1, 1, c.seqlen_q - 7, c.value_dim}), there(dtype, {1, 1, c.seqlen_q - 7, c.value_dim});
+      copy_common(problem.out, here, {0, 0, 0, 0});
+      copy_common(shifted.out, there, moved);
+      expect_same(here, there, std::string(table->name) + ' ' + text_of(c) + " seven rows on");
+    }
+}
+
+// ---- choice ----------------------------------------------------------------------------------------------------------------------------
+
+void test_tables() {
+  std::set<std::string> names;
+  for (const KernelTable* table : tables()) names.insert(table->name);
+  FOVEAL_CHECK_EQ(names.size(), tables().size());
+  FOVEAL_CHECK_EQ(names.count("scalar"), size_t{1});
+  FOVEAL_CHECK(foveal::find_table("sse9") == nullptr);
+}
+
+}  // namespace
+
+int main() {
+#if defined(__GLIBC__)
+  mallopt(M_PERTURB, 0x80);  // fresh memory holds 0x7f: scratch read before it is written would be huge or NaN
+#endif
+  for (const KernelTable* table : tables()) std::printf("%s ", table->name);
+  const auto timed = [](const char* name, auto test) {
+    const int64_t before = cases_run;
+    const double start = omp_get_wtime();
+    test();
+    std::printf("\n%-18s %6lld calls %6.2f s", name, static_cast<long long>(cases_run - before), omp_get_wtime() - start);
+    std::fflush(stdout);
+  };
+  timed("tables", test_tables);
+  timed("lengths", test_lengths);
+  timed("head dims", test_head_dims);
+  timed("parts", test_parts);
+  timed("options", test_options);
+  timed("storage", test_storage);
+  timed("mixtures", [] { test_mixtures(400); });
+  timed("moving maximum", test_moving_maximum);
+  timed("masked garbage", test_masked_garbage);
+  timed("garbage rows", test_garbage_rows);
+  timed("threads", test_threads);
+  timed("alone", test_alone);
+  timed("neighbours", test_neighbours);
+  std::printf("\n");
+  return foveal_test::result();
+}
