@@ -1,4 +1,5 @@
-// The vector vocabulary (see common.h) on AVX2, FMA and F16C: 8 floats or 4 doubles a vector. In a lane mask the sign bit decides.
+// The vector vocabulary (see common.h) on AVX2, FMA and F16C: 8 floats or 4 doubles a vector. In a lane mask the sign
+// bit decides.
 #pragma once
 
 #include <immintrin.h>
@@ -65,8 +66,8 @@ FOVEAL_INLINE F64 abs(F64 a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.
 FOVEAL_INLINE F32 round(F32 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FOVEAL_INLINE F64 round(F64 a) { return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// 2^n is made by adding n and the exponent bias to a number so large that its last bit counts ones, then shifting that up into the
-// exponent field; n = -bias, the lowest let through, gives 0.
+// 2^n is made by adding n and the exponent bias to a number so large that its last bit counts ones, then shifting that
+// up into the exponent field; n = -bias, the lowest let through, gives 0.
 FOVEAL_INLINE F32 exp2_scale(F32 p, F32 n) {
   constexpr float kBias = 127.0f;
   const F32 biased = max(n, broadcast<F32>(-kBias)) + broadcast<F32>(0x1.8p23f + kBias);
@@ -106,7 +107,8 @@ FOVEAL_INLINE double reduce_add(F64 a) {
 }
 
 FOVEAL_INLINE __m256i first_lanes32(int64_t n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 FOVEAL_INLINE __m256i first_lanes64(int64_t n) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
@@ -131,7 +133,9 @@ FOVEAL_INLINE F32 widen_bf16(__m128i h) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
 }
 FOVEAL_INLINE F32 widen(const BFloat16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-FOVEAL_INLINE F32 widen(const Float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+FOVEAL_INLINE F32 widen(const Float16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 FOVEAL_INLINE F32 widen_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first_lanes32(n))}; }
 FOVEAL_INLINE F64 widen_n(const double* p, int64_t n) { return {_mm256_maskload_pd(p, first_lanes64(n))}; }
 FOVEAL_INLINE F32 widen_n(const BFloat16* p, int64_t n) { return widen_bf16(load_halves8(p, n)); }
@@ -140,7 +144,8 @@ FOVEAL_INLINE F32 widen_n(const Float16* p, int64_t n) { return {_mm256_cvtph_ps
 FOVEAL_INLINE __m128i narrow_bf16(F32 a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i wide = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
   return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
@@ -196,15 +201,18 @@ FOVEAL_INLINE void transpose(F64 (&r)[4]) {
 FOVEAL_INLINE F32 sum_each(F32 (&a)[8]) {
   __m256 t[4], u[2];
   for (int i = 0; i < 4; ++i)  // pairs (a0,a1): lanes 0+2, 1+3 of each half
-    t[i] = _mm256_add_ps(_mm256_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm256_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
+    t[i] =
+        _mm256_add_ps(_mm256_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm256_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
   for (int i = 0; i < 2; ++i)  // halves now hold (a0,a1,a2,a3), one partial sum each
-    u[i] = _mm256_add_ps(_mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44), _mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0xee));
+    u[i] =
+        _mm256_add_ps(_mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44), _mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0xee));
   return {_mm256_add_ps(_mm256_permute2f128_ps(u[0], u[1], 0x20), _mm256_permute2f128_ps(u[0], u[1], 0x31))};
 }
 FOVEAL_INLINE F64 sum_each(F64 (&a)[4]) {
   __m256d t[2];
   for (int i = 0; i < 2; ++i)
-    t[i] = _mm256_add_pd(_mm256_unpacklo_pd(a[2 * i].v, a[2 * i + 1].v), _mm256_unpackhi_pd(a[2 * i].v, a[2 * i + 1].v));
+    t[i] =
+        _mm256_add_pd(_mm256_unpacklo_pd(a[2 * i].v, a[2 * i + 1].v), _mm256_unpackhi_pd(a[2 * i].v, a[2 * i + 1].v));
   return {_mm256_add_pd(_mm256_permute2f128_pd(t[0], t[1], 0x20), _mm256_permute2f128_pd(t[0], t[1], 0x31))};
 }
 

@@ -2,17 +2,18 @@
 //
 // All of them define the same names, and nothing else of the kernels knows an intrinsic:
 //   kIsaName, kVectorRegisters
-//   F32, F64          vectors of T with kLanes lanes; load/store unaligned
+//   F32, F64          vectors of T with kLanes lanes; load and store are unaligned
 //   Mask<V>           one truth value a lane; mask_from_bits takes the low kLanes bits
 //   fma(a, b, c)      a * b + c; with one rounding, except where scalar.h says otherwise
 //   max(a, b)         a NaN in b is returned; a NaN in a may be dropped; the same of min
 //   round(a)          to the nearest integer, ties to even, for |a| < 2^22
-//   exp2_scale(p, n)  p * 2^n for 1/2 <= p <= 2 (or NaN) and integral n <= 64, however negative; results below the smallest normal
-//                     number may be 0, those far below are
+//   exp2_scale(p, n)  p * 2^n for 1/2 <= p <= 2 (or NaN) and integral n <= 64, however negative;
+//                     results below the smallest normal number may be 0, those far below are
 //   sign_mask(a)      lanes whose sign bit is set, -0 and -NaN included
 //   reduce_add(a)     the sum of the lanes in a fixed order
-//   widen, widen_n    contiguous storage -> F32 or F64, all lanes or the first n (others 0; nothing past n elements is touched);
-//   narrow_n          and back, first n lanes: float, double, Float16 (IEEE), BFloat16, rounded to nearest even, NaN stays NaN
+//   widen, widen_n    contiguous storage -> F32 or F64: all lanes, or the first n and 0 in the others
+//   narrow_n          and back, the first n lanes: float, double, Float16 (IEEE), BFloat16, rounded to
+//                     nearest even; NaN stays NaN; neither touches memory past n elements
 //   transpose(r)      a kLanes x kLanes block held in kLanes vectors
 //   sum_each(a)       lane i = the sum of the lanes of a[i]; each sum in the same fixed order
 //   nonzero_bits64    bit i = (p[i] != 0) for 64 bytes
@@ -47,7 +48,8 @@ using Mask = typename V::M;
 template <class V>
 Mask<V> mask_from_bits(uint64_t bits);  // specialised for F32 and F64
 
-// The first n <= 4 of some 16-bit elements, lowest first, zeros above: for instruction sets without masked 16-bit loads and stores.
+// The first n <= 4 of some 16-bit elements, lowest first, zeros above: for instruction sets without masked 16-bit loads
+// and stores.
 FOVEAL_INLINE uint64_t load_halves(const void* from, int64_t n) {
   const unsigned char* p = static_cast<const unsigned char*>(from);
   uint64_t four = 0;
@@ -77,7 +79,8 @@ FOVEAL_INLINE void store_halves(void* to, uint64_t four, int64_t n) {
   if (n & 1) __builtin_memcpy(p + (n & 2) * 2, &one, 2);
 }
 
-// nonzero_bits64 in 64-bit words, eight bytes each: the top bit of a byte becomes "is not zero", and a multiplication gathers them.
+// nonzero_bits64 in 64-bit words, eight bytes each: the top bit of a byte becomes "is not zero", and a multiplication
+// gathers them.
 FOVEAL_INLINE uint64_t nonzero_bits64_portable(const uint8_t* p) {
   constexpr uint64_t kLow7 = 0x7f7f7f7f7f7f7f7fu;
   uint64_t bits = 0;

@@ -1,5 +1,5 @@
-// The vector vocabulary (see common.h) on NEON, as every 64-bit Arm has it: 4 floats or 2 doubles a vector. A lane of a mask is all
-// ones or all zeros.
+// The vector vocabulary (see common.h) on NEON, as every 64-bit Arm has it: 4 floats or 2 doubles a vector. A lane of a
+// mask is all ones or all zeros.
 #pragma once
 
 #include <arm_neon.h>
@@ -141,7 +141,9 @@ FOVEAL_INLINE void narrow_n(double* p, F64 a, int64_t n) {
   else if (n > 0)
     vst1q_lane_f64(p, a.v, 0);
 }
-FOVEAL_INLINE void store_halves4(void* p, uint16x4_t x, int64_t n) { store_halves(p, vget_lane_u64(vreinterpret_u64_u16(x), 0), n); }
+FOVEAL_INLINE void store_halves4(void* p, uint16x4_t x, int64_t n) {
+  store_halves(p, vget_lane_u64(vreinterpret_u64_u16(x), 0), n);
+}
 FOVEAL_INLINE void narrow_n(BFloat16* p, F32 a, int64_t n) { store_halves4(p, narrow_bf16(a), n); }
 FOVEAL_INLINE void narrow_n(Float16* p, F32 a, int64_t n) { store_halves4(p, narrow_f16(a), n); }
 

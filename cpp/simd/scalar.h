@@ -1,8 +1,8 @@
-// The vector vocabulary (see common.h) without an instruction set: 16-byte vectors by the GCC and Clang vector extension, which the
-// compiler maps to what the target's baseline has (SSE2 on x86-64) or to plain scalar code.
+// The vector vocabulary (see common.h) without an instruction set: 16-byte vectors by the GCC and Clang vector
+// extension, which the compiler maps to what the target's baseline has (SSE2 on x86-64) or to plain scalar code.
 //
-// fma(a, b, c) rounds both the product and the sum: without the instruction, a single rounding would be a call into libm for every
-// lane. In a lane mask a lane is all ones or all zeros.
+// fma(a, b, c) rounds both the product and the sum: without the instruction, a single rounding would be a call into
+// libm for every lane. In a lane mask a lane is all ones or all zeros.
 #pragma once
 
 #include "simd/common.h"
@@ -137,7 +137,7 @@ FOVEAL_INLINE Mask<Vec<A...>> sign_mask(Vec<A...> a) {
 FOVEAL_INLINE float reduce_add(F32 a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 FOVEAL_INLINE double reduce_add(F64 a) { return a.v[0] + a.v[1]; }
 
-// ---- halves, one in each 32-bit lane ---------------------------------------------------------------------------------------------
+// ---- halves, one in each 32-bit lane --------------------------------------------------------------------------------
 
 using Bits32 = F32::Bits;
 
@@ -157,8 +157,8 @@ FOVEAL_INLINE Bits32 narrow_bf16(F32 a) {
   return a.v == a.v ? rounded : Bits32{} + 0x7fc0;
 }
 
-// The exponent field moves from bias 15 to 127. Subnormals have no hidden bit: they get it, one exponent up, and lose it by an exact
-// subtraction. Infinity and NaN keep an exponent of all ones.
+// The exponent field moves from bias 15 to 127. Subnormals have no hidden bit: they get it, one exponent up, and lose
+// it by an exact subtraction. Infinity and NaN keep an exponent of all ones.
 FOVEAL_INLINE F32 widen_f16(Bits32 h) {
   const Bits32 exponent = h & 0x7c00;
   Bits32 bits = ((h & 0x7fff) << 13) + (112u << 23);
@@ -168,8 +168,8 @@ FOVEAL_INLINE F32 widen_f16(Bits32 h) {
   return F32::from_bits(bits | (h & 0x8000) << 16);
 }
 
-// The reverse. Results below the smallest normal half are rounded by adding a float whose last bit is the last bit of a subnormal
-// half; others by integer arithmetic, whose carry counts the exponent up, into infinity at the end.
+// The reverse. Results below the smallest normal half are rounded by adding a float whose last bit is the last bit of a
+// subnormal half; others by integer arithmetic, whose carry counts the exponent up, into infinity at the end.
 FOVEAL_INLINE Bits32 narrow_f16(F32 a) {
   constexpr uint32_t kInfinity = 0x7f800000, kOverflow = 143u << 23, kSmallestNormal = 113u << 23;
   const Bits32 magnitude = a.bits() & 0x7fffffff, sign = (a.bits() ^ magnitude) >> 16;
@@ -181,7 +181,7 @@ FOVEAL_INLINE Bits32 narrow_f16(F32 a) {
   return half | sign;
 }
 
-// ---- storage ---------------------------------------------------------------------------------------------------------------------
+// ---- storage --------------------------------------------------------------------------------------------------------
 
 FOVEAL_INLINE F32 widen(const float* p) { return load(p); }
 FOVEAL_INLINE F64 widen(const double* p) { return load(p); }
@@ -234,7 +234,8 @@ FOVEAL_INLINE void transpose(F64 (&r)[2]) {
 }
 
 FOVEAL_INLINE F32 sum_each(F32 (&a)[4]) {
-  const F32::Vector even = interleave_low(a[0].v, a[2].v) + interleave_high(a[0].v, a[2].v);  // two partial sums of a0 and a2
+  const F32::Vector even =
+      interleave_low(a[0].v, a[2].v) + interleave_high(a[0].v, a[2].v);  // two partial sums of a0 and a2
   const F32::Vector odd = interleave_low(a[1].v, a[3].v) + interleave_high(a[1].v, a[3].v);
   return {interleave_low(even, odd) + interleave_high(even, odd)};
 }

@@ -1,8 +1,9 @@
-// Attention problems for tests: what to ask, arrays of exactly the memory that a view may touch, and the bound on the answer's error.
+// Attention problems for tests: what to ask, arrays of exactly the memory that a view may touch, and the bound on the
+// answer's error.
 //
-// A Case is plain data with defaults; a Problem is a Case with random contents. Every array is a heap block that spans from its
-// lowest to its highest element, so that a sanitizer sees the first byte beyond; outputs are filled with a pattern first, and what
-// lies between their elements must keep it.
+// A Case is plain data with defaults; a Problem is a Case with random contents. Every array is a heap block that spans
+// from its lowest to its highest element, so that a sanitizer sees the first byte beyond; outputs are filled with a
+// pattern first, and what lies between their elements must keep it.
 #pragma once
 
 #include <algorithm>
@@ -157,24 +158,25 @@ class Array {
 struct Case {
   DType dtype = DType::kFloat32;
   int64_t batch = 1, heads = 1, kv_heads = 1, seqlen_q = 4, seqlen_kv = 4, head_dim = 8, value_dim = 8;
-  Storage q_storage = Storage::kBhsd, k_storage = Storage::kBhsd, v_storage = Storage::kBhsd, out_storage = Storage::kBhsd;
+  Storage q_storage = Storage::kBhsd, k_storage = Storage::kBhsd, v_storage = Storage::kBhsd,
+          out_storage = Storage::kBhsd;
   bool causal = false;
   int64_t window_left = foveal::kUnlimited, window_right = foveal::kUnlimited;
   std::vector<int64_t> q_offset, q_lens, kv_lens;  // empty: not given; q_offset may be one value for all
   double scale = 0;                                // 0: the default
   double softcap = 0;
-  int mask = -1, bias = -1;    // bit a set: axis a of (B,Hq,Sq,Skv) has its full extent, else 1; negative: none
-  double mask_density = 0.7;   // of true
+  int mask = -1, bias = -1;   // bit a set: axis a of (B,Hq,Sq,Skv) has its full extent, else 1; negative: none
+  double mask_density = 0.7;  // of true
   DType bias_dtype = DType::kFloat32;
-  bool bias_hides = false;     // some -inf
+  bool bias_hides = false;  // some -inf
   bool alibi = false, alibi_by_batch = false, sinks = false, lse = true, weights = false;
   uint64_t seed = 1;
 };
 
 inline std::string text_of(const Case& c) {
   std::ostringstream s;
-  s << foveal::name_of(c.dtype) << " (B,Hq,Hkv,Sq,Skv,D,Dv) = (" << c.batch << ',' << c.heads << ',' << c.kv_heads << ',' << c.seqlen_q << ','
-    << c.seqlen_kv << ',' << c.head_dim << ',' << c.value_dim << ")";
+  s << foveal::name_of(c.dtype) << " (B,Hq,Hkv,Sq,Skv,D,Dv) = (" << c.batch << ',' << c.heads << ',' << c.kv_heads
+    << ',' << c.seqlen_q << ',' << c.seqlen_kv << ',' << c.head_dim << ',' << c.value_dim << ")";
   s << " storage " << static_cast<int>(c.q_storage) << static_cast<int>(c.k_storage) << static_cast<int>(c.v_storage)
     << static_cast<int>(c.out_storage);
   const auto list = [&s](const char* name, const std::vector<int64_t>& values) {
@@ -190,7 +192,8 @@ inline std::string text_of(const Case& c) {
   if (c.scale != 0) s << " scale " << c.scale;
   if (c.softcap != 0) s << " softcap " << c.softcap;
   if (c.mask >= 0) s << " mask " << c.mask;
-  if (c.bias >= 0) s << " bias " << c.bias << ' ' << foveal::name_of(c.bias_dtype) << (c.bias_hides ? " with -inf" : "");
+  if (c.bias >= 0)
+    s << " bias " << c.bias << ' ' << foveal::name_of(c.bias_dtype) << (c.bias_hides ? " with -inf" : "");
   if (c.alibi) s << (c.alibi_by_batch ? " alibi (B,Hq)" : " alibi");
   if (c.sinks) s << " sinks";
   if (c.weights) s << " weights";
@@ -227,7 +230,8 @@ class Problem {
       bias.fill_with([&] { return c.bias_hides && uniform(0, 1) < 0.3 ? -kInfinity : uniform(-2, 2); });
     }
     if (c.alibi) {
-      slopes = Array(DType::kFloat32, c.alibi_by_batch ? std::vector<int64_t>{c.batch, c.heads} : std::vector<int64_t>{c.heads});
+      slopes = Array(DType::kFloat32,
+                     c.alibi_by_batch ? std::vector<int64_t>{c.batch, c.heads} : std::vector<int64_t>{c.heads});
       slopes.fill_with([&] { return uniform(0, 0.25); });
     }
     if (c.sinks) {
@@ -291,14 +295,15 @@ struct Answer {
 
 // How far a kernel may be from the oracle on a problem, for one result of true value x:
 //
-//   out       (2 e + s) max|v|  +  rounding(x)        a weight is off by the factor exp(2 e), and by its own rounding and the sums' s
+//   out       (2 e + s) max|v|  +  rounding(x)
 //   weights   (2 e + s) x       +  rounding(x)
 //   lse       e + s             +  4 u |x|
 //
-// u is the unit roundoff of the accumulator, e bounds the error of a score and s that of sums over keys. A sum of n terms in any
-// order is off by at most lambda sqrt(n) u times the sum of their magnitudes, but for a probability that falls as exp(-lambda^2 / 2)
-// (Higham & Mary 2019, theorem 2.4; kLambda = 4 leaves 2 in 10^4 for a sum whose errors are all at their limit). By Cauchy and
-// Schwarz sum |q_d k_d| <= |q| |k|. Eight more roundings stand for the scale, exp2, tanh, and the steps between.
+// u is the unit roundoff of the accumulator, e bounds the error of a score (which changes a weight and its row's sum by
+// a factor of exp(e) each) and s that of sums over keys. A sum of n terms in any order is off by at most lambda sqrt(n)
+// u times the sum of their magnitudes, but for a probability of 2 exp(-lambda^2 / 2) (Higham & Mary 2019, theorem 2.4;
+// 7 in 10^4 for kLambda = 4, and only where all terms conspire). By Cauchy and Schwarz sum |q_d k_d| <= |q| |k|. Eight
+// more roundings stand for the scale, exp2, tanh, and the steps between.
 class ErrorBound {
  public:
   explicit ErrorBound(const Problem& problem) {

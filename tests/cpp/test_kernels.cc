@@ -1,8 +1,8 @@
 // Every kernel table that this machine runs, against the float64 oracle and against itself.
 //
-// Values: within ErrorBound of the oracle, NaN and infinity exactly where the oracle has them, for each dtype, shapes around the
-// kernels' own boundaries, every option alone and in random mixtures, and every memory layout. Bits: the same for any number of
-// threads, in any batch, padded or not, and whatever the other rows hold.
+// Values: within ErrorBound of the oracle, NaN and infinity exactly where the oracle has them, for each dtype, shapes
+// around the kernels' own boundaries, every option alone and in random mixtures, and every memory layout. Bits: the
+// same for any number of threads, in any batch, padded or not, and whatever the other rows hold.
 #include <omp.h>
 
 #include <set>
@@ -101,8 +101,8 @@ void compare(const std::string& where, const Array& found, const Array& expected
   if (wrong == 0) return;
   std::ostringstream text;
   text.precision(9);
-  text << where << ": " << wrong << " of " << x << " elements are off; element " << worst << " is " << value << ", expected " << truth[worst]
-       << " within " << bound(truth[worst]);
+  text << where << ": " << wrong << " of " << x << " elements are off; element " << worst << " is " << value
+       << ", expected " << truth[worst] << " within " << bound(truth[worst]);
   foveal_test::fail(__FILE__, __LINE__, text.str());
 }
 
@@ -111,7 +111,8 @@ void compare_with_oracle(Problem& problem, const Answer& answer, const KernelTab
   compute(problem, table);
   const std::string where = std::string(table.name) + ' ' + text_of(problem.asked);
   compare(where + ": out", problem.out, answer.out, [&](double x) { return bound.out(x); });
-  if (problem.lse.view.present()) compare(where + ": lse", problem.lse, answer.lse, [&](double x) { return bound.lse(x); });
+  if (problem.lse.view.present())
+    compare(where + ": lse", problem.lse, answer.lse, [&](double x) { return bound.lse(x); });
   if (problem.weights.view.present())
     compare(where + ": weights", problem.weights, answer.weights, [&](double x) { return bound.weights(x); });
   for (const Array* array : {&problem.out, &problem.lse, &problem.weights})
@@ -129,7 +130,7 @@ void check(const Case& c) {
   check(problem);
 }
 
-// ---- values --------------------------------------------------------------------------------------------------------------------------
+// ---- values ---------------------------------------------------------------------------------------------------------
 
 // x - 1, x, x + 1 for each x given.
 std::set<int64_t> around(std::initializer_list<int64_t> values) {
@@ -238,8 +239,8 @@ void test_options() {
         c.seed = cases.size() + 1;
         cases.push_back(c);
       };
-      for (const std::vector<int64_t>& offset :
-           std::vector<std::vector<int64_t>>{{}, {0}, {-1}, {-20}, {140}, {500}, {-500}, {3, 120}, {int64_t{1} << 60}, {-(int64_t{1} << 60)}}) {
+      for (const std::vector<int64_t>& offset : std::vector<std::vector<int64_t>>{
+               {}, {0}, {-1}, {-20}, {140}, {500}, {-500}, {3, 120}, {int64_t{1} << 60}, {-(int64_t{1} << 60)}}) {
         add([&](Case& c) { c.causal = true, c.q_offset = offset; });
         add([&](Case& c) { c.window_left = 3, c.window_right = 5, c.q_offset = offset; });
       }
@@ -251,7 +252,8 @@ void test_options() {
         add([&](Case& c) { c.bias = axes, c.bias_dtype = kDTypes[axes % 4]; });
       }
       for (const double density : {0.0, 0.02, 1.0}) add([&](Case& c) { c.mask = 15, c.mask_density = density; });
-      for (const DType bias_dtype : kDTypes) add([&](Case& c) { c.bias = 15, c.bias_dtype = bias_dtype, c.bias_hides = true; });
+      for (const DType bias_dtype : kDTypes)
+        add([&](Case& c) { c.bias = 15, c.bias_dtype = bias_dtype, c.bias_hides = true; });
       for (const double softcap : {0.5, 5.0, 50.0}) add([&](Case& c) { c.softcap = softcap, c.scale = 3; });
       for (const double scale : {-0.7, 1e-3, 2.0}) add([&](Case& c) { c.scale = scale; });
       for (const bool by_batch : {false, true}) add([&](Case& c) { c.alibi = true, c.alibi_by_batch = by_batch; });
@@ -264,7 +266,9 @@ void test_options() {
         add([&](Case& c) { c.kv_lens = lens, c.causal = true, c.weights = true; });
       }
       add([&](Case& c) { c.q_lens = {0, rows}; });
-      add([&](Case& c) { c.q_lens = {rows, rows / 2}, c.kv_lens = {5, 140}, c.causal = true, c.weights = true, c.sinks = true; });
+      add([&](Case& c) {
+        c.q_lens = {rows, rows / 2}, c.kv_lens = {5, 140}, c.causal = true, c.weights = true, c.sinks = true;
+      });
       for (const int64_t kv_heads : {1, 4}) add([&](Case& c) { c.kv_heads = kv_heads; });
       add([](Case& c) { c.heads = c.kv_heads = 0; });
       add([](Case& c) { c.batch = 0; });
@@ -280,7 +284,7 @@ void test_storage() {
       c.causal = true;
       size_t x = 0;
       for (const Storage input : kInputStorages)
-        for (Storage Case::*array : {&Case::q_storage, &Case::k_storage, &Case::v_storage}) {
+        for (Storage Case::* array : {&Case::q_storage, &Case::k_storage, &Case::v_storage}) {
           Case one = c;
           one.*array = input;
           one.out_storage = kOutputStorages[x++ % std::size(kOutputStorages)];
@@ -311,7 +315,7 @@ void test_mixtures(int count) {
     c.seqlen_kv = 1 + below(300);
     c.head_dim = 1 + below(40);
     c.value_dim = 1 + below(40);
-    for (Storage Case::*array : {&Case::q_storage, &Case::k_storage, &Case::v_storage})
+    for (Storage Case::* array : {&Case::q_storage, &Case::k_storage, &Case::v_storage})
       c.*array = kInputStorages[random() % std::size(kInputStorages)];
     c.out_storage = kOutputStorages[random() % std::size(kOutputStorages)];
     c.causal = chance(2);
@@ -353,7 +357,7 @@ void test_moving_maximum() {
       }
 }
 
-// ---- what must not be read -------------------------------------------------------------------------------------------------------------
+// ---- what must not be read ------------------------------------------------------------------------------------------
 
 // NaN and infinity at keys that some rows must not see: those rows stay clean, the others get what the formula says.
 void test_masked_garbage() {
@@ -361,7 +365,8 @@ void test_masked_garbage() {
     for (const int64_t rows : {1, 2, 5, 60})
       for (const double garbage : {kNaN, kInfinity, -kInfinity})
         for (const int in : {0, 1, 2}) {  // v, k, both
-          // A visible infinite k can make a score of -inf, which hides its key only where v is finite (docs/numerics.md).
+          // A visible infinite k can make a score of -inf, which hides its key only where v is finite
+          // (docs/numerics.md).
           if (in == 2 && !std::isnan(garbage)) continue;
           const auto spoil = [&](Problem& problem, std::initializer_list<int64_t> keys) {
             for (const int64_t j : keys) {
@@ -417,7 +422,7 @@ void test_garbage_rows() {
       }
 }
 
-// ---- the same bits -----------------------------------------------------------------------------------------------------------------------
+// ---- the same bits --------------------------------------------------------------------------------------------------
 
 void expect_same(const Array& a, const Array& b, const std::string& what) {
   if (a.contents() != b.contents()) foveal_test::fail(__FILE__, __LINE__, what + ": the bits differ");
@@ -445,7 +450,8 @@ void test_threads() {
           compute(one, *table, 1);
           for (const int threads : {1, 2, 5}) {
             compute(many, *table, threads);
-            const std::string what = std::string(table->name) + ' ' + text_of(c) + " by " + std::to_string(threads) + " threads";
+            const std::string what =
+                std::string(table->name) + ' ' + text_of(c) + " by " + std::to_string(threads) + " threads";
             expect_same(one.out, many.out, what);
             expect_same(one.lse, many.lse, what);
             if (c.weights) expect_same(one.weights, many.weights, what);
@@ -502,7 +508,8 @@ void test_alone() {
                 compute(alone, *table);
                 Array out(c.dtype, {1, single.heads, single.seqlen_q, c.value_dim});
                 copy_common(batch.out, out, {b, head, 0, 0});
-                const std::string what = std::string(table->name) + ' ' + text_of(c) + " sequence " + std::to_string(b) + " head " + std::to_string(head);
+                const std::string what = std::string(table->name) + ' ' + text_of(c) + " sequence " +
+                                         std::to_string(b) + " head " + std::to_string(head);
                 expect_same(out, alone.out, what + " out");
                 Array lse(alone.lse.view.dtype, {1, single.heads, single.seqlen_q});
                 copy_common(batch.lse, lse, {b, head, 0});
@@ -542,7 +549,7 @@ void test_neighbours() {
     }
 }
 
-// ---- choice ----------------------------------------------------------------------------------------------------------------------------
+// ---- choice ---------------------------------------------------------------------------------------------------------
 
 void test_tables() {
   std::set<std::string> names;
@@ -563,7 +570,8 @@ int main() {
     const int64_t before = cases_run;
     const double start = omp_get_wtime();
     test();
-    std::printf("\n%-18s %6lld calls %6.2f s", name, static_cast<long long>(cases_run - before), omp_get_wtime() - start);
+    std::printf("\n%-18s %6lld calls %6.2f s", name, static_cast<long long>(cases_run - before),
+                omp_get_wtime() - start);
     std::fflush(stdout);
   };
   timed("tables", test_tables);
