@@ -163,11 +163,10 @@ def as_numpy(work: Work, contender: Contender) -> Array:
     with contender.within():
         result: Any = contender.call()
         if hasattr(result, "copy_outputs_to_cpu"):  # ONNX Runtime's (B,Sq,Hq*D)
-            flat = np.asarray(result.copy_outputs_to_cpu()[0])
-            return flat.reshape(work.batch, work.seqlen, work.heads, work.head_dim).swapaxes(1, 2)
-        if not isinstance(result, np.ndarray):
-            result = result.float().numpy()
-        return np.asarray(result, np.float32).reshape(work.batch, work.heads, work.seqlen, work.head_dim)
+            flat: Array = result.copy_outputs_to_cpu()[0]
+            return np.swapaxes(flat.reshape(work.batch, work.seqlen, work.heads, work.head_dim), 1, 2)
+        out: Array = (result if isinstance(result, np.ndarray) else result.float().numpy()).astype(np.float32)
+        return out.reshape(work.batch, work.heads, work.seqlen, work.head_dim)
 
 
 def assert_close(name: str, found: Array, expected: Array, tolerance: float) -> None:

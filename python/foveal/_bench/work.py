@@ -76,9 +76,10 @@ class Work:
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of that name; bfloat16 needs ml_dtypes."""
     if name == "bfloat16":
-        from ml_dtypes import bfloat16
+        import ml_dtypes
 
-        return np.dtype(bfloat16)
+        dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return dtype
     return np.dtype(name)
 
 
@@ -111,7 +112,7 @@ def foveal_torch(work: Work, inputs: Sequence[Inputs]) -> Contender:
     """foveal.attention on tensors."""
     import torch
 
-    options = {"causal": True} if work.causal else {}
+    options: dict[str, Any] = {"causal": True} if work.causal else {}
     tensors = [tuple(map(as_torch, triple)) for triple in inputs]
     call = cycled(lambda q, k, v: foveal.attention(q, k, v, **options), tensors)
     return Contender("foveal", call, torch.inference_mode)
