@@ -219,6 +219,8 @@ Status compute_reference(const AttentionProblem& problem) {
   return attention_reference(problem);
 }
 
+Status compute_nothing(const AttentionProblem&) { return {}; }
+
 // ---- entry points ---------------------------------------------------------------------------------------------------
 
 template <Compute compute>
@@ -252,6 +254,8 @@ PyMethodDef methods[] = {
      "attention" FOVEAL_SIGNATURE "foveal.attention on arrays that are no torch tensors."},
     {"attention_reference", function<compute_reference>(), METH_FASTCALL,
      "attention_reference" FOVEAL_SIGNATURE "The same by the plain float64 oracle."},
+    {"check_attention", function<compute_nothing>(), METH_FASTCALL,
+     "check_attention" FOVEAL_SIGNATURE "Raise what `attention` raises when it refuses its arguments."},
     {nullptr, nullptr, 0, nullptr},
 };
 

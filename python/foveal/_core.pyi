@@ -53,6 +53,27 @@ def attention_reference(
     return_weights: Any,
     /,
 ) -> Any: ...
+def check_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    bias: Any,
+    causal: Any,
+    q_offset: Any,
+    window: Any,
+    scale: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    q_lens: Any,
+    kv_lens: Any,
+    layout: Any,
+    out: Any,
+    return_lse: Any,
+    return_weights: Any,
+    /,
+) -> Any: ...
 def set_num_threads(count: int, /) -> None: ...
 def get_num_threads() -> int: ...
 def isa() -> str: ...
