@@ -222,30 +222,11 @@ def attention(
     """
     if dropout_p != 0.0 or normalizer != "softmax" or return_stats:
         _refuse_unbuilt(dropout_p, normalizer)
+    call = _core.attention
     if not isinstance(q, ndarray) and hasattr(q, "__torch_function__"):
-        on_tensors = _torch_attention or _load_torch_attention()
-        return on_tensors(
-            q,
-            k,
-            v,
-            mask=mask,
-            bias=bias,
-            causal=causal,
-            q_offset=q_offset,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            q_lens=q_lens,
-            kv_lens=kv_lens,
-            layout=layout,
-            out=out,
-            return_lse=return_lse,
-            return_weights=return_weights,
-        )
+        call = _torch_attention or _load_torch_attention()
     # By position: keywords would cost as much as a whole call on small arrays.
-    result = _core.attention(
+    result = call(
         q,
         k,
         v,

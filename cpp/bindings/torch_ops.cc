@@ -1,0 +1,385 @@
+// The CPU kernels of torch.ops.foveal.*: torch tensors -> AttentionProblem -> core, without torch's headers.
+//
+// The dispatcher calls a boxed kernel without the GIL. Its arguments and results are words on a stack (torch_shim.h).
+//
+// Errors: what a C++ exception becomes in Python differs between torch versions (2.13 maps std::invalid_argument to
+// ValueError, 2.15 does not), so a kernel throws std::runtime_error, a RuntimeError everywhere, and leaves the Status
+// behind for this thread; foveal.attention turns it into the exception that NumPy callers meet.
+#include "bindings/torch_ops.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <pybind11/stl.h>
+
+#include "attention/threads.h"
+#include "bindings/dlpack.h"
+#include "bindings/errors.h"
+#include "bindings/torch_shim.h"
+#include "foveal/attention.h"
+
+namespace py = pybind11;
+
+namespace foveal {
+namespace {
+
+using torch_shim::StableIValue;
+
+torch_shim::Functions torch;  // filled once by register_torch_ops
+
+thread_local Status last_failure;
+
+[[noreturn]] void fail(Status status) {
+  last_failure = std::move(status);
+  throw std::runtime_error(last_failure.text);
+}
+
+void require(int32_t shim_result, const char* what) {
+  if (shim_result != 0) throw std::runtime_error(std::string("attention: torch failed to ") + what);
+}
+
+// --- tensors ---------------------------------------------------------------------------------------------------------
+
+class Tensor {  // an owned handle, or none
+ public:
+  Tensor() = default;
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  Tensor(Tensor&& other) noexcept : handle_(other.release()) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_ != nullptr) torch.aoti_torch_delete_tensor_object(handle_);
+  }
+  AtenTensorHandle get() const { return handle_; }
+  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+  explicit operator bool() const { return handle_ != nullptr; }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+constexpr std::array kDTypes = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16,
+                                DType::kBool,    DType::kInt8,    DType::kInt32,   DType::kInt64};
+
+// torch's numbers for kDTypes and for the CPU, read once: they are no part of its ABI.
+std::array<int32_t, kDTypes.size()> dtype_codes;
+int32_t cpu_device = 0;
+
+void read_codes() {
+  dtype_codes = {torch.aoti_torch_dtype_float32(),  torch.aoti_torch_dtype_float64(), torch.aoti_torch_dtype_float16(),
+                 torch.aoti_torch_dtype_bfloat16(), torch.aoti_torch_dtype_bool(),    torch.aoti_torch_dtype_int8(),
+                 torch.aoti_torch_dtype_int32(),    torch.aoti_torch_dtype_int64()};
+  cpu_device = torch.aoti_torch_device_type_cpu();
+}
+
+// Only strided CPU tensors come here: the dispatcher sends every other kind to another key.
+TensorView view_of(const char* name, const Tensor& tensor) {
+  TensorView view;
+  int64_t rank = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  int32_t code = 0;
+  const void* data = nullptr;
+  require(torch.aoti_torch_get_dim(tensor.get(), &rank), "give a rank");
+  require(torch.aoti_torch_get_sizes(tensor.get(), &sizes), "give sizes");
+  require(torch.aoti_torch_get_strides(tensor.get(), &strides), "give strides");
+  require(torch.aoti_torch_get_dtype(tensor.get(), &code), "give a dtype");
+  require(torch.torch_get_const_data_ptr(tensor.get(), &data),
+          "give a pointer");  // leaves a copy-on-write tensor shared
+  const auto known = std::find(dtype_codes.begin(), dtype_codes.end(), code);
+  if (known == dtype_codes.end())
+    throw std::runtime_error(std::string("attention: no kernel reads the dtype of ") + name);
+  view.dtype = kDTypes[static_cast<size_t>(known - dtype_codes.begin())];
+  view.data = const_cast<void*>(data);
+  view.rank = static_cast<int32_t>(rank);
+  std::copy_n(sizes, std::min<int64_t>(rank, kMaxRank), view.shape);
+  std::copy_n(strides, std::min<int64_t>(rank, kMaxRank), view.stride);
+  return view;
+}
+
+// A new contiguous tensor of this shape without its first `dropped` axes, and its view with all axes.
+Tensor allocate(DType dtype, const int64_t* shape, int rank, int dropped, TensorView& view) {
+  view = contiguous_view(nullptr, dtype, shape, rank);
+  const auto index = static_cast<size_t>(std::find(kDTypes.begin(), kDTypes.end(), dtype) - kDTypes.begin());
+  AtenTensorHandle handle = nullptr;
+  if (torch.aoti_torch_empty_strided(rank - dropped, shape + dropped, view.stride + dropped, dtype_codes[index],
+                                     cpu_device, 0, &handle) != 0) {
+    fail({ErrorKind::kMemory, "attention: out of memory"});
+  }
+  Tensor tensor(handle);
+  require(torch.torch_get_mutable_data_ptr(handle, &view.data), "give a pointer");
+  return tensor;
+}
+
+// --- arguments -------------------------------------------------------------------------------------------------------
+
+// Takes the arguments off the stack in the schema's order. Nothing here throws, so that a kernel owns every tensor
+// before its first check.
+class ArgumentReader {
+ public:
+  explicit ArgumentReader(const StableIValue* stack) : next_(stack) {}
+
+  Tensor tensor() { return Tensor(reinterpret_cast<AtenTensorHandle>(*next_++)); }
+  Tensor optional_tensor() {
+    const std::optional<StableIValue> value = optional();
+    return value ? Tensor(reinterpret_cast<AtenTensorHandle>(*value)) : Tensor();
+  }
+  bool boolean() { return (*next_++ & 0xff) != 0; }
+  double real() { return real_of(*next_++); }
+  std::optional<double> optional_real() {
+    const std::optional<StableIValue> value = optional();
+    return value ? std::optional(real_of(*value)) : std::nullopt;
+  }
+  std::optional<int64_t> optional_integer() {
+    const std::optional<StableIValue> value = optional();
+    return value ? std::optional(static_cast<int64_t>(*value)) : std::nullopt;
+  }
+
+ private:
+  std::optional<StableIValue> optional() {
+    auto* cell = reinterpret_cast<StableIValue*>(*next_++);
+    if (cell == nullptr) return std::nullopt;
+    const StableIValue value = *cell;
+    if (torch.torch_delete_stable_ivalue != nullptr) {
+      torch.torch_delete_stable_ivalue(cell);
+    } else {
+      delete cell;
+    }
+    return value;
+  }
+  static double real_of(StableIValue bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+
+  const StableIValue* next_;
+};
+
+// All arguments of `attention_forward`, in the schema's order: initialisers run in the order of the members.
+struct ForwardArguments {
+  explicit ForwardArguments(ArgumentReader& read)
+      : q(read.tensor()),
+        k(read.tensor()),
+        v(read.tensor()),
+        mask(read.optional_tensor()),
+        bias(read.optional_tensor()),
+        alibi_slopes(read.optional_tensor()),
+        sinks(read.optional_tensor()),
+        q_lens(read.optional_tensor()),
+        kv_lens(read.optional_tensor()),
+        q_offsets(read.optional_tensor()),
+        causal(read.boolean()),
+        q_offset(read.optional_integer()),
+        window_left(read.optional_integer()),
+        window_right(read.optional_integer()),
+        scale(read.optional_real()),
+        softcap(read.real()),
+        bshd(read.boolean()),
+        return_weights(read.boolean()) {}
+
+  Tensor q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, q_offsets;
+  bool causal;
+  std::optional<int64_t> q_offset, window_left, window_right;
+  std::optional<double> scale;
+  double softcap;
+  bool bshd;
+  bool return_weights;
+};
+
+// None is unlimited, so the core's own sign for that is no number to accept.
+int64_t window_side(const char* name, std::optional<int64_t> width) {
+  if (width.value_or(0) < 0) {
+    fail({ErrorKind::kValue,
+          std::string("attention: ") + name + " is " + std::to_string(*width) + ", expected None or at least 0"});
+  }
+  return width.value_or(kUnlimited);
+}
+
+// Borrows from `arguments`.
+AttentionProblem problem_of(ForwardArguments& arguments) {
+  const auto optional_view = [](const char* name, const Tensor& tensor) {
+    return tensor ? view_of(name, tensor) : TensorView{};
+  };
+  AttentionProblem problem;
+  problem.q = view_of("q", arguments.q);
+  problem.k = view_of("k", arguments.k);
+  problem.v = view_of("v", arguments.v);
+  problem.mask = optional_view("mask", arguments.mask);
+  problem.bias = optional_view("bias", arguments.bias);
+  problem.alibi_slopes = optional_view("alibi_slopes", arguments.alibi_slopes);
+  problem.sinks = optional_view("sinks", arguments.sinks);
+  problem.q_lens = optional_view("q_lens", arguments.q_lens);
+  problem.kv_lens = optional_view("kv_lens", arguments.kv_lens);
+  problem.q_offset = optional_view("q_offset", arguments.q_offsets);
+  if (arguments.q_offset) {
+    problem.q_offset.data = &*arguments.q_offset;
+    problem.q_offset.dtype = DType::kInt64;
+    problem.q_offset.rank = 0;
+  }
+  problem.layout = arguments.bshd ? Layout::kBshd : Layout::kBhsd;
+  problem.causal = arguments.causal;
+  problem.window_left = window_side("window[0]", arguments.window_left);
+  problem.window_right = window_side("window[1]", arguments.window_right);
+  problem.has_scale = arguments.scale.has_value();
+  problem.scale = arguments.scale.value_or(0.0);
+  problem.softcap = arguments.softcap;
+  return problem;
+}
+
+// --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+// What a signal handler raised inside a kernel, until Python can raise it; touched with the GIL, on the main thread.
+py::error_already_set* interrupt = nullptr;
+
+int raise_interrupt(void*) {
+  if (interrupt == nullptr) return 0;
+  interrupt->restore();
+  delete std::exchange(interrupt, nullptr);
+  return -1;
+}
+
+// The exception cannot pass through the dispatcher. foveal.attention fetches it; after a direct or compiled call of the
+// op the interpreter raises it as soon as it is back in Python.
+bool run_signal_handlers(void*) {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return false;
+  delete std::exchange(interrupt, new py::error_already_set());
+  Py_AddPendingCall(raise_interrupt, nullptr);
+  return true;
+}
+
+// --- kernels ---------------------------------------------------------------------------------------------------------
+
+struct Results {
+  Tensor out, lse, weights;  // none where not asked for; `out` when it was given
+};
+
+Results compute(AttentionProblem& problem, bool with_lse, bool with_weights) {
+  const Layout layout = problem.layout;
+  const int rank = problem.q.rank;
+  int64_t out_shape[kMaxRank];
+  std::copy_n(problem.q.shape, kMaxRank, out_shape);
+  if (Status status = canonicalize(problem); !status.ok()) fail(std::move(status));
+
+  Results results;
+  const int64_t scores[] = {problem.q.shape[0], problem.q.shape[1], problem.q.shape[2], problem.k.shape[2]};
+  const int dropped = 4 - rank;
+  if (!problem.out.present()) {
+    out_shape[rank - 1] = problem.v.shape[3];
+    results.out = allocate(problem.q.dtype, out_shape, rank, 0, problem.out);
+    problem.out = canonical_view(problem.out, layout);
+  }
+  if (with_lse) {
+    const DType dtype = problem.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    results.lse = allocate(dtype, scores, 3, dropped, problem.lse);
+  }
+  if (with_weights) results.weights = allocate(problem.q.dtype, scores, 4, dropped, problem.weights);
+
+  uint32_t torch_threads = 0;
+  require(torch.torch_get_num_threads(&torch_threads), "give its number of threads");
+  Status status;
+  ExecutionOptions options;
+  options.num_threads = num_threads(static_cast<int>(torch_threads), status);
+  options.interrupted = run_signal_handlers;
+  if (status.ok()) status = attention_forward(problem, options);
+  if (!status.ok()) fail(std::move(status));
+  return results;
+}
+
+StableIValue result(Tensor& tensor) { return reinterpret_cast<StableIValue>(tensor.release()); }
+
+// A schema has one type for each result: weights that nobody asked for are an empty tensor.
+StableIValue result_or_empty(Tensor& tensor, DType dtype) {
+  constexpr int64_t kNone = 0;
+  TensorView view;
+  if (!tensor) tensor = allocate(dtype, &kNone, 1, 0, view);
+  return result(tensor);
+}
+
+void attention_plain(StableIValue* stack, uint64_t, uint64_t) {
+  ArgumentReader read(stack);
+  const Tensor q = read.tensor(), k = read.tensor(), v = read.tensor();
+  const bool causal = read.boolean();
+  const std::optional<double> scale = read.optional_real();
+  AttentionProblem problem;
+  problem.q = view_of("q", q);
+  problem.k = view_of("k", k);
+  problem.v = view_of("v", v);
+  problem.causal = causal;
+  problem.has_scale = scale.has_value();
+  problem.scale = scale.value_or(0.0);
+  Results results = compute(problem, false, false);
+  stack[0] = result(results.out);
+}
+
+void attention_forward_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  ArgumentReader read(stack);
+  ForwardArguments arguments(read);
+  AttentionProblem problem = problem_of(arguments);
+  Results results = compute(problem, true, arguments.return_weights);
+  stack[2] = result_or_empty(results.weights, problem.q.dtype);
+  stack[1] = result(results.lse);
+  stack[0] = result(results.out);
+}
+
+void attention_forward_out_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  ArgumentReader read(stack);
+  const Tensor out = read.tensor();
+  ForwardArguments arguments(read);
+  AttentionProblem problem = problem_of(arguments);
+  problem.out = view_of("out", out);
+  require(torch.torch_get_mutable_data_ptr(out.get(), &problem.out.data), "give a pointer");
+  Results results = compute(problem, true, arguments.return_weights);
+  stack[1] = result_or_empty(results.weights, problem.q.dtype);
+  stack[0] = result(results.lse);
+}
+
+// --- Python ----------------------------------------------------------------------------------------------------------
+
+// Returns what the ops still lack: "" or the library or symbol that is missing.
+std::string register_torch_ops(const std::vector<std::string>& libraries) {
+  if (std::string missing = torch_shim::find_functions(libraries, torch); !missing.empty()) return missing;
+  read_codes();
+  static TorchLibraryHandle library = nullptr;  // kept: the registrations end with it
+  require(torch.aoti_torch_library_init_impl("foveal", "CPU", "torch_ops.cc", __LINE__, &library), "open a library");
+  const auto implement = [](const char* name, torch_shim::BoxedKernel kernel) {
+    require(torch.torch_library_impl(library, name, kernel, torch_shim::kConventionVersion), "register a kernel");
+  };
+  implement("attention_plain", attention_plain);
+  implement("attention_forward", attention_forward_boxed);
+  implement("attention_forward_out", attention_forward_out_boxed);
+  return "";
+}
+
+// The exception that the kernel whose RuntimeError says `message` meant; None when the error came from elsewhere.
+py::object take_torch_failure(const std::string& message) {
+  const Status failure = std::exchange(last_failure, {});
+  if (failure.ok() || message.find(failure.text) == std::string::npos) return py::none();
+  if (failure.kind == ErrorKind::kInterrupted && interrupt != nullptr) {
+    const py::object raised = interrupt->value();
+    delete std::exchange(interrupt, nullptr);
+    return raised;
+  }
+  return py::handle(exception_class(failure.kind))(failure.text);
+}
+
+}  // namespace
+
+void bind_torch_ops(py::module_& module) {
+  module.def(
+      "register_torch_ops", &register_torch_ops, py::arg("libraries"), py::pos_only(),
+      "Give torch.ops.foveal their CPU kernels. Returns the library or symbol that is missing, or an empty string.");
+  module.def("take_torch_failure", &take_torch_failure, py::arg("message"), py::pos_only(),
+             "The exception that the kernel whose RuntimeError says `message` meant, if any.");
+}
+
+}  // namespace foveal

@@ -1,0 +1,14 @@
+// The kernels of torch.ops.foveal.* on the CPU; their schemas and rules are in python/foveal/torch/_ops.py.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace foveal {
+
+// Adds to the module:
+//   register_torch_ops(libraries)   gives the ops their CPU kernels through torch's stable C shim
+//   raise_torch_failure()           raises what the last kernel on this thread failed with, if anything
+//   attention_over_pointers(...)    the same kernels for a torch without that shim
+void bind_torch_ops(pybind11::module_& module);
+
+}  // namespace foveal

@@ -1,0 +1,210 @@
+"""What :func:`foveal.attention` does with tensors: one call of an op, and the right exception when that fails.
+
+The kernel judges the arguments, so a good call passes no second check on its way, and Dynamo can trace it. Only when
+something has been refused is it asked in what words NumPy callers would hear of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveal import _core
+from foveal.torch import _ops as _ops  # registers the ops
+
+_plain = torch.ops.foveal.attention_plain.default
+_forward = torch.ops.foveal.attention_forward.default
+_forward_out = torch.ops.foveal.attention_forward_out.default
+
+# What a call of the op forwards to, 0.2 microseconds sooner; Dynamo knows only the op itself.
+_plain_eager = getattr(_plain, "_op", _plain)
+
+_is_grad_enabled = torch.is_grad_enabled
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+_UNLIMITED = (None, None)
+
+
+def _attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    bias: Any,
+    causal: Any,
+    q_offset: Any,
+    window: Any,
+    scale: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    q_lens: Any,
+    kv_lens: Any,
+    layout: Any,
+    out: Any,
+    return_lse: Any,
+    return_weights: Any,
+    /,
+) -> Any:
+    """Take and return what ``_core.attention`` does, for tensors."""
+    try:
+        if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            _refuse_gradient(q=q, k=k, v=v)
+        if (
+            mask is None
+            and bias is None
+            and q_offset is None
+            and alibi_slopes is None
+            and sinks is None
+            and q_lens is None
+            and kv_lens is None
+            and out is None
+            and softcap == 0.0
+            and window == _UNLIMITED
+            and layout == "bhsd"
+            and not (return_lse or return_weights)
+            and (causal is False or causal is True)
+        ):
+            if _is_dynamo_compiling():
+                return _plain(q, k, v, causal, scale)
+            return _plain_eager(q, k, v, causal, scale)
+
+        if _is_grad_enabled():
+            _refuse_gradient(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+        window_left, window_right = window
+        offset, offsets = _offset(q_offset, q.device)
+        inputs = (
+            q,
+            k,
+            v,
+            mask,
+            bias,
+            alibi_slopes,
+            sinks,
+            _integers(q_lens, q.device),
+            _integers(kv_lens, q.device),
+            offsets,
+            _flag(causal),
+            offset,
+            _side(window_left),
+            _side(window_right),
+            scale,
+            softcap,
+            _is_bshd(layout),
+            bool(return_weights),
+        )
+        if out is None:
+            result, lse, weights = _forward(*inputs)
+        else:
+            lse, weights = _forward_out(out, *inputs)
+            result = out
+    except Exception as error:
+        arguments = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "mask": mask,
+            "bias": bias,
+            "causal": causal,
+            "q_offset": q_offset,
+            "window": window,
+            "scale": scale,
+            "softcap": softcap,
+            "alibi_slopes": alibi_slopes,
+            "sinks": sinks,
+            "q_lens": q_lens,
+            "kv_lens": kv_lens,
+            "layout": layout,
+            "out": out,
+            "return_lse": return_lse,
+            "return_weights": return_weights,
+        }  # in the order of _core.attention
+        raise _explained(error, arguments) from None
+    if not (return_lse or return_weights):
+        return result
+    return result, lse if return_lse else None, weights if return_weights else None
+
+
+def _refuse_gradient(**arrays: Any) -> None:
+    for name, array in arrays.items():
+        if isinstance(array, Tensor) and array.requires_grad:
+            raise NotImplementedError(
+                f"attention: {name} requires grad, expected no gradient: there is no backward pass yet; "
+                "detach it or call under torch.no_grad()"
+            )
+
+
+# The options as an op takes them. What they cannot be made of raises anything; `_explained` finds the words.
+
+
+def _offset(q_offset: Any, device: torch.device) -> tuple[int | None, Tensor | None]:
+    if isinstance(q_offset, int):
+        return q_offset, None
+    if isinstance(q_offset, np.integer):
+        return int(q_offset), None
+    return None, _integers(q_offset, device)
+
+
+_INTEGERS = (torch.int64, torch.int32)
+_NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
+
+
+def _integers(values: Any, device: torch.device) -> Tensor | None:
+    if values is None:
+        return None
+    if isinstance(values, (list, tuple)):
+        values = torch.tensor(values, dtype=None if values else torch.int64, device=device)
+        if values.ndim != 1:
+            raise TypeError
+    elif not isinstance(values, Tensor):
+        values = torch.as_tensor(values, device=device)
+    if values.dtype not in _INTEGERS + _NARROW_INTEGERS:
+        raise TypeError
+    integers: Tensor = values if values.dtype in _INTEGERS else values.to(torch.int64)
+    return integers
+
+
+def _side(width: Any) -> int | None:
+    """Make a side of the window; a negative one is for the kernel to refuse."""
+    if isinstance(width, bool):
+        raise TypeError
+    return None if width is None or width >= 2**62 else width
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError
+    return bool(value)
+
+
+def _is_bshd(layout: Any) -> bool:
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError
+    return bool(layout == "bshd")
+
+
+def _explained(error: Exception, arguments: dict[str, Any]) -> BaseException:
+    """Find the exception that NumPy callers would get for what made the call raise ``error``."""
+    if isinstance(error, NotImplementedError) and str(error).startswith("attention: "):
+        return error
+    failure: BaseException | None = _core.take_torch_failure(str(error))
+    if failure is not None:
+        return failure
+    for name, array in arguments.items():
+        if not isinstance(array, Tensor):
+            continue
+        if array.device.type != "cpu":
+            return TypeError(f"attention: {name} is on {array.device}, expected cpu")
+        if array.is_nested or array.is_quantized or array.layout != torch.strided:
+            kind = "nested" if array.is_nested else "quantized" if array.is_quantized else str(array.layout)
+            kind = kind.removeprefix("torch.").removeprefix("_")
+            return TypeError(f"attention: {name} is a {kind} tensor, expected a plain dense one")
+    try:
+        _core.check_attention(*(x.detach() if isinstance(x, Tensor) else x for x in arguments.values()))
+    except (TypeError, ValueError) as refusal:
+        if str(refusal).startswith("attention: "):
+            return refusal
+    return error

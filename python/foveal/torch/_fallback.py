@@ -1,0 +1,60 @@
+"""CPU kernels in Python, for a torch whose C shim lacks what the C++ kernels need. Slower to call, otherwise the same.
+
+They hand the tensors to the function that serves every array with ``__dlpack__``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal import _core
+from foveal.torch._ops import Options
+
+
+def _compute(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None, *, return_lse: bool) -> Any:
+    arguments = (
+        q,
+        k,
+        v,
+        options.mask,
+        options.bias,
+        options.causal,
+        options.q_offset if options.q_offsets is None else options.q_offsets,
+        (options.window_left, options.window_right),
+        options.scale,
+        options.softcap,
+        options.alibi_slopes,
+        options.sinks,
+        options.q_lens,
+        options.kv_lens,
+        "bshd" if options.bshd else "bhsd",
+        out,
+        return_lse,
+        options.return_weights,
+    )
+    # Only a detached tensor lends its memory.
+    return _core.attention(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Any:
+    return _compute(q, k, v, Options(causal=causal, scale=scale), None, return_lse=False)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, weights = _compute(q, k, v, Options(*values), None, return_lse=True)
+    return out, lse, q.new_empty(0) if weights is None else weights
+
+
+def _forward_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+    _, lse, weights = _compute(q, k, v, Options(*values), out, return_lse=True)
+    return lse, q.new_empty(0) if weights is None else weights
+
+
+def register(library: torch.library.Library) -> None:
+    """Give the ops of ``library`` their CPU kernels."""
+    library.impl("attention_plain", _plain, "CPU")
+    library.impl("attention_forward", _forward, "CPU")
+    library.impl("attention_forward_out", _forward_out, "CPU")

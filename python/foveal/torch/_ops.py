@@ -1,0 +1,270 @@
+"""The ops ``torch.ops.foveal.*``: their schemas and every rule but the CPU kernels.
+
+The kernels are in C++ (cpp/bindings/torch_ops.cc); ``_fallback`` stands in where torch lacks the C shim that they need.
+
+==========================  ==========================================================================================
+``attention_plain``         softmax(scale * q k^T) v, causal or not, and nothing else: fewer arguments and one result
+                            make a call 1.6 microseconds cheaper
+``attention_forward``       every option, and the log-sum-exp that a backward pass needs
+``attention_forward_out``   the same into a given tensor
+==========================  ==========================================================================================
+
+Arguments mean what they mean in :func:`foveal.attention`. ``q_offset`` is an integer and ``q_offsets`` a tensor, used
+when there is no ``q_offset``. ``bshd`` is ``layout="bshd"``. ``weights`` is an empty tensor unless ``return_weights``.
+Every result is contiguous. A refused argument raises RuntimeError here, as it does in any op of torch;
+``foveal.attention`` gives it the class that NumPy callers get.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from foveal import _core
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, "
+    "Tensor? sinks=None, Tensor? q_lens=None, Tensor? kv_lens=None, Tensor? q_offsets=None, bool causal=False, "
+    "SymInt? q_offset=None, SymInt? window_left=None, SymInt? window_right=None, float? scale=None, "
+    "float softcap=0.0, bool bshd=False, bool return_weights=False"
+)
+_SCHEMAS = {
+    "attention_plain": "(Tensor q, Tensor k, Tensor v, bool causal=False, float? scale=None) -> Tensor",
+    "attention_forward": f"({_INPUTS}) -> (Tensor out, Tensor lse, Tensor weights)",
+    "attention_forward_out": f"(Tensor(a!) out, {_INPUTS}) -> (Tensor lse, Tensor weights)",
+}
+
+
+class Options(NamedTuple):
+    """What follows q, k and v in ``attention_forward``. Torch drops trailing defaults on the way to a rule."""
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    q_lens: Tensor | None = None
+    kv_lens: Tensor | None = None
+    q_offsets: Tensor | None = None
+    causal: bool = False
+    q_offset: int | None = None
+    window_left: int | None = None
+    window_right: int | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+    bshd: bool = False
+    return_weights: bool = False
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> None:
+    """Refuse what no shape of a result could be made of; the rest is for the kernel, which sees memory too."""
+    for x in (k, v, *others):
+        if isinstance(x, Tensor) and x.device != q.device:
+            raise TypeError(f"attention: a tensor is on {x.device}, expected {q.device} (from q)")
+    if not 2 <= q.ndim <= 4:
+        raise ValueError(f"attention: q has {q.ndim} dimensions, expected 2, 3 or 4")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"attention: {name} has dtype {x.dtype}, expected {q.dtype} (from q)")
+        if x.ndim != q.ndim:
+            raise ValueError(f"attention: {name} has {x.ndim} dimensions, expected {q.ndim} (from q)")
+    torch._check_value(
+        k.shape[-1] == q.shape[-1],
+        lambda: f"attention: k.shape[{k.ndim - 1}] is {k.shape[-1]}, expected head_dim {q.shape[-1]} (from q)",
+    )
+
+
+def _new_out(q: Tensor, v: Tensor) -> Tensor:
+    """Make a contiguous output; the same formula serves every rank and layout."""
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _new_lse_and_weights(q: Tensor, k: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Make the results that are (B, Hq, Sq, ...) in every layout, without the axes that q lacks."""
+    rows, num_keys = tuple(q.shape[:-1]), k.shape[-2]
+    if options.bshd and q.ndim > 2:
+        rows, num_keys = (*q.shape[:-3], q.shape[-2], q.shape[-3]), k.shape[-3]
+    lse = q.new_empty(rows, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return lse, q.new_empty((*rows, num_keys) if options.return_weights else (0,))
+
+
+def _plain_fake(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
+    _check(q, k, v)
+    return _new_out(q, v)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *values: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(*values, **named)
+    _check(q, k, v, *options)
+    return _new_out(q, v), *_new_lse_and_weights(q, k, options)
+
+
+def _forward_out_fake(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    options = Options(*values, **named)
+    _check(q, k, v, out, *options)
+    return _new_lse_and_weights(q, k, options)
+
+
+# --- autocast --------------------------------------------------------------------------------------------------------
+
+
+def _autocast(op: torch._ops.OpOverload, first: int) -> Callable[..., Any]:
+    """Cast q, k and v, which share a dtype, and nothing else; ``first`` is the place of q."""
+
+    def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        # Like torch's own rules, leave float64 alone.
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    def rule(_: torch._C.DispatchKeySet, *values: Any, **named: Any) -> Any:
+        dtype = torch.get_autocast_dtype("cpu")
+        arguments = [*values]
+        arguments[first : first + 3] = [cast(tensor, dtype) for tensor in arguments[first : first + 3]]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+            return op(*arguments, **named)
+
+    return rule
+
+
+# --- vmap ------------------------------------------------------------------------------------------------------------
+
+
+class _Fold:
+    """Folds a mapped axis of extent n into the batch axis of one op call, and out of its results."""
+
+    def __init__(self, n: int, q: Tensor, q_dim: int | None, bshd: bool):
+        self.n = n
+        self.rank = q.ndim - (q_dim is not None)  # of one example
+        self.batch = 1 if self.rank < 4 else q.shape[0] if q_dim is None else q.movedim(q_dim, 0).shape[1]
+        self.head_axis = 2 if bshd else 1
+
+    def array(self, x: Tensor, dim: int | None) -> Tensor:
+        """Fold q, k or v."""
+        x = x.expand(self.n, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1) if self.rank == 4 else x if self.rank == 3 else x.unsqueeze(self.head_axis)
+
+    def option(self, x: Tensor | None, dim: int | None, rank: int) -> Tensor | None:
+        """Fold an argument that has the batch axis first, unless it broadcasts over that axis; ``rank`` counts it."""
+        if x is None:
+            return None
+        x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+        while x.ndim < rank + 1:
+            x = x.unsqueeze(1)
+        if dim is None and x.shape[1] == 1 and rank == 4:
+            return x.squeeze(0)
+        return x.expand(self.n, self.batch, *x.shape[2:]).flatten(0, 1)
+
+    def unfold(self, x: Tensor, head_axis: int) -> Tensor:
+        """Split the batch axis of a result."""
+        if self.rank == 4:
+            return x.reshape(self.n, self.batch, *x.shape[1:])
+        return x if self.rank == 3 else x.squeeze(head_axis)
+
+
+_Dims = tuple[int | None, ...]
+
+
+def _plain_vmap(info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *scalars: Any) -> Any:
+    fold = _Fold(info.batch_size, q, dims[0], bshd=False)
+    arrays = [fold.array(x, dim) for x, dim in zip((q, k, v), dims, strict=False)]
+    return fold.unfold(torch.ops.foveal.attention_plain(*arrays, *scalars), 1), 0
+
+
+def _forward_vmap(info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
+    options = Options(*values)
+    dim_of = dict(zip(Options._fields, dims[3:], strict=False))
+    if dim_of.get("sinks") is not None:  # a head has one sink for the whole batch, so each example is a call
+        calls = [_example(n, dims, (q, k, v, *values)) for n in range(info.batch_size)]
+        results = [torch.stack(result) for result in zip(*calls, strict=True)]
+        return tuple(results), (0, 0, 0)
+
+    fold = _Fold(info.batch_size, q, dims[0], options.bshd)
+    arrays = [fold.array(x, dim) for x, dim in zip((q, k, v), dims, strict=False)]
+    ranks = {"mask": 4, "bias": 4, "alibi_slopes": 2, "q_lens": 1, "kv_lens": 1, "q_offsets": 1}
+    folded: dict[str, Any] = {
+        name: fold.option(getattr(options, name), dim_of.get(name), rank) for name, rank in ranks.items()
+    }
+    out, lse, weights = torch.ops.foveal.attention_forward(*arrays, *options._replace(**folded))
+    if not options.return_weights:
+        return (fold.unfold(out, fold.head_axis), fold.unfold(lse, 1), weights), (0, 0, None)
+    return (fold.unfold(out, fold.head_axis), fold.unfold(lse, 1), fold.unfold(weights, 1)), (0, 0, 0)
+
+
+def _example(n: int, dims: _Dims, values: tuple[Any, ...]) -> Any:
+    chosen = [x if dim is None else x.select(dim, n) for x, dim in zip(values, dims, strict=True)]
+    return torch.ops.foveal.attention_forward(*chosen)
+
+
+# --- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], bshd: bool) -> int:
+    """Count the two matrix products in full, as torch counts its own attention, causal or not."""
+    num_keys = k[-3] if bshd and len(k) > 2 else k[-2]
+    rows = 1
+    for extent in q[:-1]:
+        rows *= extent
+    return 2 * rows * num_keys * (q[-1] + v[-1])
+
+
+def _plain_flops(q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, **named: Any) -> int:
+    return _flops(q, k, v, bshd=False)
+
+
+def _forward_flops(q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, **named: Any) -> int:
+    return _flops(q, k, v, Options(*values, **named).bshd)
+
+
+def _forward_out_flops(out: Any, q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, **named: Any) -> int:
+    return _flops(q, k, v, Options(*values, **named).bshd)
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+def _libtorch() -> list[str]:
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    return [os.path.join(os.path.dirname(torch.__file__), "lib", name), name]
+
+
+_library = torch.library.Library("foveal", "DEF")
+
+
+def _register() -> None:
+    for name, schema in _SCHEMAS.items():
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if _core.register_torch_ops(_libtorch()):
+        from foveal.torch import _fallback
+
+        _fallback.register(_library)
+
+    ops = torch.ops.foveal
+    for name, fake in (
+        ("attention_plain", _plain_fake),
+        ("attention_forward", _forward_fake),
+        ("attention_forward_out", _forward_out_fake),
+    ):
+        torch.library.register_fake(f"foveal::{name}", fake, lib=_library)
+    for op, first in (
+        (ops.attention_plain.default, 0),
+        (ops.attention_forward.default, 0),
+        (ops.attention_forward_out.default, 1),
+    ):
+        _library.impl(op, _autocast(op, first), "AutocastCPU", with_keyset=True)
+    torch.library.register_vmap("foveal::attention_plain", _plain_vmap, lib=_library)
+    torch.library.register_vmap("foveal::attention_forward", _forward_vmap, lib=_library)
+    register_flop_formula(ops.attention_plain)(_plain_flops)
+    register_flop_formula(ops.attention_forward)(_forward_flops)
+    register_flop_formula(ops.attention_forward_out)(_forward_out_flops)
+
+
+_register()
