@@ -15,10 +15,12 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -56,10 +58,10 @@ class Measurement:
 
 
 def attention(
-    group: str, work: Work, times: float | None = None, limit: float | None = None, **options: bool | int
+    group: str, work: Work, times: float | None = None, limit: float | None = None, **options: Any
 ) -> Measurement:
     def measure(budget: float, progress: Progress) -> Row:
-        return compare(work, budget=budget, progress=progress, **options)  # type: ignore[arg-type]
+        return compare(work, budget=budget, progress=progress, **options)
 
     return Measurement(group, str(work), measure, {} if times is None else {"torch": times}, limit)
 
@@ -72,20 +74,27 @@ def measurements() -> list[Measurement]:
         attention("forward", Work(1, 8, 4096, 64, causal=True), 1.35, 0.70),
         attention("forward", Work(1, 8, 4096, 128), 1.15, 0.83),
         attention("forward", Work(1, 8, 4096, 128, causal=True), 1.3, 0.75),
-        *(attention("one thread", Work(1, 8, 4096, d, causal=causal), threads=1) for d, causal in one_thread),
+        *(
+            attention("one thread", Work(1, 8, 4096, d, causal=causal), threads=1, peers=["torch"])
+            for d, causal in one_thread
+        ),
         attention("bert", Work(8, 12, 128, 64), 1.8),
         attention("bert", Work(4, 12, 512, 64), 1.3),
         attention("tiny", Work(32, 12, 32, 32), 2.5),
         attention("tiny", Work(32, 12, 32, 32, causal=True), 2.5),
         *(attention("half", Work(1, 8, s, d, dtype, causal), 1.3) for dtype, (s, d), causal in half),
         attention("one query", Work(1, 8, 1, 64, seqlen_kv=64), 2.0, in_microseconds=True),
-        attention("one query", Work(1, 8, 1, 64, seqlen_kv=64), 2.0, in_microseconds=True, tensors=True),
+        attention(
+            "one query", Work(1, 8, 1, 64, seqlen_kv=64), 2.0, in_microseconds=True, tensors=True, peers=["torch"]
+        ),
         attention("decode", Work(1, 32, 1, 128, seqlen_kv=4096), 1.0, 0.85),
         attention("decode", Work(1, 32, 1, 128, "bfloat16", seqlen_kv=4096), 6.0, 0.80),
         attention("decode", Work(1, 32, 1, 128, "float16", seqlen_kv=4096), 1.7, 0.80),
         attention("decode", Work(1, 32, 1, 128, "bfloat16", seqlen_kv=16384, kv_heads=4), 6.0, 0.80),
         Measurement("window", "window", window_against_full, {"own full causal": 10.0}),
-        dataclasses.replace(attention("numpy", Work(1, 8, 1024, 64)), times={"numpy": 5.0}),
+        dataclasses.replace(
+            attention("numpy", Work(1, 8, 1024, 64), peers=["numpy", "numpy textbook"]), times={"numpy textbook": 5.0}
+        ),
         Measurement("memory", "extra memory", peak_memory, at_most=64.0),
         Measurement("call", "numpy call", functools.partial(call_overhead, tensors=False), at_most=8.0),
         Measurement("call", "torch call", functools.partial(call_overhead, tensors=True), at_most=12.0),
@@ -131,7 +140,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", metavar="TEXT", help="only rows whose group or label contains one of these"
     )
-    parser.add_argument("--quick", action="store_true", help="a second a row instead of ten")
+    parser.add_argument("--quick", action="store_true", help="a second for each peer of a row instead of eight")
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json, report.md and report.png there")
     options = parser.parse_args()
@@ -143,7 +152,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"no row contains any of {options.rows}; --list prints them")
     described = machine()
-    rows, missed = [], []
+    rows, missed, failed = [], [], []
     with tqdm(total=len(chosen), bar_format="{l_bar}{bar}| {elapsed}<{remaining}", mininterval=1) as bar:
         for place, m in enumerate(chosen):
             bar.set_description_str(f"{m.group}: {m.label}")
@@ -151,7 +160,11 @@ def main() -> None:
             def progress(fraction: float, place: int = place) -> None:
                 bar.update(place + fraction - bar.n)
 
-            row = m.measure(1.0 if options.quick else 10.0, progress)
+            try:
+                row = m.measure(1.0 if options.quick else 8.0, progress)
+            except Exception as error:  # the other rows are still worth having
+                failed.append(f"{m.group}: {m.label}: {type(error).__name__}: {error}")
+                continue
             rows.append(row)
             missed.extend(f"{m.group}: {row.label}: {text}" for text in m.missed(row))
         bar.update(len(chosen) - bar.n)
@@ -163,6 +176,8 @@ def main() -> None:
         (options.out / "report.json").write_text(json.dumps(stored, indent=1, default=str) + "\n")
         (options.out / "report.md").write_text(text + "\n")
         plot(rows, options.out / "report.png")
+    if failed:
+        sys.exit("rows that failed:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

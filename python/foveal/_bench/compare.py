@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from .work import (
     foveal_numpy,
     foveal_torch,
     naive_attention,
-    numpy_naive,
+    numpy_in_place,
+    numpy_textbook,
     onnxruntime_attention,
     torch_sdpa,
 )
@@ -33,9 +35,15 @@ from .work import (
 PEERS: dict[str, Callable[[Work, Sequence[Inputs]], Contender]] = {
     "torch": torch_sdpa,
     "onnxruntime": onnxruntime_attention,
-    "numpy": numpy_naive,
+    "numpy": numpy_in_place,
+    "numpy textbook": numpy_textbook,
 }
-MODULES = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "onnx"), "numpy": ("numpy",)}
+MODULES = {
+    "torch": ("torch",),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "numpy": ("numpy",),
+    "numpy textbook": ("numpy",),
+}
 CACHE_NBYTES = 32 << 20  # when the machine does not say
 
 
@@ -70,27 +78,43 @@ def compare(
     budget: float = 5.0,
     progress: Callable[[float], object] = lambda fraction: None,
 ) -> Row:
-    """Checks, then times one piece of work. `tensors`: ours is called with torch tensors too."""
+    """Checks, then times one piece of work against each peer; by default all that `peers_of` the work.
+
+    Peers come one after the other, since each has its own pool of threads, whose idle spinning would hold up the rest.
+    `tensors`: foveal is called with torch tensors. `budget`: seconds for each peer.
+    """
+    peers = peers_of(work) if peers is None else peers
     with num_threads(threads) as used:
         inputs = cold_copies(work)
         ours = (foveal_torch if tensors else foveal_numpy)(work, inputs)
-        others = {peer: PEERS[peer](work, inputs) for peer in (peers_of(work) if peers is None else peers)}
-        check(work, inputs[0], ours, list(others.values()))
+        check_ours(work, inputs[0], ours)
         limit = machine_limit(work, used)
-        times = take_turns([ours, *others.values()], budget=budget, progress=progress)
+        seconds, ratios, ways = [], {}, []
+        for number, peer in enumerate(peers):
+            other = PEERS[peer](work, inputs)
+            check_peer(work, ours, other)
+            times = take_turns(
+                [ours, other],
+                budget=budget,
+                progress=lambda fraction, number=number: progress((number + fraction) / len(peers)),  # type: ignore[misc]
+            )
+            seconds.extend(times.seconds[ours.name])
+            ratios[peer] = times.ratio(other.name, ours.name)
+            ways.append(f"{other.name} in {times.rounds} rounds")
+        if not peers:
+            seconds = take_turns([ours], budget=budget, progress=progress).seconds[ours.name]
         if work.seqlen == 1:  # the bandwidth that a shared machine leaves changes: ask before and after
             limit = max(limit, machine_limit(work, used))
-    seconds = times.median(ours.name)
+    median = statistics.median(seconds)
     amount, unit = (work.kv_nbytes, "GB/s") if work.seqlen == 1 else (work.flops, "GF/s")
+    copies = [f"{len(inputs)} copies in turn"] if len(inputs) > 1 else []
     return Row(
-        label=f"{work}{f' on {used} thread' if threads else ''}{' tensors' * tensors}",
-        value=seconds * 1e6 if in_microseconds else amount / seconds / 1e9,
+        label=f"{work}{f', {used} thread' if threads else ''}{', tensors' * tensors}",
+        value=median * 1e6 if in_microseconds else amount / median / 1e9,
         unit="us" if in_microseconds else unit,
-        ratios={peer: times.ratio(contender.name, ours.name) for peer, contender in others.items()},
-        limit=None if in_microseconds else amount / seconds / limit,
-        detail="; ".join(
-            [f"{times.rounds} rounds", f"{len(inputs)} copies", *(other.name for other in others.values())]
-        ),
+        ratios=ratios,
+        limit=None if in_microseconds else amount / median / limit,
+        detail="; ".join(copies + ways),
     )
 
 
@@ -143,8 +167,8 @@ def fma_peak(threads: int) -> float:
     return _core.measure_fma_peak(threads, 0.3)
 
 
-def check(work: Work, inputs: Inputs, ours: Contender, others: Sequence[Contender]) -> None:
-    """Ours against a float64 computation of one head's last rows; the peers against ours, everywhere."""
+def check_ours(work: Work, inputs: Inputs, ours: Contender) -> None:
+    """Against a float64 computation of one head's last rows."""
     rows = slice(-64, None)
     q, k, v = (array[:1, :1].astype(np.float64) for array in inputs)
     position = np.arange(work.num_keys - work.seqlen, work.num_keys)[rows, None]
@@ -152,10 +176,13 @@ def check(work: Work, inputs: Inputs, ours: Contender, others: Sequence[Contende
     hidden = (distance < 0) & work.causal
     if work.window is not None:
         hidden |= distance > work.window
-    out = as_numpy(work, ours)
-    assert_close("foveal", out[:1, :1, rows], naive_attention(q[:, :, rows], k, v, hidden), TOLERANCE[work.dtype])
-    for other in others:
-        assert_close(other.name, as_numpy(work, other), out, 2 * TOLERANCE[work.dtype])
+    expected = naive_attention(q[:, :, rows], k, v, hidden)
+    assert_close(ours.name, as_numpy(work, ours)[:1, :1, rows], expected, TOLERANCE[work.dtype])
+
+
+def check_peer(work: Work, ours: Contender, other: Contender) -> None:
+    """A peer must do the same work: against ours, everywhere."""
+    assert_close(other.name, as_numpy(work, other), as_numpy(work, ours), 2 * TOLERANCE[work.dtype])
 
 
 def as_numpy(work: Work, contender: Contender) -> Array:
