@@ -1,11 +1,12 @@
 // How a query meets a key: the products of head_dim elements, kStep of them a multiply-add.
 //
 //   WidenedDot   one element a step, in the accumulator type; the scale is put on the queries beforehand
-//   PairDot      two bfloat16 a step, by an instruction that multiplies pairs and adds both products to a float32; the queries stay as
+//   PairDot      two bfloat16 a step, by an instruction that multiplies pairs and adds both products to a float32; the
+//   queries stay as
 //                they are stored, and the scale comes after
 //
-// `multiply_add` serves both kernels: with queries in the lanes (a key element or pair broadcast) and with elements in the lanes (a
-// chunk of kChunk elements of each).
+// `multiply_add` serves both kernels: with queries in the lanes (a key element or pair broadcast) and with elements in
+// the lanes (a chunk of kChunk elements of each).
 #pragma once
 
 namespace foveal {
@@ -25,7 +26,9 @@ struct WidenedDot {
   FOVEAL_INLINE static V multiply_add(V a, V b, V sum) { return fma(a, b, sum); }
   FOVEAL_INLINE static V broadcast_key(const Key* k) { return broadcast<V>(*k); }
   FOVEAL_INLINE static V broadcast_last_key(const Key* k) { return broadcast<V>(*k); }
-  FOVEAL_INLINE static V load_query(const S* q, int64_t stride, int64_t n, V scale) { return widen_strided<V>(q, stride, n) * scale; }
+  FOVEAL_INLINE static V load_query(const S* q, int64_t stride, int64_t n, V scale) {
+    return widen_strided<V>(q, stride, n) * scale;
+  }
   FOVEAL_INLINE static V load_chunk(const S* k) { return widen(k); }
   FOVEAL_INLINE static V load_chunk_n(const S* k, int64_t n) { return widen_n(k, n); }
   FOVEAL_INLINE static V finish(V sum, V) { return sum; }

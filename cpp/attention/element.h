@@ -1,7 +1,7 @@
 // One array element of any floating dtype as a double, and back with a single rounding (to nearest, ties to even).
 //
-// For code that must be plainly right rather than fast: the oracle, the tests, and the small arrays of a problem (lengths, slopes,
-// sinks). Kernels have vector conversions.
+// For code that must be plainly right rather than fast: the oracle, the tests, and the small arrays of a problem
+// (lengths, slopes, sinks). Kernels have vector conversions.
 #pragma once
 
 #include <algorithm>

@@ -1,9 +1,9 @@
 // exp2 and tanh over vectors.
 //
-// 2^x = 2^n * 2^f with n = round(x), f = x - n in [-1/2, 1/2], and 2^f = 1 + f*q(f), q a minimax polynomial (Remez, relative
-// error of 2^f): degree 5 for float (2.6e-9, below rounding), 10 for double (1.8e-17). 2^0 is exactly 1, so a row whose maximum
-// did not move is rescaled without error. tanh goes through expm1, whose leading 1 never enters the polynomial, and so keeps its
-// relative accuracy down to zero.
+// 2^x = 2^n * 2^f with n = round(x), f = x - n in [-1/2, 1/2], and 2^f = 1 + f*q(f), q a minimax polynomial (Remez,
+// relative error of 2^f): degree 5 for float (2.6e-9, below rounding), 10 for double (1.8e-17). 2^0 is exactly 1, so a
+// row whose maximum did not move is rescaled without error. tanh goes through expm1, whose leading 1 never enters the
+// polynomial, and so keeps its relative accuracy down to zero.
 #pragma once
 
 namespace foveal {
@@ -15,8 +15,8 @@ struct Exp2;
 template <>
 struct Exp2<float> {
   static constexpr int kTerms = 6;
-  static constexpr float kQ[kTerms] = {0.6931472149680279f,    0.2402265278288774f,    0.05550310551013797f,
-                                       0.009617692972993062f,  0.001340664390235176f,  0.00015594678161326619f};
+  static constexpr float kQ[kTerms] = {0.6931472149680279f,   0.2402265278288774f,   0.05550310551013797f,
+                                       0.009617692972993062f, 0.001340664390235176f, 0.00015594678161326619f};
   static constexpr float kLowest = -200.0f;  // 2^kLowest is 0 in float
   static constexpr float kTanhLimit = 10.0f;
 };
@@ -24,10 +24,10 @@ struct Exp2<float> {
 template <>
 struct Exp2<double> {
   static constexpr int kTerms = 11;
-  static constexpr double kQ[kTerms] = {0.69314718055994569675,    0.24022650695910098007,    0.055504108664790394552,
-                                        0.0096181291076070023796,  0.0013333558153439964747,  0.0001540353044157213033,
+  static constexpr double kQ[kTerms] = {0.69314718055994569675,     0.24022650695910098007,   0.055504108664790394552,
+                                        0.0096181291076070023796,   0.0013333558153439964747, 0.0001540353044157213033,
                                         0.000015252727385193868197, 1.3215442675329822143e-6, 1.0180647659234138888e-7,
-                                        7.0725704128144235096e-9,  4.078071929588336665e-10};
+                                        7.0725704128144235096e-9,   4.078071929588336665e-10};
   static constexpr double kLowest = -1500.0;
   static constexpr double kTanhLimit = 22.0;
 };

@@ -1,7 +1,7 @@
 // Runs a forward plan: prepares the heads, spreads the work items over threads, merges split key ranges.
 //
-// The only OpenMP region of the forward pass. Threads take items from one counter; an item's result does not depend on who computes
-// it. The parts of a split row block are merged in order by whoever finishes the last of them.
+// The only OpenMP region of the forward pass. Threads take items from one counter; an item's result does not depend on
+// who computes it. The parts of a split row block are merged in order by whoever finishes the last of them.
 #include <omp.h>
 #include <pthread.h>
 
@@ -15,8 +15,8 @@
 #include <new>
 #include <vector>
 
-#include "attention/plan.h"
 #include "attention/element.h"
+#include "attention/plan.h"
 #include "foveal/attention.h"
 #include "isa/detect.h"
 #include "isa/kernel_table.h"
@@ -27,14 +27,17 @@ namespace {
 constexpr double kFlopsWorthAThread = 1e6;  // about 10 microseconds: what waking a sleeping team costs
 constexpr auto kPollAfter = std::chrono::milliseconds(50);
 
-// ---- threads -------------------------------------------------------------------------------------------------------------------
+// ---- threads
+// -------------------------------------------------------------------------------------------------------------------
 
 // libgomp's pool does not survive fork: a child whose parent ran a parallel region would wait for it for ever.
 std::atomic<bool> in_forked_child{false};
 
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
+const int fork_handler =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
 
-// Threads that calls from other host threads keep busy; a call takes what is left, so that n callers do not start n teams.
+// Threads that calls from other host threads keep busy; a call takes what is left, so that n callers do not start n
+// teams.
 std::atomic<int> busy_threads{0};
 
 class Team {
@@ -58,7 +61,8 @@ class Team {
   int size_ = 1;
 };
 
-// ---- memory --------------------------------------------------------------------------------------------------------------------
+// ---- memory
+// --------------------------------------------------------------------------------------------------------------------
 
 constexpr size_t kAlignment = 64;
 
@@ -75,10 +79,13 @@ Buffer allocate(int64_t nbytes) {
 
 template <class T>
 T* offset(const TensorView& view, int64_t elements) {
-  return view.data == nullptr ? nullptr : static_cast<T*>(view.data) + elements * itemsize(view.dtype) / static_cast<int64_t>(sizeof(T));
+  return view.data == nullptr
+             ? nullptr
+             : static_cast<T*>(view.data) + elements * itemsize(view.dtype) / static_cast<int64_t>(sizeof(T));
 }
 
-// ---- heads ---------------------------------------------------------------------------------------------------------------------
+// ---- heads
+// ---------------------------------------------------------------------------------------------------------------------
 
 std::vector<double> read_slopes(const AttentionProblem& p) {
   std::vector<double> slopes;
@@ -97,7 +104,8 @@ std::vector<double> read_sinks(const AttentionProblem& p) {
 }
 
 // Everything the kernels need about one (batch, key/value head) pair.
-HeadTask head_task(const AttentionProblem& p, const Plan& plan, int64_t b, int64_t kv_head, const double* slopes, const double* sinks) {
+HeadTask head_task(const AttentionProblem& p, const Plan& plan, int64_t b, int64_t kv_head, const double* slopes,
+                   const double* sinks) {
   const SequencePlan& s = plan.sequences[static_cast<size_t>(b)];
   const int64_t q_head = kv_head * plan.group;
   const auto at = [b](const TensorView& view, int64_t head) {
@@ -152,7 +160,8 @@ HeadTask head_task(const AttentionProblem& p, const Plan& plan, int64_t b, int64
   return h;
 }
 
-// ---- results beside the kernels' own --------------------------------------------------------------------------------------------
+// ---- results beside the kernels' own
+// --------------------------------------------------------------------------------------------
 
 void fill_row(const TensorView& view, int64_t start, int64_t n, int64_t stride) {
   const int64_t size = itemsize(view.dtype);
@@ -190,7 +199,8 @@ void finish_padding(const AttentionProblem& p, int64_t b, int64_t q_len) {
   }
 }
 
-// ---- one call --------------------------------------------------------------------------------------------------------------------
+// ---- one call
+// --------------------------------------------------------------------------------------------------------------------
 
 class ForwardRun {
  public:
@@ -201,7 +211,8 @@ class ForwardRun {
 
   Status operator()() {
     for (int64_t b = 0; b < static_cast<int64_t>(plan_.sequences.size()); ++b)
-      if (plan_.sequences[static_cast<size_t>(b)].q_len < p_.q.shape[2]) finish_padding(p_, b, plan_.sequences[static_cast<size_t>(b)].q_len);
+      if (plan_.sequences[static_cast<size_t>(b)].q_len < p_.q.shape[2])
+        finish_padding(p_, b, plan_.sequences[static_cast<size_t>(b)].q_len);
     if (plan_.items == 0) return {};
 
     const Team team(options_.num_threads, plan_.items, plan_.flops);
@@ -210,7 +221,8 @@ class ForwardRun {
     const Buffer scratch = allocate(scratch_nbytes_ * team.size());
     const Buffer partial = allocate(partial_nbytes);
     if (scratch == nullptr || partial == nullptr)
-      return {ErrorKind::kMemory, "attention: cannot allocate " + std::to_string(scratch_nbytes_ * team.size() + partial_nbytes) +
+      return {ErrorKind::kMemory, "attention: cannot allocate " +
+                                      std::to_string(scratch_nbytes_ * team.size() + partial_nbytes) +
                                       " bytes of scratch memory"};
     partial_ = partial.get();
     if (plan_.groups > 0) pending_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(plan_.groups));
@@ -236,7 +248,8 @@ class ForwardRun {
     for (const SequencePlan& s : plan_.sequences) {
       const int64_t rows = std::min(s.rows_per_block, s.rows);
       rows_max_ = std::max(rows_max_, rows);
-      kernel = std::max(kernel, s.decode ? plan_.kernels->decode_scratch_nbytes(h, rows) : plan_.kernels->forward_scratch_nbytes(h, rows));
+      kernel = std::max(kernel, s.decode ? plan_.kernels->decode_scratch_nbytes(h, rows)
+                                         : plan_.kernels->forward_scratch_nbytes(h, rows));
     }
     // The kernel's own, then max and sum of the rows; a whole number of cache lines a thread.
     kernel_nbytes_ = kernel;
@@ -256,7 +269,8 @@ class ForwardRun {
       if (item.batch != batch || item.kv_head != kv_head) {
         batch = item.batch;
         kv_head = item.kv_head;
-        head = head_task(p_, plan_, batch, kv_head, slopes_.empty() ? nullptr : slopes_.data(), sinks_.empty() ? nullptr : sinks_.data());
+        head = head_task(p_, plan_, batch, kv_head, slopes_.empty() ? nullptr : slopes_.data(),
+                         sinks_.empty() ? nullptr : sinks_.data());
       }
       run(head, item, scratch);
       if (polls && std::chrono::steady_clock::now() - start > kPollAfter &&
@@ -298,8 +312,8 @@ class ForwardRun {
     if (p_.lse.present())
       for (int64_t x = 0; x < rows; ++x) {
         const int64_t row = item.row_begin + x;
-        write_lse(p_.lse, item.batch, item.kv_head * plan_.group + row % plan_.group, row / plan_.group, accumulator(task.row_max, x),
-                  accumulator(task.row_sum, x));
+        write_lse(p_.lse, item.batch, item.kv_head * plan_.group + row % plan_.group, row / plan_.group,
+                  accumulator(task.row_max, x), accumulator(task.row_sum, x));
       }
   }
 
@@ -311,12 +325,15 @@ class ForwardRun {
   }
 
   double accumulator(const void* p, int64_t i) const {
-    return accumulator_nbytes_ == 8 ? static_cast<const double*>(p)[i] : static_cast<double>(static_cast<const float*>(p)[i]);
+    return accumulator_nbytes_ == 8 ? static_cast<const double*>(p)[i]
+                                    : static_cast<double>(static_cast<const float*>(p)[i]);
   }
 
   // Partial buffer: all sums, then all maxima, then all denominators.
   std::byte* partial_rows(int64_t row) const { return partial_ + row * p_.v.shape[3] * accumulator_nbytes_; }
-  std::byte* partial_max(int64_t row) const { return partial_ + (plan_.partial_rows * p_.v.shape[3] + row) * accumulator_nbytes_; }
+  std::byte* partial_max(int64_t row) const {
+    return partial_ + (plan_.partial_rows * p_.v.shape[3] + row) * accumulator_nbytes_;
+  }
   std::byte* partial_sum(int64_t row) const { return partial_max(plan_.partial_rows + row); }
 
   const AttentionProblem& p_;

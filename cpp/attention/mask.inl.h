@@ -3,9 +3,9 @@
 //   row r of the tile is query i = (row_begin + r) / group, at position q_offset + i
 //   bits[j] holds, for key key_begin + j, bit r = "row r attends"
 //
-// Position rules (lengths, causal, window) give every key one contiguous run of rows, since positions grow with the row. The
-// dense mask is read once a row in 64-key words, which also tell an all-false or an all-true block, and turned by a 64 x 64 bit
-// transpose.
+// Position rules (lengths, causal, window) give every key one contiguous run of rows, since positions grow with the
+// row. The dense mask is read once a row in 64-key words, which also tell an all-false or an all-true block, and turned
+// by a 64 x 64 bit transpose.
 #pragma once
 
 namespace foveal {
@@ -57,7 +57,8 @@ static void transpose_bits64(uint64_t (&a)[64]) {
 enum class Visibility { kNone, kPartial, kFull };
 
 // Fills bits[0, n) for the keys [key_begin, key_begin + n) when the answer is kPartial.
-static Visibility visible_bits(const HeadTask& h, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t n, uint64_t* bits) {
+static Visibility visible_bits(const HeadTask& h, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t n,
+                               uint64_t* bits) {
   const KeyRange first = visible_keys(h, row_begin / h.group);
   const KeyRange last = visible_keys(h, (row_begin + rows - 1) / h.group);
   const bool by_position = last.begin > key_begin || first.end < key_begin + n;

@@ -1,14 +1,15 @@
 // Joins partial results of the same rows over different keys (a split key range), in a fixed order.
 //
-// Part p holds the unnormalised sums O_p and the state (max_p, sum_p) of its keys; in base 2, with m the largest max (the sink's too),
+// Part p holds the unnormalised sums O_p and the state (max_p, sum_p) of its keys; in base 2, with m the largest max
+// (the sink's too),
 //   sum = sum_p 2^(max_p - m) sum_p  +  2^(sink - m)        out = sum_p 2^(max_p - m) O_p / sum
 #pragma once
 
 namespace foveal {
 namespace {
 
-// Joins the parts of a split key range, in their order. Part p, row r is at partial[(p * rows + r) * value_dim], its state at
-// row_max[p * rows + r] and row_sum[p * rows + r].
+// Joins the parts of a split key range, in their order. Part p, row r is at partial[(p * rows + r) * value_dim], its
+// state at row_max[p * rows + r] and row_sum[p * rows + r].
 template <class V, class S>
 static void merge(const RowTask& task, int64_t parts) {
   using T = typename V::T;

@@ -7,12 +7,13 @@
 namespace foveal {
 namespace {
 
-// Long key ranges of few rows are cut, so that one sequence can use every core; each part costs one write and read of its sums.
+// Long key ranges of few rows are cut, so that one sequence can use every core; each part costs one write and read of
+// its sums.
 constexpr int64_t kDecodePartKeys = 1024;
 constexpr int64_t kForwardPartKeys = 2048;
 
-// A key block, packed or not, is read once for so many rows: packing becomes a few percent of the work, and K and V stay in the
-// second-level cache. Fewer rows where that would leave too few items to share out.
+// A key block, packed or not, is read once for so many rows: packing becomes a few percent of the work, and K and V
+// stay in the second-level cache. Fewer rows where that would leave too few items to share out.
 constexpr int64_t kRowsSharingKeys = 192;
 constexpr int64_t kItemsEnough = 32;
 
@@ -39,7 +40,8 @@ Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
   plan.kv_heads = p.k.shape[1];
   plan.group = plan.kv_heads > 0 ? p.q.shape[1] / plan.kv_heads : 1;
   const int64_t batch = plan.kv_heads > 0 ? p.q.shape[0] : 0;
-  // How many rows go together is nothing to a row's own arithmetic (tile_forward.inl.h), so this alone may look at the batch.
+  // How many rows go together is nothing to a row's own arithmetic (tile_forward.inl.h), so this alone may look at the
+  // batch.
   const int64_t tile = plan.kernels->rows_per_tile;
   const int64_t most_rows = p.q.shape[2] * plan.group;
   int64_t rows_per_item = divide_up(kRowsSharingKeys, tile) * tile;

@@ -1,7 +1,8 @@
 // The HOW: which kernel, row blocks and key parts a problem is cut into.
 //
-// Everything is decided per batch element, from its own q_len and kv_len, D, Dv, dtype, options and the GQA ratio; never from the
-// batch size, the number of heads or of threads. So a sequence gives the same bits alone, padded, or in any batch.
+// Everything is decided per batch element, from its own q_len and kv_len, D, Dv, dtype, options and the GQA ratio;
+// never from the batch size, the number of heads or of threads. So a sequence gives the same bits alone, padded, or in
+// any batch.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +16,14 @@ namespace foveal {
 // How one batch element is cut. Its items are numbered head by head, row block by row block, key part by key part.
 struct SequencePlan {
   int64_t q_len, kv_len, q_offset;
-  bool decode;           // the few-rows kernel
-  int64_t rows;          // q_len * group
+  bool decode;   // the few-rows kernel
+  int64_t rows;  // q_len * group
   int64_t rows_per_block;
   int64_t row_blocks;
   int64_t keys_per_part;
-  int64_t parts;         // more than 1: partial results, merged in order
-  int64_t first_item;    // of this element
-  int64_t first_group;   // a group is the parts of one row block; numbered only where parts > 1
+  int64_t parts;        // more than 1: partial results, merged in order
+  int64_t first_item;   // of this element
+  int64_t first_group;  // a group is the parts of one row block; numbered only where parts > 1
   int64_t first_partial_row;
 };
 

@@ -1,7 +1,7 @@
 // What happens to the scores of a tile between the product and the softmax: soft cap, ALiBi, bias, mask, in this order.
 //
-// Each is one pass over s[n][NV vectors of rows], the scores of n keys in base 2 (times log2 e): a few percent of the block's work,
-// paid only by who asks for it.
+// Each is one pass over s[n][NV vectors of rows], the scores of n keys in base 2 (times log2 e): a few percent of the
+// block's work, paid only by who asks for it.
 #pragma once
 
 namespace foveal {
@@ -39,7 +39,8 @@ static void apply_alibi(const HeadTask& h, int64_t row_begin, int64_t key_begin,
 }
 
 template <class V, int NV>
-static void add_bias(const HeadTask& h, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t n, typename V::T* s) {
+static void add_bias(const HeadTask& h, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t n,
+                     typename V::T* s) {
   using T = typename V::T;
   const V log2e = broadcast<V>(static_cast<T>(kLog2E));
   for (int r = 0; r < NV; ++r) {
@@ -50,7 +51,8 @@ static void add_bias(const HeadTask& h, int64_t row_begin, int64_t rows, int64_t
         const int64_t row = row_begin + r * V::kLanes + lane;
         block[lane] = zero<V>();
         if (row >= row_begin + rows) continue;
-        const int64_t offset = row / h.group * h.bias_stride_s + row % h.group * h.bias_stride_g + (key_begin + j0) * h.bias_stride_k;
+        const int64_t offset =
+            row / h.group * h.bias_stride_s + row % h.group * h.bias_stride_g + (key_begin + j0) * h.bias_stride_k;
         block[lane] = widen_any<V>(h.bias, h.bias_dtype, offset, h.bias_stride_k, width);
       }
       transpose(block);

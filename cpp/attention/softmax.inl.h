@@ -1,8 +1,8 @@
 // The pieces of the online softmax that every kernel shares: base-2 logarithms, and rows that have seen no key.
 //
 // A row's state is (max, sum): the largest score so far and the sum of 2^(score - max). It starts at (-inf, 0), or at
-// (sink, 1) with a sink, a key without a value that every row sees first. A row whose max is still -inf has seen nothing: its
-// weights are 0, and so is its output.
+// (sink, 1) with a sink, a key without a value that every row sees first. A row whose max is still -inf has seen
+// nothing: its weights are 0, and so is its output.
 #pragma once
 
 namespace foveal {

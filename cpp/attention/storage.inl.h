@@ -33,7 +33,8 @@ struct Rows {
   FOVEAL_INLINE const S* row(int64_t j) const { return p + j * stride; }
 };
 
-// Rows of `To`, which is S or the accumulator type: in place where they are stored so, else packed densely into `buffer`.
+// Rows of `To`, which is S or the accumulator type: in place where they are stored so, else packed densely into
+// `buffer`.
 template <class V, class To, class S>
 static Rows<To> rows_as(const S* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t width, To* buffer) {
   if constexpr (__is_same(To, S))

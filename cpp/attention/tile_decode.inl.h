@@ -1,14 +1,14 @@
 // The forward kernel for few rows (decoding): head dimensions in the vector lanes.
 //
-// With one query and thousands of keys the work is reading K and V once, so every row of the head (the query group of GQA
-// included) goes with each key while that is in registers, stored halves are widened there, and nothing is packed.
+// With one query and thousands of keys the work is reading K and V once, so every row of the head (the query group of
+// GQA included) goes with each key while that is in registers, stored halves are widened there, and nothing is packed.
 //
 //   q   [R][head_dim, padded]   queries times scale * log2(e); R = 1, 2, 4 or 8 rows, the spare ones zero
 //   s   [kKeyBlock][R]          scores, then weights: lane l of a vector is row l % R of key l / R
 //   o   [R][value_dim, padded]  running sums of weighted values
 //
-// Same online softmax and the same block boundaries as the forward tile. A long key range is cut by the plan into parts that
-// merge.inl.h joins in order.
+// Same online softmax and the same block boundaries as the forward tile. A long key range is cut by the plan into parts
+// that merge.inl.h joins in order.
 #pragma once
 
 namespace foveal {
@@ -19,9 +19,10 @@ constexpr int kDecodeAccumulators = kVectorRegisters >= 32 ? 16 : 8;
 template <class V>
 constexpr int64_t kDecodeRows = V::kLanes < 8 ? V::kLanes : 8;
 
-// Decoding waits for memory, and the hardware foresees neither the jump to the values nor the one to the next block: ask for a row's
-// cache lines one phase ahead, into the second-level cache (a block may be larger than the first). Asking past the end of an array
-// is harmless. Short key ranges are likely there already, and the requests would only cost: `width` 0 asks for nothing.
+// Decoding waits for memory, and the hardware foresees neither the jump to the values nor the one to the next block:
+// ask for a row's cache lines one phase ahead, into the second-level cache (a block may be larger than the first).
+// Asking past the end of an array is harmless. Short key ranges are likely there already, and the requests would only
+// cost: `width` 0 asks for nothing.
 constexpr int64_t kPrefetchFromBytes = 128 * 1024;
 
 template <class S>
@@ -37,8 +38,8 @@ struct Prefetch {
 
 // s[NK][R] = k . q for NK keys.
 template <class V, class S, int R, int NK>
-FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const S* k, int64_t k_stride,
-                                     typename V::T* s) {
+FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const S* k,
+                                     int64_t k_stride, typename V::T* s) {
   using Dot = ScoreDot<V, S>;
   constexpr int kCount = NK * R;
   V acc[kCount];
@@ -66,7 +67,8 @@ FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, i
   }
   if constexpr (kCount % V::kLanes == 0) {
 #pragma GCC unroll 4
-    for (int x = 0; x < kCount; x += V::kLanes) store(s + x, Dot::finish(sum_each(*reinterpret_cast<V(*)[V::kLanes]>(acc + x)), scale));
+    for (int x = 0; x < kCount; x += V::kLanes)
+      store(s + x, Dot::finish(sum_each(*reinterpret_cast<V(*)[V::kLanes]>(acc + x)), scale));
   } else {
     // The same tree as sum_each, so that a key's score does not depend on how many keys came with it.
     V padded[V::kLanes];
@@ -78,8 +80,8 @@ FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, i
 }
 
 template <class V, class S, int R>
-static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const Rows<S>& k, int64_t n,
-                          typename V::T* s, const Prefetch<S>& next) {
+static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const Rows<S>& k,
+                          int64_t n, typename V::T* s, const Prefetch<S>& next) {
   constexpr int kKeys = kDecodeAccumulators / R;
   int64_t j = 0;
   for (; j + kKeys <= n; j += kKeys) {
@@ -89,11 +91,12 @@ static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head
   for (; j < n; ++j) decode_score_step<V, S, R, 1>(q, q_stride, head_dim, scale, k.row(j), k.stride, s + j * R);
 }
 
-// o[R][NC vectors] = o * rescale + p^T v. With few sums to keep, keys go to several sets of them in turn, so that one addition need
-// not wait for the last.
+// o[R][NC vectors] = o * rescale + p^T v. With few sums to keep, keys go to several sets of them in turn, so that one
+// addition need not wait for the last.
 template <class V, class S, int R, int NC>
 FOVEAL_INLINE void decode_value_step(const typename V::T* p, int64_t n, const Rows<S>& v, int64_t column, int64_t width,
-                                     typename V::T* o, int64_t o_stride, const typename V::T* rescale, const Prefetch<S>& next) {
+                                     typename V::T* o, int64_t o_stride, const typename V::T* rescale,
+                                     const Prefetch<S>& next) {
   constexpr int kSets = R * NC >= 8 ? 1 : 8 / (R * NC);
   V acc[kSets][R][NC];
 #pragma GCC unroll 8
@@ -138,8 +141,9 @@ FOVEAL_INLINE void decode_value_step(const typename V::T* p, int64_t n, const Ro
 
 // As many columns at once as there are accumulators for, then half as many, and so on.
 template <class V, class S, int R, int NC>
-FOVEAL_INLINE void decode_columns(int64_t c, const typename V::T* p, int64_t n, const Rows<S>& v, int64_t value_dim, typename V::T* o,
-                                  int64_t o_stride, const typename V::T* rescale, const Prefetch<S>& next) {
+FOVEAL_INLINE void decode_columns(int64_t c, const typename V::T* p, int64_t n, const Rows<S>& v, int64_t value_dim,
+                                  typename V::T* o, int64_t o_stride, const typename V::T* rescale,
+                                  const Prefetch<S>& next) {
   if constexpr (NC > 1) {
     for (; c + NC * V::kLanes <= value_dim; c += NC * V::kLanes)
       decode_value_step<V, S, R, NC>(p, n, v, c, NC * V::kLanes, o + c, o_stride, rescale, next);
@@ -151,16 +155,17 @@ FOVEAL_INLINE void decode_columns(int64_t c, const typename V::T* p, int64_t n, 
 }
 
 template <class V, class S, int R>
-static void decode_values(const typename V::T* p, int64_t n, const Rows<S>& v, int64_t value_dim, typename V::T* o, int64_t o_stride,
-                          const typename V::T* rescale, const Prefetch<S>& next) {
+static void decode_values(const typename V::T* p, int64_t n, const Rows<S>& v, int64_t value_dim, typename V::T* o,
+                          int64_t o_stride, const typename V::T* rescale, const Prefetch<S>& next) {
   constexpr int kColumns = kDecodeAccumulators / R < 8 ? kDecodeAccumulators / R : 8;
   decode_columns<V, S, R, kColumns>(0, p, n, v, value_dim, o, o_stride, rescale, next);
 }
 
-// As add_values_guarded of the forward tile: weights with a sign bit are masked, and their values are not read into the sum.
+// As add_values_guarded of the forward tile: weights with a sign bit are masked, and their values are not read into the
+// sum.
 template <class V, class S, int R>
-static void decode_values_guarded(const typename V::T* p, int64_t n, const Rows<S>& v, int64_t value_dim, typename V::T* o,
-                                  int64_t o_stride, const typename V::T* rescale) {
+static void decode_values_guarded(const typename V::T* p, int64_t n, const Rows<S>& v, int64_t value_dim,
+                                  typename V::T* o, int64_t o_stride, const typename V::T* rescale) {
   for (int r = 0; r < R; ++r)
     for (int64_t c = 0; c < value_dim; c += V::kLanes) {
       typename V::T* x = o + r * o_stride + c;
@@ -199,8 +204,8 @@ FOVEAL_INLINE V over_keys(V x, Join join) {
 
 // The scores of keys [begin, begin + n), all policies applied, their per-lane maxima in `highest`.
 template <class V, class S, int R>
-static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>& state, int64_t begin, int64_t n, const Rows<S>& k,
-                                      const Prefetch<S>& next, V& highest) {
+static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>& state, int64_t begin, int64_t n,
+                                      const Rows<S>& k, const Prefetch<S>& next, V& highest) {
   using T = typename V::T;
   constexpr int kKeys = V::kLanes / R;  // keys a vector
   uint64_t bits[kKeyBlock + V::kLanes];
@@ -234,7 +239,8 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
       for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
         const int64_t width = min64(V::kLanes, n - j0);
         alignas(64) T lanes[V::kLanes];
-        store(lanes, widen_any<V>(h.bias, h.bias_dtype, offset + (begin + j0) * h.bias_stride_k, h.bias_stride_k, width));
+        store(lanes,
+              widen_any<V>(h.bias, h.bias_dtype, offset + (begin + j0) * h.bias_stride_k, h.bias_stride_k, width));
         for (int64_t j = 0; j < width; ++j) s[(j0 + j) * R + r] += lanes[j] * static_cast<T>(kLog2E);
       }
     }
@@ -256,10 +262,12 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
 }
 
 template <class V, class S, int R>
-static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t begin, int64_t n, const Rows<S>& k, const Rows<S>& v) {
+static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t begin, int64_t n, const Rows<S>& k,
+                         const Rows<S>& v) {
   using T = typename V::T;
   V highest;
-  const Visibility seen = decode_block_scores<V, S, R>(h, state, begin, n, k, Prefetch<S>{v, state.prefetch ? h.value_dim : 0}, highest);
+  const Visibility seen =
+      decode_block_scores<V, S, R>(h, state, begin, n, k, Prefetch<S>{v, state.prefetch ? h.value_dim : 0}, highest);
   if (seen == Visibility::kNone) return;
   const V now = max(state.max, over_keys<V, R>(highest, [](T x, T y) { return x > y ? x : y; }));
   const V shift = or_zero_if_unseen(now);
@@ -312,7 +320,8 @@ static void decode_rows(const RowTask& task) {
     const S* q = static_cast<const S*>(h.q) + row / h.group * h.q_stride_s + row % h.group * h.q_stride_g;
     for (int64_t x = 0, d = 0; d < h.head_dim; x += V::kLanes, d += Dot::kChunk)
       store(state.q + r * state.q_stride + x,
-            r < state.rows ? Dot::load_query(q + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, score_scale<V>(h)) : zero<V>());
+            r < state.rows ? Dot::load_query(q + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, score_scale<V>(h))
+                           : zero<V>());
     for (int64_t c = 0; c < state.o_stride; c += V::kLanes) store(state.o + r * state.o_stride + c, zero<V>());
     begin_row(h, row, task.partial == nullptr, row_max + r, row_sum + r);
   }
@@ -326,13 +335,16 @@ static void decode_rows(const RowTask& task) {
 
   KeyRange range = visible_keys(h, task.row_begin, task.row_end);
   range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
-  state.prefetch = (range.end - range.begin) * (h.head_dim + h.value_dim) * static_cast<int64_t>(sizeof(S)) > kPrefetchFromBytes;
+  state.prefetch =
+      (range.end - range.begin) * (h.head_dim + h.value_dim) * static_cast<int64_t>(sizeof(S)) > kPrefetchFromBytes;
   S* packed_k = reinterpret_cast<S*>(arena.take(kKeyBlock * h.head_dim));
   S* packed_v = reinterpret_cast<S*>(arena.take(kKeyBlock * h.value_dim));
   for (int64_t block = range.begin / kKeyBlock * kKeyBlock; block < range.end; block += kKeyBlock) {
     const int64_t begin = max64(block, range.begin), n = min64(block + kKeyBlock, range.end) - begin;
-    const Rows<S> k = rows_as<V, S>(static_cast<const S*>(h.k) + begin * h.k_stride_s, h.k_stride_s, h.k_stride_d, n, h.head_dim, packed_k);
-    const Rows<S> v = rows_as<V, S>(static_cast<const S*>(h.v) + begin * h.v_stride_s, h.v_stride_s, h.v_stride_d, n, h.value_dim, packed_v);
+    const Rows<S> k = rows_as<V, S>(static_cast<const S*>(h.k) + begin * h.k_stride_s, h.k_stride_s, h.k_stride_d, n,
+                                    h.head_dim, packed_k);
+    const Rows<S> v = rows_as<V, S>(static_cast<const S*>(h.v) + begin * h.v_stride_s, h.v_stride_s, h.v_stride_d, n,
+                                    h.value_dim, packed_v);
     decode_block<V, S, R>(h, state, begin, n, k, v);
   }
 

@@ -1,16 +1,16 @@
 // The forward kernel for many rows: query rows in the vector lanes.
 //
-// A register tile is kRowVectors vectors of rows. Its scores are computed transposed, S^T = K Q^T, and so are its outputs,
-// O^T = V^T P^T, so that one row's maximum, sum and rescale factor are element-wise, K and V are read in place by scalar broadcast,
-// and only Q (once, on entry) and O (once, on exit) are transposed.
+// A register tile is kRowVectors vectors of rows. Its scores are computed transposed, S^T = K Q^T, and so are its
+// outputs, O^T = V^T P^T, so that one row's maximum, sum and rescale factor are element-wise, K and V are read in place
+// by scalar broadcast, and only Q (once, on entry) and O (once, on exit) are transposed.
 //
 //   qt   [head_dim][rows]     queries, transposed, times scale * log2(e)
 //   s    [kKeyBlock][rows]    scores, then weights, of one key block
 //   ot   [value_dim][rows]    running sums of weighted values
 //
-// Online softmax in base 2 (Milakov & Gimelshein 2018). Key blocks begin at multiples of kKeyBlock whatever rows or ranges are
-// asked for, every row's arithmetic is one fixed sequence, and a block that a row does not see leaves its state unchanged bit for
-// bit: so a row's result does not depend on the rows beside it.
+// Online softmax in base 2 (Milakov & Gimelshein 2018). Key blocks begin at multiples of kKeyBlock whatever rows or
+// ranges are asked for, every row's arithmetic is one fixed sequence, and a block that a row does not see leaves its
+// state unchanged bit for bit: so a row's result does not depend on the rows beside it.
 #pragma once
 
 namespace foveal {
@@ -31,11 +31,12 @@ struct Tile {
   typename V::T *qt, *ot, *max, *sum;
 };
 
-// ---- scores ------------------------------------------------------------------------------------------------------------------
+// ---- scores
+// ------------------------------------------------------------------------------------------------------------------
 
 template <class V, class Dot, int NK, int NV>
-FOVEAL_INLINE void score_step(const typename V::T* qt, int64_t head_dim, V scale, const typename Dot::Key* k, int64_t k_stride,
-                              typename V::T* s, V (&highest)[NV]) {
+FOVEAL_INLINE void score_step(const typename V::T* qt, int64_t head_dim, V scale, const typename Dot::Key* k,
+                              int64_t k_stride, typename V::T* s, V (&highest)[NV]) {
   V acc[NK][NV];
 #pragma GCC unroll 8
   for (int n = 0; n < NK; ++n)
@@ -54,9 +55,11 @@ FOVEAL_INLINE void score_step(const typename V::T* qt, int64_t head_dim, V scale
   };
   const int64_t steps = head_dim / Dot::kStep;
   for (int64_t step = 0; step < steps; ++step)
-    add(step, [step](const auto* row) __attribute__((always_inline)) { return Dot::broadcast_key(row + step * Dot::kStep); });
+    add(step,
+        [step](const auto* row) __attribute__((always_inline)) { return Dot::broadcast_key(row + step * Dot::kStep); });
   if (steps * Dot::kStep < head_dim)
-    add(steps, [head_dim](const auto* row) __attribute__((always_inline)) { return Dot::broadcast_last_key(row + head_dim - 1); });
+    add(steps, [head_dim](const auto* row)
+                   __attribute__((always_inline)) { return Dot::broadcast_last_key(row + head_dim - 1); });
 #pragma GCC unroll 8
   for (int n = 0; n < NK; ++n)
 #pragma GCC unroll 4
@@ -69,8 +72,8 @@ FOVEAL_INLINE void score_step(const typename V::T* qt, int64_t head_dim, V scale
 
 // s[n][rows] = k[n] . q * scale; the largest score of each row goes to `highest`.
 template <class V, class Dot, int NV>
-static void scores(const typename V::T* qt, int64_t head_dim, V scale, const typename Dot::Key* k, int64_t k_stride, int64_t n,
-                   typename V::T* s, V (&highest)[NV]) {
+static void scores(const typename V::T* qt, int64_t head_dim, V scale, const typename Dot::Key* k, int64_t k_stride,
+                   int64_t n, typename V::T* s, V (&highest)[NV]) {
   constexpr int64_t step = int64_t{NV} * V::kLanes;
   for (int r = 0; r < NV; ++r) highest[r] = negative_infinity<V>();
   int64_t j = 0;
@@ -79,11 +82,12 @@ static void scores(const typename V::T* qt, int64_t head_dim, V scale, const typ
   for (; j < n; ++j) score_step<V, Dot, 1, NV>(qt, head_dim, scale, k + j * k_stride, k_stride, s + j * step, highest);
 }
 
-// ---- weighted values -----------------------------------------------------------------------------------------------------------
+// ---- weighted values
+// -----------------------------------------------------------------------------------------------------------
 
 template <class V, int NC, int NV, bool kFirst>
-FOVEAL_INLINE void value_step(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride, typename V::T* ot,
-                              const V (&rescale)[NV]) {
+FOVEAL_INLINE void value_step(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride,
+                              typename V::T* ot, const V (&rescale)[NV]) {
   V acc[NC][NV];
 #pragma GCC unroll 8
   for (int c = 0; c < NC; ++c)
@@ -116,11 +120,11 @@ static void add_values(const typename V::T* p, int64_t n, const typename V::T* v
   for (; c < value_dim; ++c) value_step<V, 1, NV, kFirst>(p, n, v + c, v_stride, ot + c * step, rescale);
 }
 
-// For the rare block where some row must not see a key whose value is inf or NaN: masked weights carry a sign bit, and their
-// products are dropped instead of added as 0 * v.
+// For the rare block where some row must not see a key whose value is inf or NaN: masked weights carry a sign bit, and
+// their products are dropped instead of added as 0 * v.
 template <class V, int NV>
-static void add_values_guarded(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride, int64_t value_dim,
-                               typename V::T* ot, const V (&rescale)[NV], bool first) {
+static void add_values_guarded(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride,
+                               int64_t value_dim, typename V::T* ot, const V (&rescale)[NV], bool first) {
   constexpr int64_t step = int64_t{NV} * V::kLanes;
   for (int64_t c = 0; c < value_dim; ++c)
     for (int r = 0; r < NV; ++r) {
@@ -134,11 +138,13 @@ static void add_values_guarded(const typename V::T* p, int64_t n, const typename
     }
 }
 
-// ---- online softmax --------------------------------------------------------------------------------------------------------------
+// ---- online softmax
+// --------------------------------------------------------------------------------------------------------------
 
 // Scores become weights 2^(s - max); the tile's max and sum move on; `rescale` is what the sums so far are worth now.
 template <class V, int NV>
-static void softmax_step(Tile<V>& tile, typename V::T* s, int64_t n, const V (&highest)[NV], V (&rescale)[NV], bool mark_masked) {
+static void softmax_step(Tile<V>& tile, typename V::T* s, int64_t n, const V (&highest)[NV], V (&rescale)[NV],
+                         bool mark_masked) {
   V base[NV], sum[NV];
 #pragma GCC unroll 4
   for (int r = 0; r < NV; ++r) {
@@ -176,7 +182,8 @@ static void softmax_step(Tile<V>& tile, typename V::T* s, int64_t n, const V (&h
   }
 }
 
-// ---- a tile and a key block --------------------------------------------------------------------------------------------------------
+// ---- a tile and a key block
+// --------------------------------------------------------------------------------------------------------
 
 template <class Key, class T>
 struct KeyBlock {
@@ -188,7 +195,8 @@ struct KeyBlock {
 
 // The scores of keys [begin, end), all policies applied. kNone: no row sees any of them, and s is undefined.
 template <class V, class Dot, int NV>
-static Visibility block_scores(const HeadTask& h, const Tile<V>& tile, const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s,
+static Visibility block_scores(const HeadTask& h, const Tile<V>& tile,
+                               const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s,
                                V (&highest)[NV]) {
   const int64_t n = block.end - block.begin;
   uint64_t bits[kKeyBlock];
@@ -208,7 +216,8 @@ static Visibility block_scores(const HeadTask& h, const Tile<V>& tile, const Key
 }
 
 template <class V, class Dot, int NV>
-static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s) {
+static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename Dot::Key, typename V::T>& block,
+                       typename V::T* s) {
   V highest[NV], rescale[NV];
   const int64_t n = block.end - block.begin;
   const Visibility seen = block_scores<V, Dot, NV>(h, tile, block, s, highest);
@@ -224,13 +233,14 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
   tile.untouched = false;
 }
 
-// ---- entry and exit of a tile --------------------------------------------------------------------------------------------------------
+// ---- entry and exit of a tile
+// --------------------------------------------------------------------------------------------------------
 
-// Pointers to the rows of one vector of a tile in an array with one axis for queries and one for the heads of the group; null past
-// the tile's last row. Counts along instead of dividing row by row.
+// Pointers to the rows of one vector of a tile in an array with one axis for queries and one for the heads of the
+// group; null past the tile's last row. Counts along instead of dividing row by row.
 template <class V, class P>
-FOVEAL_INLINE void row_pointers(const HeadTask& h, const Tile<V>& tile, int r, P* base, int64_t stride_s, int64_t stride_g,
-                                P* (&pointers)[V::kLanes]) {
+FOVEAL_INLINE void row_pointers(const HeadTask& h, const Tile<V>& tile, int r, P* base, int64_t stride_s,
+                                int64_t stride_g, P* (&pointers)[V::kLanes]) {
   const int64_t first = tile.row_begin + r * V::kLanes;
   int64_t i = first / h.group, g = first - i * h.group;
   const int64_t rows = tile.rows - r * V::kLanes;
@@ -256,9 +266,12 @@ static void begin_tile(const RowTask& task, Tile<V>& tile) {
       const int64_t d = step * Dot::kStep;
       V block[V::kLanes];
       for (int lane = 0; lane < V::kLanes; ++lane)
-        block[lane] = q[lane] == nullptr ? zero<V>() : Dot::load_query(q[lane] + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, scale);
+        block[lane] = q[lane] == nullptr
+                          ? zero<V>()
+                          : Dot::load_query(q[lane] + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, scale);
       transpose(block);
-      for (int64_t c = 0; c < min64(V::kLanes, steps - step); ++c) store(tile.qt + (step + c) * width + r * V::kLanes, block[c]);
+      for (int64_t c = 0; c < min64(V::kLanes, steps - step); ++c)
+        store(tile.qt + (step + c) * width + r * V::kLanes, block[c]);
     }
     for (int lane = 0; lane < V::kLanes; ++lane)
       begin_row(h, tile.row_begin + r * V::kLanes + lane, task.partial == nullptr, tile.max + r * V::kLanes + lane,
@@ -269,8 +282,8 @@ static void begin_tile(const RowTask& task, Tile<V>& tile) {
 
 // Columns [c, c + n) of one vector of rows, times `factor`, to a row-major array.
 template <class V, class P>
-FOVEAL_INLINE void write_columns(const typename V::T* ot, int64_t width, int64_t n, V factor, P* const (&rows)[V::kLanes], int64_t c,
-                                 int64_t stride_d) {
+FOVEAL_INLINE void write_columns(const typename V::T* ot, int64_t width, int64_t n, V factor,
+                                 P* const (&rows)[V::kLanes], int64_t c, int64_t stride_d) {
   V block[V::kLanes];
   for (int lane = 0; lane < V::kLanes; ++lane) block[lane] = lane < n ? load(ot + lane * width) * factor : zero<V>();
   transpose(block);
@@ -279,13 +292,16 @@ FOVEAL_INLINE void write_columns(const typename V::T* ot, int64_t width, int64_t
 }
 
 template <class V, class P>
-static void write_rows(const HeadTask& h, const Tile<V>& tile, int r, V factor, P* const (&rows)[V::kLanes], int64_t stride_d) {
+static void write_rows(const HeadTask& h, const Tile<V>& tile, int r, V factor, P* const (&rows)[V::kLanes],
+                       int64_t stride_d) {
   const int64_t width = int64_t{tile.vectors} * V::kLanes;
   const typename V::T* ot = tile.ot + r * V::kLanes;
   int64_t c = 0;
   if (stride_d == 1)  // the usual case, with everything that it fixes known to the compiler
-    for (; c + V::kLanes <= h.value_dim; c += V::kLanes) write_columns(ot + c * width, width, V::kLanes, factor, rows, c, 1);
-  for (; c < h.value_dim; c += V::kLanes) write_columns(ot + c * width, width, min64(V::kLanes, h.value_dim - c), factor, rows, c, stride_d);
+    for (; c + V::kLanes <= h.value_dim; c += V::kLanes)
+      write_columns(ot + c * width, width, V::kLanes, factor, rows, c, 1);
+  for (; c < h.value_dim; c += V::kLanes)
+    write_columns(ot + c * width, width, min64(V::kLanes, h.value_dim - c), factor, rows, c, stride_d);
 }
 
 template <class V, class S>
@@ -299,7 +315,9 @@ static void finish_tile(const RowTask& task, const Tile<V>& tile) {
       T* rows[V::kLanes];
       for (int lane = 0; lane < V::kLanes; ++lane) {
         const int64_t row = r * V::kLanes + lane;
-        rows[lane] = row < tile.rows ? static_cast<T*>(task.partial) + (tile.row_begin - task.row_begin + row) * h.value_dim : nullptr;
+        rows[lane] = row < tile.rows
+                         ? static_cast<T*>(task.partial) + (tile.row_begin - task.row_begin + row) * h.value_dim
+                         : nullptr;
       }
       write_rows(h, tile, r, broadcast<V>(1), rows, 1);
     } else {
@@ -315,7 +333,8 @@ static void finish_tile(const RowTask& task, const Tile<V>& tile) {
 }
 
 template <class V, class S, class Dot, int NV>
-static void write_weights(const RowTask& task, const Tile<V>& tile, const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s) {
+static void write_weights(const RowTask& task, const Tile<V>& tile,
+                          const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s) {
   const HeadTask& h = *task.head;
   V highest[NV];
   if (block_scores<V, Dot, NV>(h, tile, block, s, highest) == Visibility::kNone) return;
@@ -329,7 +348,8 @@ static void write_weights(const RowTask& task, const Tile<V>& tile, const KeyBlo
       const int64_t width = min64(V::kLanes, n - j0);
       V weights[V::kLanes];
       for (int lane = 0; lane < V::kLanes; ++lane)
-        weights[lane] = lane < width ? exp2_nonpositive(load(s + ((j0 + lane) * NV + r) * V::kLanes) - base) * factor : zero<V>();
+        weights[lane] =
+            lane < width ? exp2_nonpositive(load(s + ((j0 + lane) * NV + r) * V::kLanes) - base) * factor : zero<V>();
       transpose(weights);
       for (int lane = 0; lane < V::kLanes && rows[lane] != nullptr; ++lane)
         narrow_strided(rows[lane] + (block.begin + j0) * h.weights_stride_k, h.weights_stride_k, weights[lane], width);
@@ -337,9 +357,11 @@ static void write_weights(const RowTask& task, const Tile<V>& tile, const KeyBlo
   }
 }
 
-// ---- the kernel ------------------------------------------------------------------------------------------------------------------------
+// ---- the kernel
+// ------------------------------------------------------------------------------------------------------------------------
 
-// K and V of a key block as the products want them: in place where they are stored so, else packed once and shared by the tiles.
+// K and V of a key block as the products want them: in place where they are stored so, else packed once and shared by
+// the tiles.
 template <class V, class S, class Dot>
 struct KeyReader {
   using T = typename V::T;
@@ -349,10 +371,10 @@ struct KeyReader {
   T* packed_v;
 
   KeyBlock<Key, T> read(int64_t begin, int64_t end) const {
-    const Rows<Key> k = rows_as<V, Key>(static_cast<const S*>(h->k) + begin * h->k_stride_s, h->k_stride_s, h->k_stride_d, end - begin,
-                                        h->head_dim, packed_k);
-    const Rows<T> v = rows_as<V, T>(static_cast<const S*>(h->v) + begin * h->v_stride_s, h->v_stride_s, h->v_stride_d, end - begin,
-                                    h->value_dim, packed_v);
+    const Rows<Key> k = rows_as<V, Key>(static_cast<const S*>(h->k) + begin * h->k_stride_s, h->k_stride_s,
+                                        h->k_stride_d, end - begin, h->head_dim, packed_k);
+    const Rows<T> v = rows_as<V, T>(static_cast<const S*>(h->v) + begin * h->v_stride_s, h->v_stride_s, h->v_stride_d,
+                                    end - begin, h->value_dim, packed_v);
     return {begin, end, k.p, v.p, k.stride, v.stride};
   }
 };
@@ -391,8 +413,14 @@ static void forward(const RowTask& task) {
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row_begin = task.row_begin + t * kTileRows<V>;
     const int64_t rows = min64(kTileRows<V>, task.row_end - row_begin);
-    tile[t] = {row_begin, rows, static_cast<int>((rows + V::kLanes - 1) / V::kLanes), true, arena.take(kTileRows<V> * h.head_dim),
-               arena.take(kTileRows<V> * h.value_dim), arena.take(kTileRows<V>), arena.take(kTileRows<V>)};
+    tile[t] = {row_begin,
+               rows,
+               static_cast<int>((rows + V::kLanes - 1) / V::kLanes),
+               true,
+               arena.take(kTileRows<V> * h.head_dim),
+               arena.take(kTileRows<V> * h.value_dim),
+               arena.take(kTileRows<V>),
+               arena.take(kTileRows<V>)};
     begin_tile<V, S, Dot>(task, tile[t]);
   }
 

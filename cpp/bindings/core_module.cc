@@ -55,6 +55,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "Run the kernels of this instruction set from now on; None goes back to FOVEAL_ISA or the best. For tests.");
   m.def("measure_fma_peak", &foveal::measure_fma_peak, py::arg("threads"), py::arg("seconds"), py::pos_only(),
         py::call_guard<py::gil_scoped_release>(), "Float32 operations per second of FMAs in registers.");
-  m.def("measure_read_bandwidth", &foveal::measure_read_bandwidth, py::arg("threads"), py::arg("nbytes"), py::pos_only(),
-        py::call_guard<py::gil_scoped_release>(), "Bytes per second of reading a buffer front to back.");
+  m.def("measure_read_bandwidth", &foveal::measure_read_bandwidth, py::arg("threads"), py::arg("nbytes"),
+        py::pos_only(), py::call_guard<py::gil_scoped_release>(),
+        "Bytes per second of reading a buffer front to back.");
 }

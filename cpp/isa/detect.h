@@ -17,8 +17,8 @@ const KernelTable* find_table(const std::string& name);
 // The same, and a `status` of kValue that says what `source` asked for and lists the choices.
 const KernelTable* require_table(const std::string& name, const std::string& source, Status& status);
 
-// The table in use: that of `use_table`, else FOVEAL_ISA when set, else the best. Sets `status` to kValue, listing the choices, for an unknown or
-// unavailable name.
+// The table in use: that of `use_table`, else FOVEAL_ISA when set, else the best. Sets `status` to kValue, listing the
+// choices, for an unknown or unavailable name.
 const KernelTable* active_table(Status& status);
 
 // Makes a table the one in use from now on, so that tests can run each; null: back to FOVEAL_ISA.

@@ -1,8 +1,9 @@
-// The kernels of one instruction set. CMake compiles this file once for each, with FOVEAL_ISA_<name> and that set's flags.
+// The kernels of one instruction set. CMake compiles this file once for each, with FOVEAL_ISA_<name> and that set's
+// flags.
 //
-// Everything but the table itself has internal linkage, and no header with inline functions, templates of the standard library or
-// libm is included: else the linker could keep the copy of a shared inline function that was compiled for the widest set and give
-// it to everybody.
+// Everything but the table itself has internal linkage, and no header with inline functions, templates of the standard
+// library or libm is included: else the linker could keep the copy of a shared inline function that was compiled for
+// the widest set and give it to everybody.
 #if defined(FOVEAL_ISA_avx512bf16)
 #define FOVEAL_ISA avx512bf16
 #include "simd/avx512.h"
@@ -40,18 +41,14 @@ namespace foveal {
 namespace {
 
 template <class V, class S>
-constexpr RowKernels kRowKernels = {kTileRows<V>,
-                                    kDecodeRows<V>,
-                                    forward_scratch_nbytes<V>,
-                                    forward<V, S>,
-                                    decode_scratch_nbytes<V>,
-                                    decode<V, S>,
+constexpr RowKernels kRowKernels = {kTileRows<V>,  kDecodeRows<V>,           forward_scratch_nbytes<V>,
+                                    forward<V, S>, decode_scratch_nbytes<V>, decode<V, S>,
                                     merge<V, S>};
 
 }  // namespace
 
 extern const KernelTable FOVEAL_CONCAT(kTable_, FOVEAL_ISA);
 const KernelTable FOVEAL_CONCAT(kTable_, FOVEAL_ISA) = {kIsaName, kRowKernels<F32, float>, kRowKernels<F64, double>,
-                                                         kRowKernels<F32, Float16>, kRowKernels<F32, BFloat16>};
+                                                        kRowKernels<F32, Float16>, kRowKernels<F32, BFloat16>};
 
 }  // namespace foveal

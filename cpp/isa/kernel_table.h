@@ -1,5 +1,5 @@
-// What the driver hands to the kernels of one instruction set, and the table of those kernels. Plain data only: this header is
-// read by code that is compiled for an instruction set the machine may not have.
+// What the driver hands to the kernels of one instruction set, and the table of those kernels. Plain data only: this
+// header is read by code that is compiled for an instruction set the machine may not have.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,11 @@
 
 namespace foveal {
 
-constexpr int64_t kPositionLimit = int64_t{1} << 60;  // "no limit" for window sides, far from overflow when added to positions
+constexpr int64_t kPositionLimit = int64_t{1}
+                                   << 60;  // "no limit" for window sides, far from overflow when added to positions
 
-// The rows of one (batch, key/value head) pair, and where its keys are. The query heads of a group share k and v, so a row is a
-// (position i, head-in-group g) pair, interleaved:   row = i * group + g.   Strides are in elements.
+// The rows of one (batch, key/value head) pair, and where its keys are. The query heads of a group share k and v, so a
+// row is a (position i, head-in-group g) pair, interleaved:   row = i * group + g.   Strides are in elements.
 struct HeadTask {
   const void* q;  // (Sq, group, D)
   int64_t q_stride_s, q_stride_g, q_stride_d;
@@ -24,12 +25,12 @@ struct HeadTask {
   int64_t head_dim, value_dim, group;
   int64_t kv_len;
 
-  // Query i sits at position q_offset + i and sees the keys [position - window_left, position + window_right]; causal is
-  // window_right = 0; kPositionLimit = unlimited.
+  // Query i sits at position q_offset + i and sees the keys [position - window_left, position + window_right]; causal
+  // is window_right = 0; kPositionLimit = unlimited.
   int64_t q_offset, window_left, window_right;
 
   double scale;
-  double softcap;       // 0: none
+  double softcap;        // 0: none
   const double* slopes;  // ALiBi, one per head in the group; null: none
   const double* sinks;   // one per head in the group; null: none
 
@@ -49,12 +50,12 @@ struct RowTask {
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;
 
-  // Row state after the keys, in the accumulator type, base-2 logarithms: the largest score and the sum of 2^(score - max).
-  // One value a row from row_begin on; null: not wanted.
+  // Row state after the keys, in the accumulator type, base-2 logarithms: the largest score and the sum of 2^(score -
+  // max). One value a row from row_begin on; null: not wanted.
   void* row_max;
   void* row_sum;
-  // Not null: the unnormalised sums of weighted values go here, (rows, value_dim) in the accumulator type, instead of the
-  // finished rows to `out`, for a later merge with other key ranges.
+  // Not null: the unnormalised sums of weighted values go here, (rows, value_dim) in the accumulator type, instead of
+  // the finished rows to `out`, for a later merge with other key ranges.
   void* partial;
   void* scratch;  // scratch_nbytes(), 64-byte aligned
 };
@@ -66,8 +67,8 @@ struct RowKernels {
   void (*forward)(const RowTask&);
   int64_t (*decode_scratch_nbytes)(const HeadTask&, int64_t rows);
   void (*decode)(const RowTask&);
-  // Joins `parts` partial results of the same rows, in their order, writes the finished rows to head.out and the joined state to
-  // row_max and row_sum (which hold parts * rows values on entry, rows on return).
+  // Joins `parts` partial results of the same rows, in their order, writes the finished rows to head.out and the joined
+  // state to row_max and row_sum (which hold parts * rows values on entry, rows on return).
   void (*merge)(const RowTask&, int64_t parts);
 };
 

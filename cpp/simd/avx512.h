@@ -1,4 +1,5 @@
-// The vector vocabulary (see common.h) on AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles a vector, lane masks in mask registers.
+// The vector vocabulary (see common.h) on AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles a vector, lane masks in mask
+// registers.
 #pragma once
 
 #include <immintrin.h>
@@ -99,7 +100,9 @@ FOVEAL_INLINE F32 widen(const Float16* p) {
 }
 FOVEAL_INLINE F32 widen_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes16(n), p)}; }
 FOVEAL_INLINE F64 widen_n(const double* p, int64_t n) { return {_mm512_maskz_loadu_pd(first_lanes8(n), p)}; }
-FOVEAL_INLINE F32 widen_n(const BFloat16* p, int64_t n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes16(n), p)); }
+FOVEAL_INLINE F32 widen_n(const BFloat16* p, int64_t n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes16(n), p));
+}
 FOVEAL_INLINE F32 widen_n(const Float16* p, int64_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes16(n), p))};
 }
@@ -107,15 +110,20 @@ FOVEAL_INLINE F32 widen_n(const Float16* p, int64_t n) {
 FOVEAL_INLINE __m256i narrow_bf16(F32 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
 }
 FOVEAL_INLINE __m256i narrow_f16(F32 a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FOVEAL_INLINE void narrow_n(float* p, F32 a, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes16(n), a.v); }
 FOVEAL_INLINE void narrow_n(double* p, F64 a, int64_t n) { _mm512_mask_storeu_pd(p, first_lanes8(n), a.v); }
-FOVEAL_INLINE void narrow_n(BFloat16* p, F32 a, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes16(n), narrow_bf16(a)); }
-FOVEAL_INLINE void narrow_n(Float16* p, F32 a, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes16(n), narrow_f16(a)); }
+FOVEAL_INLINE void narrow_n(BFloat16* p, F32 a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes16(n), narrow_bf16(a));
+}
+FOVEAL_INLINE void narrow_n(Float16* p, F32 a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes16(n), narrow_f16(a));
+}
 
 FOVEAL_INLINE void transpose(F32 (&r)[16]) {
   // Four rounds of interleaving: 32-bit, 64-bit, then 128-bit lanes twice.
@@ -168,7 +176,8 @@ FOVEAL_INLINE void transpose(F64 (&r)[8]) {
 FOVEAL_INLINE F32 sum_each(F32 (&a)[16]) {
   __m512 t[8], u[4];
   for (int i = 0; i < 8; ++i)  // pairs (a0,a1): lanes 0,2 | 1,3 of each quarter
-    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
+    t[i] =
+        _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
   for (int i = 0; i < 4; ++i) {  // quarters now hold (a0,a1,a2,a3), one partial sum each
     const __m512d x = _mm512_castps_pd(t[2 * i]), y = _mm512_castps_pd(t[2 * i + 1]);
     u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
@@ -180,9 +189,11 @@ FOVEAL_INLINE F32 sum_each(F32 (&a)[16]) {
 FOVEAL_INLINE F64 sum_each(F64 (&a)[8]) {
   __m512d t[4], u[2];
   for (int i = 0; i < 4; ++i)
-    t[i] = _mm512_add_pd(_mm512_unpacklo_pd(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_pd(a[2 * i].v, a[2 * i + 1].v));
+    t[i] =
+        _mm512_add_pd(_mm512_unpacklo_pd(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_pd(a[2 * i].v, a[2 * i + 1].v));
   for (int i = 0; i < 2; ++i)
-    u[i] = _mm512_add_pd(_mm512_shuffle_f64x2(t[2 * i], t[2 * i + 1], 0x88), _mm512_shuffle_f64x2(t[2 * i], t[2 * i + 1], 0xdd));
+    u[i] = _mm512_add_pd(_mm512_shuffle_f64x2(t[2 * i], t[2 * i + 1], 0x88),
+                         _mm512_shuffle_f64x2(t[2 * i], t[2 * i + 1], 0xdd));
   return {_mm512_add_pd(_mm512_shuffle_f64x2(u[0], u[1], 0x88), _mm512_shuffle_f64x2(u[0], u[1], 0xdd))};
 }
 
@@ -192,7 +203,8 @@ FOVEAL_INLINE uint64_t nonzero_bits64(const uint8_t* p) {
 }
 
 #ifdef FOVEAL_ISA_avx512bf16
-// Pairs of bfloat16 as they lie in memory, one pair a lane. Products are exact, sums round to float32; denormals count as 0.
+// Pairs of bfloat16 as they lie in memory, one pair a lane. Products are exact, sums round to float32; denormals count
+// as 0.
 #define FOVEAL_HAS_BF16_DOT 1
 
 FOVEAL_INLINE F32 load_pairs(const BFloat16* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }

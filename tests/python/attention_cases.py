@@ -37,8 +37,15 @@ def _canonical(array: np.ndarray, layout: str) -> np.ndarray:
     return array.reshape((1,) * (4 - array.ndim) + array.shape).astype(np.float64)
 
 
-def _visible(shape: tuple[int, ...], causal: bool, window: tuple[int | None, int | None], mask: Any, q_offset: np.ndarray,
-             q_lens: np.ndarray, kv_lens: np.ndarray) -> np.ndarray:  # fmt: skip
+def _visible(
+    shape: tuple[int, ...],
+    causal: bool,
+    window: tuple[int | None, int | None],
+    mask: Any,
+    q_offset: np.ndarray,
+    q_lens: np.ndarray,
+    kv_lens: np.ndarray,
+) -> np.ndarray:
     _, _, seqlen_q, seqlen_kv = shape
     i, j = np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)
     position = q_offset[:, None, None, None] + i
@@ -73,8 +80,8 @@ def formula(
 ) -> Expected:
     """Compute softmax(scores) v over whole arrays, with the error bound of a kernel that accumulates as q's dtype asks.
 
-    The bound follows the rounding of each step to first order. A sum of n terms is granted 4 sqrt(n) roundings (Higham and
-    Mary 2019, "A new approach to probabilistic rounding error analysis", theorem 2.4 with lambda 4: it fails once in a
+    The bound follows the rounding of each step to first order. A sum of n terms is granted 4 sqrt(n) roundings
+    (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis", theorem 2.4 with lambda 4: it fails once in a
     thousand for one sum of independent errors at its very worst, and the terms of a sum are far from the worst case).
     """
     rank, dtype = q.ndim, q.dtype.name

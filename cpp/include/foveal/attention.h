@@ -2,8 +2,8 @@
 //
 //   out = softmax(policy(scale * q k^T)) v        Vaswani et al. 2017, eq. 1
 //
-// computed block by block with the online softmax (Milakov & Gimelshein 2018; Rabe & Staats 2021; Dao et al. 2022), so that
-// no (seqlen_q, seqlen_kv) array exists unless the caller asks for `weights`.
+// computed block by block with the online softmax (Milakov & Gimelshein 2018; Rabe & Staats 2021; Dao et al. 2022), so
+// that no (seqlen_q, seqlen_kv) array exists unless the caller asks for `weights`.
 //
 // Symbols: B batch, Hq query heads, Hkv key/value heads (Hkv divides Hq; query head h reads kv head h / (Hq/Hkv)),
 // Sq, Skv sequence lengths, D query/key head dim, Dv value head dim.
@@ -32,24 +32,24 @@ constexpr int64_t kUnlimited = -1;  // a window side without a limit
 
 // As the caller gave it: rank 2..4 in `layout`. `canonicalize` turns it into the form that the kernels read.
 struct AttentionProblem {
-  TensorView q, k, v;        // (B,Hq,Sq,D), (B,Hkv,Skv,D), (B,Hkv,Skv,Dv)
-  TensorView out;            // (B,Hq,Sq,Dv), q's dtype
-  TensorView lse;            // optional (B,Hq,Sq), accumulator dtype, natural log
-  TensorView weights;        // optional (B,Hq,Sq,Skv), q's dtype
-  TensorView mask;           // optional bool, broadcastable to (B,Hq,Sq,Skv); true = attend
-  TensorView bias;           // optional floating, broadcastable to (B,Hq,Sq,Skv)
-  TensorView alibi_slopes;   // optional floating, (Hq,) or (B,Hq)
-  TensorView sinks;          // optional floating, (Hq,)
-  TensorView q_lens;         // optional int32/int64, (B,)
-  TensorView kv_lens;        // optional int32/int64, (B,)
-  TensorView q_offset;       // optional int32/int64, () or (B,); absent: kv_len - q_len (bottom-right)
+  TensorView q, k, v;       // (B,Hq,Sq,D), (B,Hkv,Skv,D), (B,Hkv,Skv,Dv)
+  TensorView out;           // (B,Hq,Sq,Dv), q's dtype
+  TensorView lse;           // optional (B,Hq,Sq), accumulator dtype, natural log
+  TensorView weights;       // optional (B,Hq,Sq,Skv), q's dtype
+  TensorView mask;          // optional bool, broadcastable to (B,Hq,Sq,Skv); true = attend
+  TensorView bias;          // optional floating, broadcastable to (B,Hq,Sq,Skv)
+  TensorView alibi_slopes;  // optional floating, (Hq,) or (B,Hq)
+  TensorView sinks;         // optional floating, (Hq,)
+  TensorView q_lens;        // optional int32/int64, (B,)
+  TensorView kv_lens;       // optional int32/int64, (B,)
+  TensorView q_offset;      // optional int32/int64, () or (B,); absent: kv_len - q_len (bottom-right)
   Layout layout = Layout::kBhsd;
   bool causal = false;
   int64_t window_left = kUnlimited;
   int64_t window_right = kUnlimited;
-  bool has_scale = false;    // false: 1/sqrt(D)
+  bool has_scale = false;  // false: 1/sqrt(D)
   double scale = 0.0;
-  double softcap = 0.0;      // 0: none
+  double softcap = 0.0;  // 0: none
 };
 
 // Checks every argument and rewrites the views into canonical form:
@@ -68,16 +68,17 @@ struct KernelTable;  // one per instruction set, see isa/detect.h
 
 struct ExecutionOptions {
   int num_threads = 1;
-  const KernelTable* table = nullptr;      // null: the best that the machine has, or FOVEAL_ISA
-  bool (*interrupted)(void*) = nullptr;    // polled on the calling thread between work items in calls over 50 ms
+  const KernelTable* table = nullptr;    // null: the best that the machine has, or FOVEAL_ISA
+  bool (*interrupted)(void*) = nullptr;  // polled on the calling thread between work items in calls over 50 ms
   void* interrupted_context = nullptr;
 };
 
-// Fills problem.out (and lse, weights when present). The problem is canonical. Bitwise the same for any num_threads and any
-// batch composition. kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true.
+// Fills problem.out (and lse, weights when present). The problem is canonical. Bitwise the same for any num_threads and
+// any batch composition. kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true.
 Status attention_forward(const AttentionProblem& problem, const ExecutionOptions& options);
 
-// The plain three-pass oracle, accumulating in float64, one row at a time: the meaning of every option in its clearest form.
+// The plain three-pass oracle, accumulating in float64, one row at a time: the meaning of every option in its clearest
+// form.
 Status attention_reference(const AttentionProblem& problem);
 
 }  // namespace foveal
