@@ -80,9 +80,9 @@ def formula(
 ) -> Expected:
     """Compute softmax(scores) v over whole arrays, with the error bound of a kernel that accumulates as q's dtype asks.
 
-    The bound follows the rounding of each step to first order. A sum of n terms is granted 4 sqrt(n) roundings
-    (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis", theorem 2.4 with lambda 4: it fails once in a
-    thousand for one sum of independent errors at its very worst, and the terms of a sum are far from the worst case).
+    It follows the rounding of each step to first order. A sum of n terms is granted lambda sqrt(n) roundings with
+    lambda = 4 (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis": where all roundings are
+    independent and as large as they can be, a sum goes beyond it with a probability under 2 exp(-lambda^2 / 2)).
     """
     rank, dtype = q.ndim, q.dtype.name
     unit = ROUNDOFF["float64" if dtype == "float64" else "float32"]
