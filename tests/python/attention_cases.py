@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -80,9 +79,9 @@ def formula(
 ) -> Expected:
     """Compute softmax(scores) v over whole arrays, with the error bound of a kernel that accumulates as q's dtype asks.
 
-    It follows the rounding of each step to first order. A sum of n terms is granted lambda sqrt(n) roundings with
-    lambda = 4 (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis": where all roundings are
-    independent and as large as they can be, a sum goes beyond it with a probability under 2 exp(-lambda^2 / 2)).
+    It follows the rounding of each step to first order. A sum of n terms is granted n roundings (Higham 2002, "Accuracy
+    and Stability of Numerical Algorithms", 4.2). The square root of that would do for independent roundings, but equal
+    terms, which the search for failing cases likes, round alike.
     """
     rank, dtype = q.ndim, q.dtype.name
     unit = ROUNDOFF["float64" if dtype == "float64" else "float32"]
@@ -102,7 +101,7 @@ def formula(
     with np.errstate(all="ignore"):
         dots = scale * (q4 @ k4.swapaxes(-1, -2))
         magnitude = abs(scale) * (np.abs(q4) @ np.abs(k4).swapaxes(-1, -2))
-        error = (4 * math.sqrt(head_dim) + 4) * unit * magnitude
+        error = (head_dim + 4) * unit * magnitude
         scores = dots
         if softcap > 0:
             scores = softcap * np.tanh(dots / softcap)
@@ -133,7 +132,7 @@ def formula(
         # Relative errors of a weight before and by its normalisation.
         distance = np.where(seen, np.abs(scores - finite_top), 0.0)
         relative = np.where(seen, error + 4 * unit * (distance + 1), 0.0)
-        joint = (weights * relative).sum(-1, keepdims=True) + (4 * math.sqrt(seqlen_kv) + 4) * unit
+        joint = (weights * relative).sum(-1, keepdims=True) + (seqlen_kv + 4) * unit
         visible_v = np.where(np.isnan(v4) | np.isinf(v4), 0.0, v4)
         hides_all_such = np.where(np.isnan(v4) | np.isinf(v4), 1.0, 0.0)
         out = weights @ visible_v
