@@ -25,7 +25,7 @@ namespace foveal {
 namespace {
 
 constexpr double kFlopsWorthAThread = 1e6;  // about 10 microseconds: what waking a sleeping team costs
-constexpr auto kPollAfter = std::chrono::milliseconds(50);
+constexpr auto kPollEvery = std::chrono::milliseconds(50);
 
 // ---- threads
 // -------------------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class ForwardRun {
 
   void work(std::byte* scratch, bool polls) {
     polls = polls && options_.interrupted != nullptr && plan_.items > 1;
-    const auto start = polls ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
+    auto last_poll = polls ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
     HeadTask head;
     int64_t batch = -1, kv_head = -1;
     for (;;) {
@@ -273,9 +273,12 @@ class ForwardRun {
                          sinks_.empty() ? nullptr : sinks_.data());
       }
       run(head, item, scratch);
-      if (polls && std::chrono::steady_clock::now() - start > kPollAfter &&
-          options_.interrupted(options_.interrupted_context))
-        stop_.store(true, std::memory_order_relaxed);
+      if (!polls) continue;
+      // Each poll takes the GIL, which another Python thread may hold for milliseconds: not after every item.
+      const auto now = std::chrono::steady_clock::now();
+      if (now - last_poll < kPollEvery) continue;
+      last_poll = now;
+      if (options_.interrupted(options_.interrupted_context)) stop_.store(true, std::memory_order_relaxed);
     }
   }
 
