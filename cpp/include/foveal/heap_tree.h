@@ -1,15 +1,16 @@
 // The tournament tree under the indexed heap: a wide f-array (Jayanti 2002) of minima with early stopping.
 //
-// A leaf holds the key of one id, an inner node a copy of the smallest (key, id) among its children, the root the minimum.
-// Whoever changes a leaf refreshes the nodes above it: read the node, read its children, compare-and-swap the smallest in.
-// Three failed tries are as good as a success: a third thread must then have read the children after this one began.
+// A leaf holds the key of one id, an inner node a copy of the smallest (key, id) among its children, the root the
+// minimum. Whoever changes a leaf refreshes the nodes above it: read the node, read its children, compare-and-swap the
+// smallest in. Three failed tries are as good as a success: a third thread must then have read the children after this
+// one began.
 //
 // A refresh that changes nothing ends the climb, so most updates touch a level or two and the root is no point of
-// contention. That alone would be wrong, since the value found equal may be on its way up in another thread, which is then
-// waited for by nobody. Hence two marks. `dirty` on a node says that one of its ancestors may still exceed it; a climber
-// that meets it goes on. And a climber that stops at an equal value has replaced the node by the same value with a new
-// version (the bump), so that no refresh that began before can put back something older. HeapRules names the rule for each
-// failure that is known without it.
+// contention. That alone would be wrong, since the value found equal may be on its way up in another thread, which is
+// then waited for by nobody. Hence two marks. `dirty` on a node says that one of its ancestors may still exceed it; a
+// climber that meets it goes on. And a climber that stops at an equal value has replaced the node by the same value
+// with a new version (the bump), so that no refresh that began before can put back something older. HeapRules names the
+// rule for each failure that is known without it.
 //
 // Propagation is wait-free: at most `tries` compare-and-swaps a level up and one a level down.
 #pragma once
@@ -23,7 +24,8 @@
 
 namespace foveal {
 
-// The rules that a simpler tree would leave out. Tests switch them off one by one to show that the model checker objects.
+// The rules that a simpler tree would leave out. Tests switch them off one by one to show that the model checker
+// objects.
 struct HeapRules {
   enum class OnEqual { kBump, kStop, kReadOn };
 
@@ -45,17 +47,17 @@ class HeapTree {
   static constexpr int64_t kMaxCapacity = int64_t{1} << 28;  // leaves 35 bits of version: see docs/concurrency.md
   static constexpr uint64_t kAbsent = ~uint64_t{0};          // the key of an absent id, and of an empty subtree
   static constexpr uint64_t kDirty = 1;
-  static constexpr uint64_t kClaim = 2;             // leaves only
-  static constexpr uint64_t kLeafVersion = 4;       // one step of a leaf's version
-  static constexpr uint64_t kNodeVersion = 2;       // one step of a node's version
+  static constexpr uint64_t kClaim = 2;        // leaves only
+  static constexpr uint64_t kLeafVersion = 4;  // one step of a leaf's version
+  static constexpr uint64_t kNodeVersion = 2;  // one step of a node's version
 
   //   level root_level()                 [ min of all ]
   //                                     /      ...     \                 kFanout children each, 128 bytes at fan-out 8
   //   level 1             [ min of 8 ] [ min of 8 ]  ...
   //   level 0, leaves     k k k k k k k k | k k k k k k k k | ...
   //
-  // Ids are dealt out over `stripes` equal runs of leaves like cards, so that neighbouring ids, whose priorities tend to be
-  // alike, stand in different subtrees:   leaf(id) = (id mod stripes) * stripe_length + id / stripes
+  // Ids are dealt out over `stripes` equal runs of leaves like cards, so that neighbouring ids, whose priorities tend
+  // to be alike, stand in different subtrees:   leaf(id) = (id mod stripes) * stripe_length + id / stripes
   HeapTree(int64_t capacity, int log_stripes) : log_stripes_(log_stripes) {
     const int64_t stripes = int64_t{1} << log_stripes;
     stripe_length_ = round_up((capacity + stripes - 1) >> log_stripes);
@@ -126,10 +128,10 @@ class HeapTree {
   static constexpr int64_t kAlignment = 128;
   static constexpr int kMaxLevels = 30;
 
-  // kFull refreshes until a value stays as it is on a clean node, kFullToRoot never stops before the root. kChase and kHelp
-  // replace one stale copy, (old_key, id): kChase ends at the first node without it, kHelp looks at every level, since
-  // copies may be left above a node that is already right. One that lowers a node goes on as kFull or kFullToRoot, for then
-  // it has a value of its own to bring up.
+  // kFull refreshes until a value stays as it is on a clean node, kFullToRoot never stops before the root. kChase and
+  // kHelp replace one stale copy, (old_key, id): kChase ends at the first node without it, kHelp looks at every level,
+  // since copies may be left above a node that is already right. One that lowers a node goes on as kFull or
+  // kFullToRoot, for then it has a value of its own to bring up.
   enum class Climb { kFull, kFullToRoot, kChase, kHelp };
 
   // The nodes that a climb has set dirty, lowest first.
@@ -195,8 +197,8 @@ class HeapTree {
       index >>= kLogFanout;
       if (!refresh<kHelper>(level, index, id, old_key, mode, marked, memory)) break;
     }
-    // Downwards, so that a clean node never stands below a dirty one of this climb. A node that changed meanwhile is left to
-    // whoever changed it.
+    // Downwards, so that a clean node never stands below a dirty one of this climb. A node that changed meanwhile is
+    // left to whoever changed it.
     while (marked.count > 0) {
       memory.forget_all_but(marked);
       --marked.count;
@@ -243,7 +245,8 @@ class HeapTree {
       }
       return !(mode == Climb::kFull && equal && dirty == 0);
     }
-    // Another thread's refresh has included what this one knew; if the node is clean, that reaches up as far as it must.
+    // Another thread's refresh has included what this one knew; if the node is clean, that reaches up as far as it
+    // must.
     return !(mode == Climb::kFull && !is_root && !is_dirty(Atomics::load(node)));
   }
 

@@ -1,14 +1,15 @@
 // The 16-byte word of the indexed heap, and the atomic accesses to it.
 //
-// A word pairs a 64-bit key with 64 bits of tag (id, version, flags). Every change of the key changes the version in the
-// tag, so a tag never comes back while a thread may still hold it (the wrap-around is bounded in docs/concurrency.md).
-// Two things follow and are used here:
+// A word pairs a 64-bit key with 64 bits of tag (id, version, flags). Every change of the key changes the version in
+// the tag, so a tag never comes back while a thread may still hold it (the wrap-around is bounded in
+// docs/concurrency.md). Two things follow and are used here:
 //   - a 16-byte load can be made of 8-byte loads: tag, key, tag again; equal tags enclose one word;
 //   - a change that leaves the key as it is can be an 8-byte compare-and-swap of the tag alone.
 //
-// Everything is sequentially consistent. The proof that a thread may give up after three failed refreshes needs one total
-// order of all accesses; nothing weaker has been checked. All functions here are lock-free on x86-64 (cmpxchg16b) and on
-// arm64 with the large-system extensions (caspal); elsewhere compare_exchange goes to the compiler's 16-byte builtin.
+// Everything is sequentially consistent. The proof that a thread may give up after three failed refreshes needs one
+// total order of all accesses; nothing weaker has been checked. All functions here are lock-free on x86-64 (cmpxchg16b)
+// and on arm64 with the large-system extensions (caspal); elsewhere compare_exchange goes to the compiler's 16-byte
+// builtin.
 //
 // An atomics policy is a class with the static functions of NativeAtomics; tests pass policies that let a model checker
 // choose the order of accesses, or that park a thread before one of them.
@@ -52,7 +53,8 @@ struct NativeAtomics {
 #endif
   }
 
-  // Pairs with every compare_exchange of the same word. Lock-free, not wait-free: it repeats when the word changed meanwhile.
+  // Pairs with every compare_exchange of the same word. Lock-free, not wait-free: it repeats when the word changed
+  // meanwhile.
   static HeapWord load(const HeapWord& word) {
 #if defined(FOVEAL_WORD_BUILTIN)
     return split(__atomic_load_n(reinterpret_cast<const Uint128*>(&word), __ATOMIC_SEQ_CST));
@@ -100,7 +102,8 @@ struct NativeAtomics {
 #endif
   }
 
-  // A model checker's hook: from here on the caller depends on nothing that it has read since `Memory` was made, save `live`.
+  // A model checker's hook: from here on the caller depends on nothing that it has read since `Memory` was made, save
+  // `live`.
   struct Memory {
     template <class... Live>
     void forget_all_but(const Live&...) {}

@@ -1,13 +1,14 @@
-// A lock-free indexed priority heap: ids 0 .. capacity-1, each absent or present with a priority that may change at any time.
+// A lock-free indexed priority heap: ids 0 .. capacity-1, each absent or present with a priority that may change at any
+// time.
 //
-// Any number of threads may call push, update, upsert, remove, priority, peek, pop and their batches at once; each call (in a
-// batch, each element) is linearizable. The tree under it and the sources are in heap_tree.h; linearization points, memory
-// orders, the progress of each operation and what is NOT guaranteed are in docs/concurrency.md.
+// Any number of threads may call push, update, upsert, remove, priority, peek, pop and their batches at once; each call
+// (in a batch, each element) is linearizable. The tree under it and the sources are in heap_tree.h; linearization
+// points, memory orders, the progress of each operation and what is NOT guaranteed are in docs/concurrency.md.
 //
 // Order: smallest priority first (Order::kMax: largest), equal priorities by lowest id. -0.0 equals 0.0, infinities are
 // fine. Preconditions, asserted in debug builds: 0 <= id < capacity, priority is not NaN.
-// Cost: peek O(1), the others O(log8 capacity); most updates touch one or two levels. 18.3 bytes an id. No allocation after
-// construction.
+// Cost: peek O(1), the others O(log8 capacity); most updates touch one or two levels. 18.3 bytes an id. No allocation
+// after construction.
 #pragma once
 
 #include <atomic>
@@ -145,21 +146,22 @@ class BasicIndexedHeap {
 
   std::optional<HeapEntry> pop() { return counted(take_first()); }
 
-  // Takes the first element and puts the same id back with another priority: a pop, then a push. Cheaper than the two calls,
-  // but no less than two operations: another thread may act between them.
+  // Takes the first element and puts the same id back with another priority: a pop, then a push. Cheaper than the two
+  // calls, but no less than two operations: another thread may act between them.
   std::optional<HeapEntry> pop_push(double priority) {
     const uint64_t key = key_of(priority);
-    return change_first([this, key](HeapWord& leaf, int64_t id, HeapWord seen) { return replace(leaf, id, seen, key); });
+    return change_first(
+        [this, key](HeapWord& leaf, int64_t id, HeapWord seen) { return replace(leaf, id, seen, key); });
   }
 
-  // Takes the better of the first elements of two random subtrees. How far from the front that is grows with the number of
-  // subtrees, `relaxed_subtrees()`; threads that pop so do not contend. `state` is the caller's random state (any value to
-  // start with, one for each thread). None only when the heap was empty.
+  // Takes the better of the first elements of two random subtrees. How far from the front that is grows with the number
+  // of subtrees, `relaxed_subtrees()`; threads that pop so do not contend. `state` is the caller's random state (any
+  // value to start with, one for each thread). None only when the heap was empty.
   std::optional<HeapEntry> pop_relaxed(uint64_t& state) { return counted(take_relaxed(state)); }
   int64_t relaxed_subtrees() const { return tree_.size(sample_level_); }
 
-  // Batches: element by element in order, so of duplicate ids the last counts. `skipped(i)` is called for each element that
-  // changed nothing: a present one of push_many, an absent one of update_many.
+  // Batches: element by element in order, so of duplicate ids the last counts. `skipped(i)` is called for each element
+  // that changed nothing: a present one of push_many, an absent one of update_many.
   template <class Skipped>
   void push_many(std::span<const int64_t> ids, std::span<const double> priorities, Skipped&& skipped) {
     write_many<Write::kInsert>(ids, priorities, skipped);
@@ -206,7 +208,8 @@ class BasicIndexedHeap {
 
   static constexpr uint64_t kLeafStep = kRules.versions ? Tree::kLeafVersion : 0;
   static constexpr uint64_t kFlags = Tree::kDirty | Tree::kClaim;
-  static constexpr int64_t kMinSubtrees = 16;   // subtrees for pop_relaxed: fewer contend, more are farther from the front
+  static constexpr int64_t kMinSubtrees =
+      16;  // subtrees for pop_relaxed: fewer contend, more are farther from the front
   static constexpr size_t kPrefetchAhead = 6;  // elements of a batch
 
   static int64_t checked(int64_t capacity) {
@@ -389,8 +392,8 @@ class BasicIndexedHeap {
     return taken;
   }
 
-  // size() is a sum over counters, each used by some of the threads, in cache lines of their own. Relaxed: nothing is read
-  // off them but their sum.
+  // size() is a sum over counters, each used by some of the threads, in cache lines of their own. Relaxed: nothing is
+  // read off them but their sum.
   struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
   };
