@@ -8,8 +8,8 @@
 //
 // Everything is sequentially consistent. The proof that a thread may give up after three failed refreshes needs one
 // total order of all accesses; nothing weaker has been checked. All functions here are lock-free on x86-64 (cmpxchg16b)
-// and on arm64 with the large-system extensions (caspal); elsewhere compare_exchange goes to the compiler's 16-byte
-// builtin.
+// and on arm64 (caspal, or a pair of exclusives without the large-system extensions). Elsewhere all of them, the loads
+// included, go to the compiler's 16-byte builtins, which may take a lock: a load made of 8-byte loads would not see it.
 //
 // An atomics policy is a class with the static functions of NativeAtomics; tests pass policies that let a model checker
 // choose the order of accesses, or that park a thread before one of them.
@@ -18,7 +18,7 @@
 #include <cstdint>
 
 // ThreadSanitizer cannot see a compare-and-swap made of assembly.
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) || !(defined(__x86_64__) || defined(__aarch64__))
 #define FOVEAL_WORD_BUILTIN 1
 #elif defined(__has_feature)
 #if __has_feature(thread_sanitizer)
@@ -85,6 +85,23 @@ struct NativeAtomics {
                  : "+r"(tag), "+r"(key), [word] "+Q"(word)
                  : "r"(new_tag), "r"(new_key)
                  : "memory");
+    return tag == expected.tag && key == expected.key;
+#elif defined(__aarch64__) && !defined(FOVEAL_WORD_BUILTIN)
+    // A pair that was torn differs from `expected` too, and only tears when the word is changing.
+    uint64_t tag, key;
+    uint32_t failed;
+    asm volatile(
+        "1: ldaxp %[tag], %[key], %[word]\n"
+        "   cmp   %[tag], %[old_tag]\n"
+        "   ccmp  %[key], %[old_key], #0, eq\n"
+        "   b.ne  2f\n"
+        "   stlxp %w[failed], %[new_tag], %[new_key], %[word]\n"
+        "   cbnz  %w[failed], 1b\n"
+        "2:"
+        : [tag] "=&r"(tag), [key] "=&r"(key), [failed] "=&r"(failed), [word] "+Q"(word)
+        :
+        [old_tag] "r"(expected.tag), [old_key] "r"(expected.key), [new_tag] "r"(desired.tag), [new_key] "r"(desired.key)
+        : "cc", "memory");
     return tag == expected.tag && key == expected.key;
 #else
     Uint128 seen = join(expected);
