@@ -22,11 +22,11 @@ struct Scenario {
 
 inline std::string to_string(const Scenario& scenario) {
   std::string text;
-  for (const uint8_t priority : scenario.initial) text += (priority == kNone ? "-" : std::to_string(priority)) + " ";
+  for (const uint8_t priority : scenario.initial) (text += priority == kNone ? "-" : std::to_string(priority)) += ' ';
   for (const auto& program : scenario.threads) {
-    text += "|";
-    for (const Operation& op : program) text += " " + to_string(op);
-    text += " ";
+    text += '|';
+    for (const Operation& op : program) (text += ' ') += to_string(op);
+    text += ' ';
   }
   text.pop_back();
   return text;
