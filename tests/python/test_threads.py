@@ -199,9 +199,13 @@ def test_lengths_that_another_thread_overwrites() -> None:
 # ---- other processes, and Ctrl-C ------------------------------------------------------------------------------------
 
 
+# A process that a shell started in the background inherits that SIGINT is ignored, and so would its children.
+HONOUR_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [sys.executable, "-c", HONOUR_CTRL_C + textwrap.dedent(program)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
