@@ -39,6 +39,16 @@ void use_isa(const std::optional<std::string>& name) {
   foveal::use_table(table);
 }
 
+void read_bytes(int threads, const py::buffer& buffer) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  {
+    const py::gil_scoped_release released;
+    foveal::read_bytes(threads, view.buf, view.len);
+  }
+  PyBuffer_Release(&view);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
@@ -53,9 +63,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("isas", &foveal::available_isas, "The instruction sets of this build that this machine can run, best first.");
   m.def("use_isa", &use_isa, py::arg("name"), py::pos_only(),
         "Run the kernels of this instruction set from now on; None goes back to FOVEAL_ISA or the best. For tests.");
-  m.def("measure_fma_peak", &foveal::measure_fma_peak, py::arg("threads"), py::arg("seconds"), py::pos_only(),
-        py::call_guard<py::gil_scoped_release>(), "Float32 operations per second of FMAs in registers.");
-  m.def("measure_read_bandwidth", &foveal::measure_read_bandwidth, py::arg("threads"), py::arg("nbytes"),
-        py::pos_only(), py::call_guard<py::gil_scoped_release>(),
-        "Bytes per second of reading a buffer front to back.");
+  m.def("run_fmas", &foveal::run_fmas, py::arg("threads"), py::arg("operations"), py::pos_only(),
+        py::call_guard<py::gil_scoped_release>(),
+        "About so many float32 operations as FMAs in registers, and nothing else; returns how many it were.");
+  m.def("read_bytes", &read_bytes, py::arg("threads"), py::arg("buffer"), py::pos_only(),
+        "Load every byte of a contiguous buffer once, front to back.");
 }

@@ -2,22 +2,16 @@
 // cycles at two a cycle need 8 to 10) and fit the register file. The registers are named in inline assembly, since a
 // compiler that spills one accumulator turns the loop into a measurement of the stack.
 //
-// Read bandwidth: every byte is loaded once, front to back, as the hardware prefetcher likes it, from a buffer whose
-// pages were first written by the thread that reads them, and so lie in its memory.
+// Reading: every byte is loaded once, front to back, as the hardware prefetcher likes it.
 #include "machine_limits.h"
 
 #include <omp.h>
 
 #include <algorithm>
-#include <chrono>
-#include <memory>
+#include <cstring>
 
 namespace foveal {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // A loop of FMAs, and the float32 operations in one iteration of it.
 struct FmaLoop {
@@ -100,48 +94,42 @@ FmaLoop widest_fma_loop() {
   return {run_plain, 48 * 2};
 }
 
-// The fewest seconds that `work(thread)` takes on all threads together, in rounds that last `seconds`, at least three.
-template <typename Work>
-double best_round(int threads, double seconds, const Work& work) {
-  double best = 1e300;
-  const Clock::time_point begin = Clock::now();
-  for (int round = 0; round < 3 || seconds_since(begin) < seconds; ++round) {
-    Clock::time_point start;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp barrier
-#pragma omp master
-      start = Clock::now();
-      work(omp_get_thread_num());
-    }
-    best = std::min(best, seconds_since(start));
+constexpr int64_t kBlock = 4096;  // a thread's part is a whole number of these
+
+uint64_t sum_words(const std::byte* data, int64_t nbytes) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i + 8 <= nbytes; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, data + i, 8);
+    sum += word;
   }
-  return best;
+  return sum;
 }
 
 }  // namespace
 
-double measure_fma_peak(int threads, double seconds) {
+double run_fmas(int threads, double operations) {
   const FmaLoop loop = widest_fma_loop();
-  constexpr int64_t kIterations = 400'000;  // some milliseconds, beside which starting the threads is nothing
-  const double best = best_round(threads, seconds, [&](int) { loop.run(kIterations); });
-  return static_cast<double>(threads) * static_cast<double>(kIterations * loop.operations) / best;
+  const auto iterations = std::max<int64_t>(
+      1, static_cast<int64_t>(operations / static_cast<double>(threads) / static_cast<double>(loop.operations)));
+#pragma omp parallel num_threads(threads)
+  loop.run(iterations);
+  return static_cast<double>(threads) * static_cast<double>(iterations) * static_cast<double>(loop.operations);
 }
 
-double measure_read_bandwidth(int threads, int64_t nbytes) {
-  const int64_t words = nbytes / static_cast<int64_t>(sizeof(uint64_t)) / threads;  // for each thread
-  const std::unique_ptr<uint64_t[]> buffer(new uint64_t[static_cast<size_t>(words * threads)]);
-  uint64_t* const data = buffer.get();
+void read_bytes(int threads, const void* data, int64_t nbytes) {
+  const int64_t blocks = (nbytes + kBlock - 1) / kBlock;
 #pragma omp parallel num_threads(threads)
-  std::fill_n(data + omp_get_thread_num() * words, words, uint64_t{1});
-  const double best = best_round(threads, 0.2, [&](int thread) {
-    const uint64_t* part = data + thread * words;
-    uint64_t sum = 0;
-    for (int64_t i = 0; i < words; ++i) sum += part[i];
-    volatile uint64_t sink = sum;
-    static_cast<void>(sink);
-  });
-  return static_cast<double>(words * threads) * sizeof(uint64_t) / best;
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t begin = blocks * thread / team * kBlock;
+    const int64_t end = std::min(blocks * (thread + 1) / team * kBlock, nbytes);
+    const uint64_t sum = sum_words(static_cast<const std::byte*>(data) + begin, end - begin);
+    asm volatile(
+        ""
+        :
+        : "r"(sum));  // a volatile local that nobody reads does not keep every compiler from skipping the loads
+  }
 }
 
 }  // namespace foveal

@@ -1,16 +1,15 @@
-// What this machine can do at most: the yardsticks beside which the benchmarks print their results.
+// What this machine can do at most: work that is bound by one limit of it alone, to be timed beside our own.
 #pragma once
 
 #include <cstdint>
 
 namespace foveal {
 
-// Float32 operations per second of fused multiply-adds in registers, on `threads` threads at once, with the widest
-// vectors that the processor has; an addition and a multiplication count as two. The best round within `seconds`.
-double measure_fma_peak(int threads, double seconds);
+// About so many float32 operations as fused multiply-adds in registers, shared by `threads` threads, with the widest
+// vectors that the processor has; an addition and a multiplication count as two. Returns how many it were.
+double run_fmas(int threads, double operations);
 
-// Bytes per second at which `threads` threads read a buffer of `nbytes`, front to back, each its own part. The best of
-// several passes. Throws std::bad_alloc.
-double measure_read_bandwidth(int threads, int64_t nbytes);
+// Loads every byte once, front to back, each of `threads` threads its own part.
+void read_bytes(int threads, const void* data, int64_t nbytes);
 
 }  // namespace foveal

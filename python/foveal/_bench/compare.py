@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .work import (
     Array,
     Inputs,
     Work,
+    cycled,
     foveal_numpy,
     foveal_torch,
     naive_attention,
@@ -88,23 +90,24 @@ def compare(
         inputs = cold_copies(work)
         ours = (foveal_torch if tensors else foveal_numpy)(work, inputs)
         check_ours(work, inputs[0], ours)
-        limit = machine_limit(work, used)
-        seconds, ratios, ways = [], {}, []
+        bound = machine_bound(work, inputs, used)
+        seconds, limits, ratios, ways = [], [], {}, []
         for number, peer in enumerate(peers):
             other = PEERS[peer](work, inputs)
             check_peer(work, ours, other)
             times = take_turns(
-                [ours, other],
+                [ours, other, bound],
                 budget=budget,
                 progress=lambda fraction, number=number: progress((number + fraction) / len(peers)),  # type: ignore[misc]
             )
             seconds.extend(times.seconds[ours.name])
+            limits.append(times.ratio(bound.name, ours.name).median)
             ratios[peer] = times.ratio(other.name, ours.name)
             ways.append(f"{other.name} in {times.rounds} rounds")
         if not peers:
-            seconds = take_turns([ours], budget=budget, progress=progress).seconds[ours.name]
-        if work.seqlen == 1:  # the bandwidth that a shared machine leaves changes: ask before and after
-            limit = max(limit, machine_limit(work, used))
+            times = take_turns([ours, bound], budget=budget, progress=progress)
+            seconds = times.seconds[ours.name]
+            limits.append(times.ratio(bound.name, ours.name).median)
     median = statistics.median(seconds)
     amount, unit = (work.kv_nbytes, "GB/s") if work.seqlen == 1 else (work.flops, "GF/s")
     copies = [f"{len(inputs)} copies in turn"] if len(inputs) > 1 else []
@@ -113,7 +116,7 @@ def compare(
         value=median * 1e6 if in_microseconds else amount / median / 1e9,
         unit="us" if in_microseconds else unit,
         ratios=ratios,
-        limit=None if in_microseconds else amount / median / limit,
+        limit=None if in_microseconds else statistics.median(limits),
         detail="; ".join(copies + ways),
     )
 
@@ -153,18 +156,42 @@ def cache_nbytes() -> int:
     return CACHE_NBYTES
 
 
-def machine_limit(work: Work, threads: int) -> float:
-    """Bytes or operations per second, whichever bounds this work."""
-    return read_bandwidth(threads) if work.seqlen == 1 else fma_peak(threads)
+def machine_bound(work: Work, inputs: Sequence[Inputs], threads: int) -> Contender:
+    """What no implementation can do without, and nothing else: reading the keys and values once, or the arithmetic.
+
+    It takes turns with the rest, since the speed that a shared machine leaves changes from second to second.
+    """
+    if work.seqlen > 1:
+        return Contender("machine", lambda: _core.run_fmas(threads, work.flops))
+
+    def read(q: Array, k: Array, v: Array) -> None:
+        for array in (k, v):
+            _core.read_bytes(threads, array.view(np.uint8))
+
+    return Contender("machine", cycled(read, inputs))
 
 
+@functools.cache
 def read_bandwidth(threads: int) -> float:
-    return _core.measure_read_bandwidth(threads, max(256 << 20, 4 * cache_nbytes()))
+    """Bytes per second of reading a buffer that no cache holds: the best of some passes."""
+    buffer = np.ones(max(256 << 20, 4 * cache_nbytes()), np.uint8)
+    return buffer.nbytes / _fewest_seconds(lambda: _core.read_bytes(threads, buffer))
 
 
 @functools.cache
 def fma_peak(threads: int) -> float:
-    return _core.measure_fma_peak(threads, 0.3)
+    """Float32 operations per second of FMAs in registers: the best of some rounds."""
+    operations = _core.run_fmas(threads, threads * 3e8)
+    return operations / _fewest_seconds(lambda: _core.run_fmas(threads, operations))
+
+
+def _fewest_seconds(call: Callable[[], object], budget: float = 0.3) -> float:
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < budget:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def check_ours(work: Work, inputs: Inputs, ours: Contender) -> None:
