@@ -19,23 +19,6 @@ constexpr int kDecodeAccumulators = kVectorRegisters >= 32 ? 16 : 8;
 template <class V>
 constexpr int64_t kDecodeRows = V::kLanes < 8 ? V::kLanes : 8;
 
-// Decoding waits for memory, and the hardware foresees neither the jump to the values nor the one to the next block:
-// ask for a row's cache lines one phase ahead, into the second-level cache (a block may be larger than the first).
-// Asking past the end of an array is harmless. Short key ranges are likely there already, and the requests would only
-// cost: `width` 0 asks for nothing.
-constexpr int64_t kPrefetchFromBytes = 128 * 1024;
-
-template <class S>
-struct Prefetch {
-  Rows<S> rows;
-  int64_t width;
-
-  FOVEAL_INLINE void row(int64_t j) const {
-    const char* line = reinterpret_cast<const char*>(rows.row(j));
-    for (int64_t x = 0; x < width * static_cast<int64_t>(sizeof(S)); x += 64) __builtin_prefetch(line + x, 0, 2);
-  }
-};
-
 // s[NK][R] = k . q for NK keys.
 template <class V, class S, int R, int NK>
 FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const S* k,
@@ -286,11 +269,14 @@ static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t be
   state.sum = fma(state.sum, factor, sum);
   alignas(64) T rescale[V::kLanes];
   store(rescale, factor);
+  const Prefetch<S> next = {{k.row(n), k.stride}, state.prefetch ? h.head_dim : 0};
   if (guarded)
     decode_values_guarded<V, S, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale);
+  else if constexpr (kPairsValues<V, S, R>)
+    decode_paired_values<R, kDecodeAccumulators / R / 2>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale,
+                                                         next);
   else
-    decode_values<V, S, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale,
-                           Prefetch<S>{{k.row(n), k.stride}, state.prefetch ? h.head_dim : 0});
+    decode_values<V, S, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale, next);
 }
 
 template <class V>

@@ -30,6 +30,7 @@
 #include "attention/dot.inl.h"
 #include "attention/score_policy.inl.h"
 #include "attention/tile_forward.inl.h"
+#include "attention/value_pairs.inl.h"
 #include "attention/tile_decode.inl.h"
 #include "attention/merge.inl.h"
 // clang-format on
@@ -41,8 +42,13 @@ namespace foveal {
 namespace {
 
 template <class V, class S>
-constexpr RowKernels kRowKernels = {kTileRows<V>,  kDecodeRows<V>,           forward_scratch_nbytes<V>,
-                                    forward<V, S>, decode_scratch_nbytes<V>, decode<V, S>,
+constexpr RowKernels kRowKernels = {kTileRows<V>,
+                                    kDecodeRows<V>,
+                                    kPairsValues<V, S, 4> ? 3 : 0,
+                                    forward_scratch_nbytes<V>,
+                                    forward<V, S>,
+                                    decode_scratch_nbytes<V>,
+                                    decode<V, S>,
                                     merge<V, S>};
 
 }  // namespace

@@ -63,6 +63,8 @@ struct RowTask {
 struct RowKernels {
   int64_t rows_per_tile;  // the rows that one register tile covers
   int64_t decode_rows;    // up to so many rows of a head, `decode` is the faster
+  int64_t
+      rounding_rows;  // from so many on, `decode` rounds its weights to the stored type (value_pairs.inl.h); 0: never
   int64_t (*forward_scratch_nbytes)(const HeadTask&, int64_t rows);
   void (*forward)(const RowTask&);
   int64_t (*decode_scratch_nbytes)(const HeadTask&, int64_t rows);

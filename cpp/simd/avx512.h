@@ -220,6 +220,36 @@ FOVEAL_INLINE F32 broadcast_pair(const BFloat16* p) {
 FOVEAL_INLINE F32 dot_bf16(F32 a, F32 b, F32 sum) {
   return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
 }
+
+// Of 32 elements of two rows: pairs of the same column, some columns in `lower` and the others in `upper`, in the order
+// that separate_columns undoes.
+FOVEAL_INLINE void interleave_pairs(F32 row0, F32 row1, F32& lower, F32& upper) {
+  const __m512i a = _mm512_castps_si512(row0.v), b = _mm512_castps_si512(row1.v);
+  lower = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b))};
+  upper = {_mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b))};
+}
+FOVEAL_INLINE void separate_columns(F32 lower, F32 upper, F32& left, F32& right) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  left = {_mm512_permutex2var_ps(lower.v, first, upper.v)};
+  right = {_mm512_permutex2var_ps(lower.v, second, upper.v)};
+}
+
+// Lane l belongs to row l % R of key l / R: rounds to nearest even, and stores the pairs (key 2x, key 2x + 1) of each
+// row beside each other.
+template <int R>
+FOVEAL_INLINE void store_key_pairs(F32 w, BFloat16* p) {
+  alignas(32) static constexpr auto kOrder = [] {
+    struct {
+      uint16_t lane[16];
+    } order = {};
+    for (int x = 0; x < 16; ++x) order.lane[x] = static_cast<uint16_t>((x / (2 * R) * 2 + x % 2) * R + x / 2 % R);
+    return order;
+  }();
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(w.v);
+  const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kOrder.lane));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm256_permutexvar_epi16(order, rounded));
+}
 #endif
 
 }  // namespace

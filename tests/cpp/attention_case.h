@@ -299,6 +299,8 @@ struct Answer {
 //   weights   (2 e + s) x       +  rounding(x)
 //   lse       e + s             +  4 u |x|
 //
+// and where the kernel rounds its weights, max|v| times that more for `out`.
+//
 // u is the unit roundoff of the accumulator, e bounds the error of a score (which changes a weight and its row's sum by
 // a factor of exp(e) each) and s that of sums over keys. A sum of n terms in any order is off by at most lambda sqrt(n)
 // u times the sum of their magnitudes, but for a probability of 2 exp(-lambda^2 / 2) (Higham & Mary 2019, theorem 2.4;
@@ -306,7 +308,7 @@ struct Answer {
 // more roundings stand for the scale, exp2, tanh, and the steps between.
 class ErrorBound {
  public:
-  explicit ErrorBound(const Problem& problem) {
+  ErrorBound(const Problem& problem, bool rounds_weights) {
     const Case& c = problem.asked;
     const double u = c.dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
     const double scale = c.scale != 0 ? std::fabs(c.scale) : 1 / std::sqrt(static_cast<double>(c.head_dim));
@@ -339,9 +341,12 @@ class ErrorBound {
         rounding_ = 0x1p-53;
         smallest_ = 0x1p-1022;
     }
+    weight_rounding_ = rounds_weights ? rounding_ : 0;
   }
 
-  double out(double x) const { return weight_ * value_ * (1 + rounding_) + rounding_ * std::fabs(x) + smallest_; }
+  double out(double x) const {
+    return (weight_ + weight_rounding_) * value_ * (1 + rounding_) + rounding_ * std::fabs(x) + smallest_;
+  }
   double weights(double x) const { return weight_ * x * (1 + rounding_) + rounding_ * x + smallest_; }
   double lse(double x) const { return lse_ + 4 * unit_ * std::fabs(x); }
 
@@ -362,7 +367,7 @@ class ErrorBound {
     return std::sqrt(longest);
   }
 
-  double unit_, lse_, weight_, value_, rounding_, smallest_;
+  double unit_, lse_, weight_, value_, rounding_, weight_rounding_, smallest_;
 };
 
 }  // namespace foveal_test

@@ -15,6 +15,45 @@ def test_which_kernels_run():
     assert ("foveal.torch._fallback" in sys.modules) == FALLBACK
 
 
+# --- accuracy -------------------------------------------------------------------------------------------------------
+
+SHAPES = {  # (B,Hq,Hkv,Sq,Skv,D)
+    "square": (2, 3, 3, 300, 300, 64),
+    "one query": (2, 4, 4, 1, 1000, 128),
+    "grouped query": (1, 8, 1, 1, 3000, 128),
+    "wide": (1, 2, 2, 65, 130, 256),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_error_is_at_most_twice_that_of_torch(dtype, shape, causal):
+    batch, heads, kv_heads, seqlen_q, seqlen_kv, head_dim = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, h, s, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+        for h, s in ((heads, seqlen_q), (kv_heads, seqlen_kv), (kv_heads, seqlen_kv))
+    )
+    mask = torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool).tril(seqlen_kv - seqlen_q) if causal else None
+
+    def sdpa(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
+
+    exact = to_numpy(foveal.attention(q.double(), k.double(), v.double(), causal=causal))
+    np.testing.assert_allclose(exact, sdpa(q.double(), k.double(), v.double()), rtol=0, atol=1e-13)
+
+    def error(out):
+        return np.abs(to_numpy(out.double()) - exact)
+
+    ours, theirs = error(foveal.attention(q, k, v, causal=causal)), error(sdpa(q, k, v))
+    if (
+        dtype != torch.float64
+    ):  # there is nothing more exact to compare float64 with; test_attention.py bounds its error
+        assert ours.max() <= 2 * theirs.max()
+        assert ours.mean() <= 2 * theirs.mean()
+
+
 # --- the same result as from NumPy -----------------------------------------------------------------------------------
 
 
