@@ -22,6 +22,8 @@
 
 #include "foveal/heap_word.h"
 
+#define FOVEAL_HEAP_INLINE inline __attribute__((always_inline))
+
 namespace foveal {
 
 // The rules that a simpler tree would leave out. Tests switch them off one by one to show that the model checker
@@ -121,12 +123,12 @@ class HeapTree {
   }
 
   // Brings the cache lines that an update of `id` will need; all the way up for a pop.
-  void prefetch(int64_t id) const { prefetch_levels(id, root_level_ < 3 ? root_level_ : 3); }
-  void prefetch_path(int64_t id) const { prefetch_levels(id, root_level_); }
+  FOVEAL_HEAP_INLINE void prefetch(int64_t id) const { prefetch_levels(id, root_level_ < 2 ? root_level_ : 2); }
+  FOVEAL_HEAP_INLINE void prefetch_path(int64_t id) const { prefetch_levels(id, root_level_); }
 
  private:
   static constexpr int64_t kAlignment = 128;
-  static constexpr int kMaxLevels = 30;
+  static constexpr int kMaxLevels = 28 / kLogFanout + 2;
 
   // kFull refreshes until a value stays as it is on a clean node, kFullToRoot never stops before the root. kChase and
   // kHelp replace one stale copy, (old_key, id): kChase ends at the first node without it, kHelp looks at every level,
@@ -187,13 +189,22 @@ class HeapTree {
     return smallest_leaf(index, id - (place << log_stripes_));
   }
 
+  // Level 1 apart and inline: most climbs end there, with nothing marked.
   template <Climb kStart, bool kHelper = false>
-  void climb(int64_t id, uint64_t old_key) {
+  FOVEAL_HEAP_INLINE void climb(int64_t id, uint64_t old_key) {
     Climb mode = kStart;
     Marked marked;
     typename Atomics::Memory memory;
-    int64_t index = leaf_index(id);
-    for (int level = 1; level <= root_level_; ++level) {
+    const int64_t index = leaf_index(id) >> kLogFanout;
+    if (refresh<kHelper>(1, index, id, old_key, mode, marked, memory)) {
+      climb_on<kHelper>(index, id, old_key, mode, marked, memory);
+    }
+  }
+
+  template <bool kHelper>
+  __attribute__((noinline)) void climb_on(int64_t index, int64_t id, uint64_t old_key, Climb mode, Marked& marked,
+                                          typename Atomics::Memory& memory) {
+    for (int level = 2; level <= root_level_; ++level) {
       index >>= kLogFanout;
       if (!refresh<kHelper>(level, index, id, old_key, mode, marked, memory)) break;
     }
@@ -209,8 +220,8 @@ class HeapTree {
 
   // Returns whether to go on to the next level.
   template <bool kHelper>
-  bool refresh(int level, int64_t index, int64_t id, uint64_t old_key, Climb& mode, Marked& marked,
-               typename Atomics::Memory& memory) {
+  FOVEAL_HEAP_INLINE bool refresh(int level, int64_t index, int64_t id, uint64_t old_key, Climb& mode, Marked& marked,
+                                  typename Atomics::Memory& memory) {
     HeapWord& node = level_[level][index];
     const bool is_root = level == root_level_;
     for (int attempt = 0; attempt < kRules.tries; ++attempt) {
@@ -250,12 +261,14 @@ class HeapTree {
     return !(mode == Climb::kFull && !is_root && !is_dirty(Atomics::load(node)));
   }
 
-  void prefetch_levels(int64_t id, int levels) const {
+  // Inline by force: GCC takes a function that does nothing but prefetch for one without effect and drops its calls.
+  FOVEAL_HEAP_INLINE void prefetch_levels(int64_t id, int levels) const {
+    constexpr int64_t kLine = 64 / sizeof(HeapWord);
     int64_t index = leaf_index(id);
     for (int level = 0; level < levels; ++level) {
+      NativeAtomics::prefetch_to_write(level_[level][index]);
+      for (int64_t other = kLine; other < kFanout; other += kLine) __builtin_prefetch(&level_[level][index ^ other]);
       index >>= kLogFanout;
-      const HeapWord* group = level_[level] + (index << kLogFanout);
-      for (int i = 0; i < kFanout; i += 4) __builtin_prefetch(group + i, 1);
     }
   }
 

@@ -32,8 +32,8 @@ namespace foveal {
 //        |  tag   |  key   |      inner node: tag = id (b bits) | version (63 - b) | dirty (1)
 //                                 leaf:       tag = version (62) | claim (1) | dirty (1)
 struct alignas(16) HeapWord {
-  uint64_t tag = 0;
-  uint64_t key = 0;
+  uint64_t tag;
+  uint64_t key;
 
   bool operator==(const HeapWord&) const = default;
 };
@@ -116,6 +116,16 @@ struct NativeAtomics {
     return __atomic_compare_exchange_n(&word.tag, &expected.tag, tag, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 #else
     return compare_exchange(word, expected, {tag, expected.key});
+#endif
+  }
+
+  // Asks for the word's cache line in the state in which a compare-and-swap needs it: a plain prefetch would bring it
+  // shared with the thread that wrote it last, to be asked for again. Not an access: part of no policy.
+  static void prefetch_to_write(const HeapWord& word) {
+#if defined(__x86_64__)
+    asm volatile("prefetchw %0" ::"m"(word));  // compilers emit it only when told that the processor is a recent one
+#else
+    __builtin_prefetch(&word, 1);
 #endif
   }
 

@@ -210,7 +210,7 @@ class BasicIndexedHeap {
   static constexpr uint64_t kFlags = Tree::kDirty | Tree::kClaim;
   static constexpr int64_t kMinSubtrees =
       16;  // subtrees for pop_relaxed: fewer contend, more are farther from the front
-  static constexpr size_t kPrefetchAhead = 6;  // elements of a batch
+  static constexpr size_t kPrefetchAhead = 8;  // elements of a batch
 
   static int64_t checked(int64_t capacity) {
     if (capacity < 1 || capacity > kMaxCapacity) {
