@@ -82,7 +82,7 @@ def compare(
 ) -> Row:
     """Checks, then times one piece of work against each peer; by default all that `peers_of` the work.
 
-    Peers come one after the other, since each has its own pool of threads, whose idle spinning would hold up the rest.
+    Peers come one after the other, so that one's pool of threads does not hold up another.
     `tensors`: foveal is called with torch tensors. `budget`: seconds for each peer.
     """
     peers = peers_of(work) if peers is None else peers

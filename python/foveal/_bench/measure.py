@@ -13,11 +13,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-WARM_SECONDS = (
-    0.003  # before each slot: refills the caches, and lets the threads that spin in another's pool go to sleep
-)
+SETTLE_SECONDS = 0.15  # before each slot, at most: OpenBLAS's threads spin for 0.1 s after their work
+WARM_SECONDS = 0.003  # then: refills the caches and wakes the threads
 SLOT_SECONDS = 0.01  # calls shorter than this are repeated within a slot
 
 
@@ -107,6 +107,7 @@ def fastest(candidates: Iterable[Contender]) -> Contender:
 def _slot(contender: Contender, calls: int) -> float:
     call = contender.call
     with contender.within():
+        _settle()
         warm_until = time.perf_counter() + WARM_SECONDS
         call()
         while time.perf_counter() < warm_until:
@@ -115,6 +116,23 @@ def _slot(contender: Contender, calls: int) -> float:
         for _ in range(calls):
             call()
         return (time.perf_counter() - start) / calls
+
+
+def _settle() -> None:
+    """Waits until the pools of the others have gone to sleep: their spinning takes a core that this slot needs."""
+    until = time.perf_counter() + SETTLE_SECONDS
+    while time.perf_counter() < until:
+        time.sleep(0.002)
+        states = [_state(task) for task in Path("/proc/self/task").glob("*/stat")]
+        if states and states.count("R") <= 1:  # this thread
+            return
+
+
+def _state(stat: Path) -> str:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0]
+    except OSError:  # the thread has ended meanwhile
+        return "X"
 
 
 def _calls_per_slot(contender: Contender) -> int:
