@@ -10,6 +10,7 @@
 #include "bindings/attention.h"
 #include "bindings/dlpack.h"
 #include "bindings/errors.h"
+#include "bindings/heap.h"
 #include "bindings/machine_limits.h"
 #include "bindings/torch_ops.h"
 #include "isa/detect.h"
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The native half of foveal. Private: what is public is in the package itself.";
   foveal::bind_attention(m);
   foveal::bind_dlpack(m);
+  foveal::bind_heap(m);
   foveal::bind_torch_ops(m);
   m.def("set_num_threads", &foveal::set_num_threads, py::arg("count"), py::pos_only(),
         "0 goes back to the environment.");
