@@ -12,6 +12,7 @@
 #include "bindings/errors.h"
 #include "bindings/heap.h"
 #include "bindings/machine_limits.h"
+#include "bindings/priority_map.h"
 #include "bindings/torch_ops.h"
 #include "isa/detect.h"
 
@@ -57,6 +58,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   foveal::bind_attention(m);
   foveal::bind_dlpack(m);
   foveal::bind_heap(m);
+  foveal::bind_priority_map(m);
   foveal::bind_torch_ops(m);
   m.def("set_num_threads", &foveal::set_num_threads, py::arg("count"), py::pos_only(),
         "0 goes back to the environment.");

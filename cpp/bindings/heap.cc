@@ -627,11 +627,6 @@ PyGetSetDef properties[] = {
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
-template <class Function>
-PyType_Slot slot(int number, Function* function) {
-  return {number, reinterpret_cast<void*>(function)};
-}
-
 }  // namespace
 
 PyObject* empty_error() { return empty_class; }

@@ -183,6 +183,11 @@ PyMethodDef method_entry(const char* name, const char* doc, int flags = 0) {
   return {name, function, METH_FASTCALL | METH_KEYWORDS | flags, doc};
 }
 
+template <class Function>
+PyType_Slot slot(int number, Function* function) {
+  return {number, reinterpret_cast<void*>(function)};
+}
+
 // Makes the type and puts it into the module under the last part of the spec's name.
 PyTypeObject* add_type(pybind11::module_& module, PyType_Spec& spec);
 
