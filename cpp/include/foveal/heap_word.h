@@ -129,6 +129,21 @@ struct NativeAtomics {
 #endif
   }
 
+  // Waits a little for another thread to change the word, and says whether one did. Bounded, so that its callers keep
+  // their progress. Pairs with every compare_exchange of the same word.
+  static bool changes_soon(const HeapWord& word, HeapWord seen) {
+    for (int i = 0; i < kWaits; ++i) {
+      if (load(word) != seen) return true;
+#if defined(__x86_64__)
+      asm volatile("pause");
+#elif defined(__aarch64__)
+      asm volatile("isb");
+#endif
+    }
+    return false;
+  }
+  static constexpr int kWaits = 16;  // some 200 ns: the time of one or two pops
+
   // A model checker's hook: from here on the caller depends on nothing that it has read since `Memory` was made, save
   // `live`.
   struct Memory {

@@ -305,14 +305,18 @@ class BasicIndexedHeap {
       const HeapWord root = Atomics::load(tree_.root());
       if (root.key == kAbsent) return std::nullopt;
       const int64_t id = tree_.id_of(root);
-      tree_.prefetch_path(id);
       HeapWord& leaf = tree_.leaf(id);
       HeapWord seen = Atomics::load(leaf);
+      // A thread that has just taken or claimed this leaf is usually about to finish. To do its work a second time
+      // costs both threads more than a short wait.
       if (seen.key != root.key) {
-        tree_.help(id, root.key);
+        if (!Atomics::changes_soon(tree_.root(), root)) tree_.help(id, root.key);
         continue;
       }
-      if (kRules.claim && !is_claimed(seen)) {
+      if (kRules.claim && is_claimed(seen)) {
+        if (Atomics::changes_soon(leaf, seen)) continue;
+      } else if (kRules.claim) {
+        tree_.prefetch_path(id);
         const uint64_t claimed = (seen.tag + kLeafStep) | Tree::kClaim;
         if (!Atomics::compare_exchange_tag(leaf, seen, claimed)) continue;
         seen.tag = claimed;

@@ -96,6 +96,8 @@ struct ModelAtomics {
     return swapped;
   }
 
+  static bool changes_soon(const HeapWord& word, HeapWord seen) { return load(word) != seen; }
+
   class Memory {
    public:
     Memory() : base_(knowledge != nullptr ? knowledge->size() : 0) {}
