@@ -144,8 +144,10 @@ class Canonicalizer {
 
   void broadcast_to_scores(const char* name, TensorView& view) const {
     if (!view.present()) return;
+    const bool keys_by_batch = view.rank == 2 && view.shape[0] == scores_[0] && view.shape[1] == scores_[3];
     const auto expected = [&] {
-      return ", expected an array that broadcasts to (B, Hq, Sq, Skv) = " + text_of(scores_, 4);
+      return ", expected an array that broadcasts to (B, Hq, Sq, Skv) = " + text_of(scores_, 4) +
+             (keys_by_batch ? std::string("; one of (B, Skv) is ") + name + "[:, None, None, :]" : "");
     };
     if (view.rank > 4) reject_value(name + (" has " + dimensions(view.rank)) + expected());
     TensorView canonical = view;

@@ -14,6 +14,7 @@ import foveal
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m foveal", description="What this build of foveal can do here.")
+    parser.add_argument("--version", action="version", version=f"foveal {foveal.__version__}")
     bench = parser.add_subparsers(dest="command", title="commands").add_parser(
         "bench", help="compare foveal with NumPy, and with PyTorch and ONNX Runtime where they are installed"
     )

@@ -151,6 +151,8 @@ def test_mask_and_bias_shapes(name: str) -> None:
         ((1,) * 12, " has 12 dimensions"),
     ):
         refuse(ValueError, f"{name}{found}, {target}", **{name: np.ones(shape, dtype)})
+    keys_by_batch = f"{name}.shape[0] is 2, {target}; one of (B, Skv) is {name}[:, None, None, :]"
+    refuse(ValueError, keys_by_batch, **{name: np.ones((2, 5), dtype)})
     # In "bshd" too: the scores have one order.
     refuse(ValueError, f"{name}.shape[1] is 3, {target}", layout="bshd", **{name: np.ones((2, 3, 4, 5), dtype)})
 
