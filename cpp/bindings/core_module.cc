@@ -13,6 +13,7 @@
 #include "bindings/heap.h"
 #include "bindings/machine_limits.h"
 #include "bindings/priority_map.h"
+#include "bindings/sum_tree.h"
 #include "bindings/torch_ops.h"
 #include "isa/detect.h"
 
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   foveal::bind_dlpack(m);
   foveal::bind_heap(m);
   foveal::bind_priority_map(m);
+  foveal::bind_sum_tree(m);
   foveal::bind_torch_ops(m);
   m.def("set_num_threads", &foveal::set_num_threads, py::arg("count"), py::pos_only(),
         "0 goes back to the environment.");

@@ -2,7 +2,7 @@
 
 from foveal._attention import Attention, attention
 from foveal._runtime import Info, get_num_threads, info, set_num_threads
-from foveal.queues import AsyncPriorityQueue, Empty, IndexedHeap, PriorityMap, PriorityQueue, ShutDown
+from foveal.queues import AsyncPriorityQueue, Empty, IndexedHeap, PriorityMap, PriorityQueue, ShutDown, SumTree
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,7 @@ __all__ = [
     "PriorityMap",
     "PriorityQueue",
     "ShutDown",
+    "SumTree",
     "__version__",
     "attention",
     "get_num_threads",

@@ -1,4 +1,4 @@
-"""Priority queues: a heap, a mapping that pops in order, and queues for threads and for asyncio that stand on it.
+"""Priority queues: a heap, a mapping that pops in order, queues for threads and for asyncio, a tree to sample from.
 
 The two queues are one algorithm (`_Queue`), driven by blocking a thread or by awaiting; how they wait is in
 ``_waiting``. What is promised to a waiting get is *an* item: which one is decided when it is handed out, so that
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from foveal._core import Empty, IndexedHeap
 from foveal._priority_map import PriorityMap
+from foveal._sum_tree import SumTree
 from foveal._waiting import Line, Waiter, course
 
 if TYPE_CHECKING:
     import asyncio
     from contextlib import AbstractContextManager
 
-__all__ = ["AsyncPriorityQueue", "Empty", "IndexedHeap", "PriorityMap", "PriorityQueue", "ShutDown"]
+__all__ = ["AsyncPriorityQueue", "Empty", "IndexedHeap", "PriorityMap", "PriorityQueue", "ShutDown", "SumTree"]
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

@@ -491,7 +491,7 @@ FORK = """
 for _ in range(20):
     child = os.fork()
     if child == 0:
-        signal.alarm(20)
+        signal.alarm(100)
         taken = []
         while True:
             try:
@@ -512,7 +512,7 @@ def run_program(program):
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + program],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert (result.returncode, result.stderr) == (0, "")
 

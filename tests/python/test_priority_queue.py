@@ -18,7 +18,7 @@ import foveal.queues
 from foveal import AsyncPriorityQueue, Empty, PriorityQueue, ShutDown
 
 SHORT = 0.05  # long enough for a thread to fall asleep
-LONG = 20.0  # nobody waits so long unless something is broken
+LONG = 100.0  # nobody waits so long unless something is broken
 
 
 class AgainstModel(RuleBasedStateMachine):

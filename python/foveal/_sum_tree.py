@@ -1,0 +1,151 @@
+"""SumTree: the native half draws and adds up; here are scores, of which the weights are exponentials."""
+
+from __future__ import annotations
+
+import copyreg
+import math
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from foveal import _core
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TreeT = TypeVar("TreeT", bound="SumTree")
+
+_HEADROOM = 300.0  # how far the logarithm of the largest weight may be from 0: float64 holds exp(-708) to exp(709)
+
+
+class SumTree(_core.SumTree):
+    """Sampling in proportion to weights that change, as in prioritised replay.
+
+    Ids 0 .. capacity-1 have weights, all 0 at first. Setting one and drawing one take O(log capacity). A sum is always
+    computed anew from what it is the sum of, so that rounding does not accumulate, however many updates there are: the
+    tree is bit for bit the one that would be built from its weights at once.
+
+    Any number of threads may use it; one at a time does. Batches release the GIL, from 128 elements on, save those
+    drawn without replacement.
+
+    Parameters
+    ----------
+    capacity : int
+        1 to 2**32. About 8.6 bytes each.
+
+    Raises
+    ------
+    IndexError
+        An id is not in range(capacity).
+    ValueError
+        A weight is negative, NaN, or so large that sums could overflow (infinity too); in a batch nothing is changed.
+    TypeError
+        In batches: ids are not int32 or int64, weights not float32 or float64.
+
+    References
+    ----------
+    Wong and Easton 1980, "An efficient method for weighted sampling without replacement". Schaul et al. 2016,
+    "Prioritized experience replay".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from foveal import SumTree
+    >>> tree = SumTree(1000)
+    >>> tree[3] = 1.0
+    >>> tree.update_many([10, 20], [2.0, 5.0])
+    >>> tree.total
+    8.0
+    >>> ids, probabilities = tree.sample(3, rng=np.random.default_rng(0), replace=False)
+    >>> sorted(ids.tolist())
+    [3, 10, 20]
+    """
+
+    __slots__ = ("_lock", "_logs", "_offset", "_temperature")
+
+    def __init__(self, capacity: int) -> None:
+        self._logs: NDArray[np.float64] | None = None  # score / temperature of each id
+        self._offset = 0.0  # what is subtracted from them before exp
+        self._temperature: float | None = None
+        self._lock = threading.Lock()
+
+    def update_scores(self, ids: Any, scores: Any, *, temperature: float = 1.0) -> None:
+        """Set weights to exp(score / temperature), up to a factor that all have in common.
+
+        The factor follows the highest score, so that nothing overflows or vanishes, however high the scores are and
+        wherever they go: all weights are computed anew, O(capacity), when the highest has moved by 300 temperatures.
+        A score that is 400 temperatures or more below the highest may have weight 0 meanwhile. Needs 8 bytes an id
+        more. Weights that were set otherwise are not kept: use one or the other in a tree.
+
+        Parameters
+        ----------
+        ids : (n,) int32 or int64
+            Of duplicates the last counts.
+        scores : (n,) floating
+            -infinity: weight 0.
+        temperature : float
+            Positive, the same in every call.
+
+        Raises
+        ------
+        ValueError
+            A score is NaN or infinity; the temperature is not positive, or not that of the scores before.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from foveal import SumTree
+        >>> tree = SumTree(3)
+        >>> tree.update_scores([0, 1], [1e6, 1e6 + 1])
+        >>> tree.update_scores([2], [2e6])  # far above the others
+        >>> tree.update_scores([2], [1e6])
+        >>> (tree.weights() / tree.total).round(3)
+        array([0.212, 0.576, 0.212])
+        """
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"SumTree.update_scores: temperature is {temperature}, expected a positive number")
+        new = np.asarray(scores, np.float64) / temperature
+        if not (new < math.inf).all():
+            raise ValueError("SumTree.update_scores: scores hold nan or inf, expected numbers")
+        with self._lock:
+            if self._temperature not in (None, temperature):
+                raise ValueError(
+                    f"SumTree.update_scores: temperature is {temperature}, expected {self._temperature} (from before)"
+                )
+            first = self._logs is None
+            rises = bool((new > self._offset + _HEADROOM).any())
+            # Also the check of ids and shape, before anything is kept.
+            super().update_many(ids, np.zeros_like(new) if first or rises else np.exp(new - self._offset))
+            if self._logs is None:
+                self._logs = np.full(self.capacity, -math.inf)
+                self._temperature = temperature
+            self._logs[np.asarray(ids, np.int64)] = new
+            if first or rises or self.total < math.exp(-_HEADROOM):
+                self._offset = float(np.nan_to_num(self._logs.max(), neginf=0.0))
+                super().update_many(np.arange(self.capacity), np.exp(self._logs - self._offset))
+
+    def copy(self: TreeT) -> TreeT:
+        """Return another tree with the same weights."""
+        other = type(self).__new__(type(self), self.capacity)
+        other.__setstate__(self.__getstate__())
+        return other
+
+    __copy__ = copy
+
+    def __repr__(self) -> str:
+        """Show the size and the total."""
+        return f"<foveal.{type(self).__name__}: total {self.total!r} of {self.capacity} ids>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self), self.capacity), self.__getstate__()  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        with self._lock:
+            return self.weights(), self._logs, self._offset, self._temperature
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        weights, logs, self._offset, self._temperature = state
+        self._logs = None if logs is None else logs.copy()
+        self._lock = threading.Lock()
+        super().update_many(np.arange(self.capacity), weights)
