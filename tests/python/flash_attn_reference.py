@@ -47,8 +47,12 @@ def plain_attention(
     return (weights @ v).transpose(1, 2).to(dtype), lse
 
 
-def assert_close(found, expected):
-    """Allow float32 sums over few keys, scores up to 50, and two roundings of the output."""
+def assert_close(found, expected, magnitude=0.0):
+    """Allow float32 sums over few keys, scores up to 50, two roundings of the output, and one of each bfloat16 weight.
+
+    `magnitude` is the result with the absolute values of v: a few rows to a head may round their weights
+    to bfloat16 (docs/numerics.md), which moves the result by 2^-8 of it at most.
+    """
     eps = torch.finfo(found.dtype).eps
     work = torch.finfo(torch.float64 if found.dtype == torch.float64 else torch.float32).eps
     assert found.shape == expected.shape
@@ -56,4 +60,5 @@ def assert_close(found, expected):
     same = found == expected  # infinities
     difference = torch.where(same, 0.0, found - expected).abs()
     finite = torch.where(same, 0.0, expected.abs())
-    assert (difference <= 200 * work + 1.5 * eps * finite).all(), difference.max()
+    weights = eps / 2 * magnitude if eps == torch.finfo(torch.bfloat16).eps else 0.0
+    assert (difference <= 200 * work + 1.5 * eps * finite + weights).all(), difference.max()

@@ -31,12 +31,16 @@ def assert_same_as_torch(q, k, v, *arguments, **options):
     if mask is not None and mask.is_floating_point():
         mask = mask.double()
     rest = {name: x for name, x in options.items() if name != "attn_mask"}
-    expected = torch_sdpa(q.double(), k.double(), v.double(), mask, *others, **rest)
+    expected, magnitude = (
+        torch_sdpa(q.double(), k.double(), x, mask, *others, **rest) for x in (v.double(), v.double().abs())
+    )
     assert found.shape == torch_sdpa(q, k, v, *arguments, **options).shape
     assert found.dtype == q.dtype
     # A sum of at most 70 products of numbers below 5, each weight with its error; then one rounding.
     eps = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps
     bound = 200 * eps + torch.finfo(q.dtype).eps * expected.abs()
+    if q.dtype == torch.bfloat16:  # a few rows to a head may round their weights to bfloat16 (docs/numerics.md)
+        bound += 2.0**-8 * magnitude
     assert ((found.double() - expected).abs() <= bound).all()
 
 
