@@ -1,3 +1,6 @@
 """foveal on PyTorch tensors: the ops ``torch.ops.foveal.*``, on which :func:`foveal.attention` calls by itself."""
 
 from foveal.torch._call import _attention as _attention
+from foveal.torch.transformers import register_transformers
+
+__all__ = ["register_transformers"]
