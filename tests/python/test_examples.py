@@ -91,6 +91,38 @@ def test_embeddings_equal_those_of_torch(encoder, model_dir):
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_model_in_transformers_gives_the_same_embeddings(encoder, model_dir, side, monkeypatch):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    import foveal.torch
+    from foveal.torch._visibility import RuleMask
+    from foveal.torch.transformers import attention_forward
+
+    masks = []
+
+    def attention(module, query, key, value, mask, **options):
+        masks.append(mask)
+        return attention_forward(module, query, key, value, mask, **options)
+
+    foveal.torch.register_transformers()
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "foveal", attention)
+    model = transformers.BertModel.from_pretrained(model_dir, attn_implementation="foveal").eval()
+    tokens = encoder.tokenize(TEXTS)
+    longest = max(map(len, tokens))
+    ids, real = torch.zeros((2, len(tokens), longest), dtype=torch.int64)
+    for row, sentence in enumerate(tokens):
+        place = slice(0, len(sentence)) if side == "right" else slice(longest - len(sentence), None)
+        ids[row, place], real[row, place] = torch.tensor(sentence), 1
+    with torch.inference_mode():
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        states = model(input_ids=ids, attention_mask=real, position_ids=positions).last_hidden_state
+    found = torch.nn.functional.normalize((states * real[..., None]).sum(1), dim=1)
+    np.testing.assert_allclose(found.numpy(), encoder.encode(TEXTS), rtol=0, atol=2e-5)
+    assert len(masks) == 6
+    assert all(isinstance(mask, RuleMask) for mask in masks)
+
+
 def test_plain_numpy_attention_gives_the_same_embeddings(encoder, minilm):
     ours = encoder.encode(TEXTS, minilm.foveal_attention)
     plain = encoder.encode(TEXTS, minilm.numpy_attention)

@@ -1,26 +1,49 @@
-"""What the README tells a user to type does what it says."""
+"""What the README and docs/torch.md tell a user to type does what it says."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TORCH = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README + TORCH, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.splitlines()[0] for example in EXAMPLES])
+def needs(example):
+    return [name for name in ("torch", "transformers") if re.search(rf"(import|from|\.) ?{name}\b", example)]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_example_runs(example):
-    if "import torch" in example:
-        pytest.importorskip("torch")
-    names = {}
+    for name in needs(example):
+        pytest.importorskip(name)
+    before, names = set(sys.modules), {}
     exec(example, names)
-    assert names["out"].shape == names["q"].shape
+    for module in set(sys.modules) - before:  # what an example installs is for itself alone
+        if module.startswith("flash_attn"):
+            del sys.modules[module]
+    if "out" in names:
+        assert names["out"].shape == names["q"].shape
+    elif "tokens" in names:
+        assert names["tokens"].shape == (2, 48)
+        assert [layer.shape for layer in names["weights"]] == [(2, 4, 40, 40)] * 2
+    else:
+        assert names["model"].config._attn_implementation == "foveal"
 
 
-def test_there_is_an_example_for_numpy_and_for_torch():
-    assert ["import torch" in example for example in EXAMPLES] == [False, True]
+def test_there_is_an_example_of_each_kind():
+    assert [needs(example) for example in EXAMPLES] == [
+        [],
+        ["torch"],
+        ["torch", "transformers"],
+        ["torch"],
+        ["torch", "transformers"],
+        ["torch"],
+        ["torch"],
+    ]
 
 
 def test_ci_runs_the_commands_of_the_readme():
