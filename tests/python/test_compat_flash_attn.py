@@ -26,10 +26,35 @@ TAIL = {
     "return_attn_probs": False,
 }
 NONE = inspect.Parameter.empty
+VARLEN = {"cu_seqlens_q": NONE, "cu_seqlens_k": NONE, "max_seqlen_q": NONE, "max_seqlen_k": NONE}
 SIGNATURES = {
     "flash_attn_func": {"q": NONE, "k": NONE, "v": NONE, **TAIL},
     "flash_attn_kvpacked_func": {"q": NONE, "kv": NONE, **TAIL},
     "flash_attn_qkvpacked_func": {"qkv": NONE, **TAIL},
+    "flash_attn_varlen_func": {"q": NONE, "k": NONE, "v": NONE, **VARLEN, **TAIL, "block_table": None},
+    "flash_attn_varlen_kvpacked_func": {"q": NONE, "kv": NONE, **VARLEN, **TAIL},
+    "flash_attn_varlen_qkvpacked_func": {"qkv": NONE, "cu_seqlens": NONE, "max_seqlen": NONE, **TAIL},
+    "flash_attn_with_kvcache": {
+        "q": NONE,
+        "k_cache": NONE,
+        "v_cache": NONE,
+        "k": None,
+        "v": None,
+        "rotary_cos": None,
+        "rotary_sin": None,
+        "cache_seqlens": None,
+        "cache_batch_idx": None,
+        "cache_leftpad": None,
+        "block_table": None,
+        "softmax_scale": None,
+        "causal": False,
+        "window_size": (-1, -1),
+        "softcap": 0.0,
+        "rotary_interleaved": True,
+        "alibi_slopes": None,
+        "num_splits": 0,
+        "return_softmax_lse": False,
+    },
 }
 
 
@@ -161,8 +186,11 @@ def test_refused_packs():
         flash_attn_kvpacked_func(random(2, 5, 6, 16), random(2, 5, 6, 16))
 
 
-def test_examples_in_docstrings():
-    failed, tried = doctest.testmod(flash_attn.flash_attn_interface)
+@pytest.mark.parametrize(
+    "function", [flash_attn_func, flash_attn.flash_attn_varlen_func, flash_attn.flash_attn_with_kvcache]
+)
+def test_examples_in_docstrings(function):
+    failed, tried = doctest.testmod(sys.modules[function.__module__])
     assert tried > 2
     assert failed == 0
 
@@ -185,7 +213,8 @@ def test_install_makes_the_name_importable():
         "assert importlib.util.find_spec('flash_attn') is None\n"
         "assert ours.install() and ours.install()\n"
         "import flash_attn, flash_attn.flash_attn_interface as interface\n"
-        "from flash_attn import flash_attn_func\n"
+        "from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache\n"
+        "from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input\n"
         "assert flash_attn_func is interface.flash_attn_func is ours.flash_attn_func\n"
         "assert importlib.util.find_spec('flash_attn') is not None\n"
         "assert int(flash_attn.__version__.split('.')[0]) == 2\n"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from operator import index
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_INTEGERS = (torch.int32, torch.int64)
 
 
 def check_rank(function: str, rank: int, **tensors: Any) -> None:
@@ -39,3 +43,50 @@ def refuse_dropped_weights(function: str, dropout_p: float, return_attn_probs: b
         raise NotImplementedError(
             f"{function}: return_attn_probs is True and dropout_p is {dropout_p}, expected one of them alone"
         )
+
+
+def unpack(function: str, name: str, packed: Tensor, axis: int, count: int) -> tuple[Tensor, ...]:
+    """Split q, k, v or k, v that are one tensor; nothing is copied."""
+    check_rank(function, axis + 3, **{name: packed})
+    if packed.shape[axis] != count:
+        raise ValueError(f"{function}: {name}.shape[{axis}] is {packed.shape[axis]}, expected {count}")
+    return packed.unbind(axis)
+
+
+def boundaries(function: str, side: str, cu_seqlens: Any, max_seqlen: int, total: int | None) -> list[int]:
+    """Read cu_seqlens_q or cu_seqlens_k, and refuse what does not cut ``total`` tokens into sequences."""
+    name = f"cu_seqlens_{side}"
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
+        found = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
+        raise TypeError(f"{function}: {name} has type {found}, expected an int32 or int64 torch.Tensor")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{function}: {name}.shape is {tuple(cu_seqlens.shape)}, expected (batch + 1,)")
+    begins: list[int] = cu_seqlens.tolist()
+    if begins[0] != 0:
+        raise ValueError(f"{function}: {name}[0] is {begins[0]}, expected 0")
+    for b, (begin, end) in enumerate(pairwise(begins)):
+        if end < begin:
+            raise ValueError(f"{function}: {name}[{b + 1}] is {end}, expected {begin} or more")
+        if end - begin > max_seqlen:
+            raise ValueError(
+                f"{function}: max_seqlen_{side} is {max_seqlen}, expected {end - begin} or more (from {name})"
+            )
+    if total is not None and begins[-1] > total:
+        raise ValueError(
+            f"{function}: {name}[{len(begins) - 1}] is {begins[-1]}, expected at most {total} (from {side})"
+        )
+    return begins
+
+
+def integers_of_batch(function: str, name: str, values: Any, batch: int, highest: int) -> Tensor:
+    """Read an int, or a tensor (B,) of integers from 0 to ``highest``, as int64 (B,)."""
+    if isinstance(values, int) and not isinstance(values, bool):
+        values = torch.full((batch,), values, dtype=torch.int64)
+    if not isinstance(values, Tensor) or values.dtype not in _INTEGERS:
+        found = getattr(values, "dtype", type(values).__name__)
+        raise TypeError(f"{function}: {name} has type {found}, expected an int32 or int64 torch.Tensor")
+    if values.shape != (batch,):
+        raise ValueError(f"{function}: {name}.shape is {tuple(values.shape)}, expected ({batch},) (from q)")
+    if batch and (int(values.min()) < 0 or int(values.max()) > highest):
+        raise ValueError(f"{function}: {name} is {values.tolist()}, expected 0 to {highest}")
+    return values.to(torch.int64)

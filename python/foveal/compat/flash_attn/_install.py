@@ -8,7 +8,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_SUBMODULES = ("flash_attn_interface",)
+_SUBMODULES = ("flash_attn_interface", "bert_padding")
 
 
 def install() -> bool:
