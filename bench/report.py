@@ -29,7 +29,7 @@ from foveal._bench.compare import cache_nbytes, compare, fma_peak, read_bandwidt
 from foveal._bench.show import Row, markdown, plot
 from foveal._bench.work import Work
 from process_rows import call_overhead, import_time, peak_memory, window_against_full
-from whole_model import encode_passages
+from whole_model import continue_prompt, encode_passages
 
 Progress = Callable[[float], object]
 
@@ -97,6 +97,7 @@ def measurements() -> list[Measurement]:
             attention("numpy", Work(1, 8, 1024, 64), peers=["numpy", "numpy textbook"]), times={"numpy textbook": 5.0}
         ),
         Measurement("model", "all-MiniLM-L6-v2", encode_passages, {"torch": 1.0}),
+        Measurement("model", "llama", continue_prompt, {"torch": 1.0}),
         Measurement("memory", "extra memory", peak_memory, at_most=64.0),
         Measurement("call", "numpy call", functools.partial(call_overhead, tensors=False), at_most=8.0),
         Measurement("call", "torch call", functools.partial(call_overhead, tensors=True), at_most=12.0),
