@@ -60,10 +60,11 @@ def plain_varlen(q, k, v, lens_q, lens_k, alibi_slopes=None, **options):
 def test_varlen(name, dtype):
     q, k, v = packed(dtype)
     expected, expected_lse = plain_varlen(q, k, v, LENS_Q, LENS_K, **OPTIONS[name])
+    magnitude = plain_varlen(q, k, v.abs(), LENS_Q, LENS_K, **OPTIONS[name])[0].double()
     out, lse, dropped = flash_attn_varlen_func(
         q, k, v, begins(LENS_Q), begins(LENS_K), 17, 30, **OPTIONS[name], return_attn_probs=True
     )
-    assert_close(out, expected)
+    assert_close(out, expected, magnitude)
     assert_close(lse, expected_lse)
     assert dropped.numel() == 0
     again = flash_attn_varlen_func(q, k, v, begins(LENS_Q), begins(LENS_K), 17, 30, **OPTIONS[name])
@@ -256,6 +257,8 @@ def test_kvcache(name, new, queries, dtype):
     if new == 0:
         k = v = None
     expected, expected_lse, kept = plain_kvcache(q, k_cache, v_cache, k, v, HELD, **OPTIONS[name])
+    absolute = v if v is None else v.abs()
+    magnitude = plain_kvcache(q, k_cache, v_cache.abs(), k, absolute, HELD, **OPTIONS[name])[0].double()
     before = k_cache.clone(), v_cache.clone()
     out, lse = flash_attn_with_kvcache(
         q,
@@ -267,7 +270,7 @@ def test_kvcache(name, new, queries, dtype):
         **OPTIONS[name],
         return_softmax_lse=True,
     )
-    assert_close(out, expected)
+    assert_close(out, expected, magnitude)
     assert_close(lse, expected_lse)
     for cache, old, place in ((k_cache, before[0], 0), (v_cache, before[1], 1)):
         for b, length in enumerate(HELD):
