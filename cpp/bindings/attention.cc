@@ -13,6 +13,7 @@
 #include "attention/threads.h"
 #include "bindings/array_in_out.h"
 #include "bindings/errors.h"
+#include "bindings/released_gil.h"
 #include "foveal/attention.h"
 
 namespace py = pybind11;
@@ -183,25 +184,6 @@ py::object run(PyObject* const* arguments, Compute compute) {
 }
 
 // ---- computing without the GIL --------------------------------------------------------------------------------------
-
-class ReleasedGil {
- public:
-  ReleasedGil() : state_(PyEval_SaveThread()) {}
-  ~ReleasedGil() { PyEval_RestoreThread(state_); }
-  ReleasedGil(const ReleasedGil&) = delete;
-  ReleasedGil& operator=(const ReleasedGil&) = delete;
-
-  // Runs pending signal handlers, which Python does on its main thread alone. True leaves an exception set.
-  bool interrupted() {
-    PyEval_RestoreThread(state_);
-    const bool raised = PyErr_CheckSignals() != 0;
-    state_ = PyEval_SaveThread();
-    return raised;
-  }
-
- private:
-  PyThreadState* state_;
-};
 
 Status compute_forward(const AttentionProblem& problem) {
   Status status;

@@ -196,6 +196,28 @@ def test_lengths_that_another_thread_overwrites() -> None:
     assert outcomes == {"computed", "refused"}
 
 
+def test_a_daemon_thread_may_be_computing_when_the_program_ends() -> None:
+    done = run_python(
+        """
+        import threading, time
+        import numpy as np
+        import foveal
+
+        x = np.ones((1, 16, 3000, 64), np.float32)
+
+        def compute():
+            while True:
+                foveal.attention(x, x, x)
+
+        for _ in range(2):
+            threading.Thread(target=compute, daemon=True).start()
+        time.sleep(0.5)
+        print("done")
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
 # ---- other processes, and Ctrl-C ------------------------------------------------------------------------------------
 
 
