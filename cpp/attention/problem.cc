@@ -5,7 +5,7 @@
 // is needed: a call on tiny arrays has no time for strings.
 //
 // Bounds that hold afterwards, so that kernels may add positions and multiply extents in int64_t:
-//   elements of q, k, v, out and of the scores < 2^60 (so every extent too); |q_offset| <= 2^60; window sides < 2^62
+//   elements of q, k, v, out and of the scores < 2^60 (so every extent too); |q_offset| <= 2^59; window sides < 2^62
 #include <algorithm>
 #include <cmath>
 #include <new>
@@ -18,7 +18,7 @@ namespace foveal {
 namespace {
 
 constexpr int64_t kMaxElements = int64_t{1} << 60;  // of up to 8 bytes each
-constexpr int64_t kMaxOffset = int64_t{1} << 60;
+constexpr int64_t kMaxOffset = int64_t{1} << 59;
 constexpr int64_t kWindowBeyondAll = int64_t{1} << 62;  // > |q_offset| + Sq + Skv, so as good as unlimited
 
 enum Axis { kBatch, kHead, kSeq, kDim };
@@ -191,7 +191,7 @@ class Canonicalizer {
     const int64_t seqlen = source.shape[kSeq];
     for_each_integer(lens, [&](int64_t b, int64_t len) {
       if (len >= 0 && len <= seqlen) return;
-      reject_value(std::string(name) + "[" + std::to_string(b) + "] is " + std::to_string(len) + ", expected 0 to " +
+      reject_value(std::string(name) + "[" + std::to_string(b) + "]" + is_integer(len) + ", expected 0 to " +
                    std::to_string(seqlen) + " (" + source_name + ".shape[" +
                    std::to_string(position_of(kSeq, rank_, layout_)) + "])");
     });
@@ -210,8 +210,15 @@ class Canonicalizer {
     }
     for_each_integer(offset, [](int64_t b, int64_t value) {
       if (value >= -kMaxOffset && value <= kMaxOffset) return;
-      reject_value("q_offset[" + std::to_string(b) + "] is " + std::to_string(value) + ", expected -2^60 to 2^60");
+      reject_value("q_offset[" + std::to_string(b) + "]" + is_integer(value) + ", expected -2^59 to 2^59");
     });
+  }
+
+  // The ends of int64_t stand for whatever is beyond them, as bindings have it.
+  static std::string is_integer(int64_t value) {
+    if (value == INT64_MAX) return " is 2^63 - 1 or more";
+    if (value == INT64_MIN) return " is -2^63 or less";
+    return " is " + std::to_string(value);
   }
 
   // Values on another device are for its backend to judge.

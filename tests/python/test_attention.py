@@ -276,6 +276,16 @@ def test_windows_beyond_everything_do_nothing() -> None:
         np.testing.assert_array_equal(foveal.attention(*arrays, window=(huge, huge)), expected)
 
 
+def test_positions_as_far_as_they_go(isa: str) -> None:
+    q, k, v = qkv((1, 1, 1, 1, 9, 8, 8))
+    far = 2**59
+    for q_offset, window, seen in ((far, (far - 2, None), slice(2, 9)), (-far, (None, far + 3), slice(0, 4))):
+        weights = foveal.attention(q, k, v, q_offset=q_offset, window=window, return_weights=True).weights
+        np.testing.assert_array_equal(np.flatnonzero(weights), np.arange(9)[seen])
+        unlimited = foveal.attention(q, k, v, q_offset=q_offset)
+        np.testing.assert_array_equal(unlimited, foveal.attention(q, k, v))
+
+
 def test_all_masked_rows(isa: str) -> None:
     q, k, v = qkv((2, 4, 2, 70, 140, 16, 16))
     mask = np.ones((70, 140), bool)

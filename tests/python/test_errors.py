@@ -178,9 +178,13 @@ def test_lens(name: str, seqlen: int) -> None:
     refuse(ValueError, f"{name}[1] is {seqlen + 1}, {upper}", **{name: [0, seqlen + 1]})
     refuse(ValueError, f"{name}[0] is -1, {upper}", **{name: np.array([-1, 0], np.int32)})
     refuse(ValueError, f"{name}[0] is 255, {upper}", **{name: np.array([255, 0], np.uint8)})
-    refuse(ValueError, upper, **{name: np.array([2**64 - 1, 0], np.uint64)})
-    refuse(ValueError, upper, **{name: [0, 10**30]})
-    refuse(ValueError, upper, **{name: [0, -(10**30)]})
+    refuse(ValueError, f"{name}[0] is 2^63 - 1 or more, {upper}", **{name: np.array([2**64 - 1, 0], np.uint64)})
+    refuse(ValueError, f"{name}[1] is 2^63 - 1 or more, {upper}", **{name: [0, 10**30]})
+    refuse(ValueError, f"{name}[1] is -2^63 or less, {upper}", **{name: [0, -(10**30)]})
+    short_array = np.ones(3, np.int16)[1:].reshape(1, 2)  # no place for an int64
+    refuse(ValueError, f"{name} has shape (1, 2), expected (B,) = (2,)", **{name: short_array})
+    long_array = as_strided(np.ones(1, np.int64), (2**40,), (0,))  # to copy it would take all memory
+    refuse(ValueError, f"{name} has shape ({2**40},), expected (B,) = (2,)", **{name: long_array})
     refuse(ValueError, f"{name} has shape (1,), expected (B,) = (2,)", **{name: [1]})
     refuse(ValueError, f"{name} has shape (3,), expected (B,) = (2,)", **{name: (1, 1, 1)})
     refuse(ValueError, f"{name} has shape (), expected (B,) = (2,)", **{name: 1})
@@ -197,8 +201,9 @@ def test_lens(name: str, seqlen: int) -> None:
 
 def test_q_offset() -> None:
     refuse(ValueError, "q_offset has shape (3,), expected an integer or (B,) = (2,)", q_offset=[1, 2, 3])
-    refuse(ValueError, "q_offset[0] is 2305843009213693952, expected -2^60 to 2^60", q_offset=2**61)
-    refuse(ValueError, "expected -2^60 to 2^60", q_offset=-(10**30))
+    refuse(ValueError, f"q_offset[0] is {2**60}, expected -2^59 to 2^59", q_offset=2**60)
+    refuse(ValueError, f"q_offset[1] is {-(2**59) - 1}, expected -2^59 to 2^59", q_offset=[0, -(2**59) - 1])
+    refuse(ValueError, "q_offset[0] is -2^63 or less, expected -2^59 to 2^59", q_offset=-(10**30))
     refuse(TypeError, "q_offset holds a float, expected integers", q_offset=1.0)
     refuse(TypeError, "q_offset holds a bool, expected integers", q_offset=True)
 
