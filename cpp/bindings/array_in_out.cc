@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <bit>
 #include <climits>
 #include <cstring>
 #include <utility>
@@ -65,13 +66,22 @@ void set_element(const py::detail::PyArrayDescr_Proxy* dtype, BorrowedArray& bor
 // A masked array would lose its mask without a word.
 void refuse_masked_array(const char* name, py::handle array) {
   if (py::isinstance(array, py::module_::import("numpy.ma").attr("MaskedArray"))) {
-    reject_type(std::string(name) + " has type " + type_text(array) + ", expected a plain numpy.ndarray (pass `mask`)");
+    const std::string plain =
+        std::strcmp(name, "mask") == 0 ? "mask.filled(False)" : "np.ma.getdata(" + std::string(name) + ")";
+    reject_type(std::string(name) + " has type " + type_text(array) + ", expected a plain numpy.ndarray, such as " +
+                plain + " (only `mask` hides keys)");
   }
 }
 
 // The call that makes an array which we read.
 std::string native(const char* name, DType dtype) {
   return std::string("np.ascontiguousarray(") + name + ", dtype='" + name_of(dtype) + "')";
+}
+
+[[noreturn]] void reject_byte_order(const char* name, DType dtype) {
+  constexpr char kForeign = std::endian::native == std::endian::little ? '>' : '<';
+  reject_value(std::string(name) + " has byte order '" + kForeign + "', expected the native one, as in " +
+               native(name, dtype));
 }
 
 BorrowedArray borrow_numpy(const char* name, py::handle array) {
@@ -85,10 +95,8 @@ BorrowedArray borrow_numpy(const char* name, py::handle array) {
   view.data = proxy->data;
   view.rank = proxy->nd;
   if (borrowed.code == ElementCode::kOther) return borrowed;
-  if (dtype->byteorder == '<' || dtype->byteorder == '>') {  // '=' and '|' are native
-    reject_value(std::string(name) + " has byte order '" + dtype->byteorder + "', expected the native one, as in " +
-                 native(name, view.dtype));
-  }
+  // '=' and '|' are native, and so may be the mark of our own order.
+  borrowed.swapped = dtype->byteorder == (std::endian::native == std::endian::little ? '>' : '<');
   const int64_t nbytes = borrowed.bits / CHAR_BIT;
   for (int axis = 0; axis < std::min(proxy->nd, kMaxRank); ++axis) {
     view.shape[axis] = proxy->dimensions[axis];
@@ -142,9 +150,15 @@ int64_t to_int64(const char* name, py::handle value) {
 // ---- kinds
 // ------------------------------------------------------------------------------------------------------------
 
+// Where the type of an object was defined; "" when somebody made that anything but a name.
+std::string module_of(py::handle object) {
+  const py::object module = py::type::handle_of(object).attr("__module__");
+  return py::isinstance<py::str>(module) ? module.cast<std::string>() : "";
+}
+
 // "jaxlib._jax" and "jaxlib.foo" are both jaxlib.
 std::string library_of(py::handle array) {
-  const auto module = py::type::handle_of(array).attr("__module__").cast<std::string>();
+  const std::string module = module_of(array);
   return module.substr(0, module.find('.'));
 }
 
@@ -161,10 +175,9 @@ py::object from_dlpack_of(py::handle array) {
 }  // namespace
 
 std::string type_text(py::handle object) {
-  const py::handle type = py::type::handle_of(object);
-  const auto module = type.attr("__module__").cast<std::string>();
-  const auto name = type.attr("__qualname__").cast<std::string>();
-  return module == "builtins" ? name : module + "." + name;
+  const std::string module = module_of(object);
+  const auto name = py::type::handle_of(object).attr("__qualname__").cast<std::string>();
+  return module.empty() || module == "builtins" ? name : module + "." + name;
 }
 
 CallArrays::CallArrays(py::handle q) : q_(q), numpy_(is_numpy_array(q)) {
@@ -182,11 +195,17 @@ BorrowedArray CallArrays::borrow(const char* name, py::handle array) const {
   return borrow_dlpack(name, array);
 }
 
-TensorView CallArrays::view(const char* name, py::handle array, const char* expected, Access access) {
+TensorView CallArrays::view(const char* name, py::handle array, Elements elements, Access access) {
   BorrowedArray borrowed = borrow(name, array);
+  // Elements of a kind that `canonicalize` refuses anyway had better be refused for that.
+  if (borrowed.swapped && borrowed.readable && is_floating(borrowed.view.dtype) && elements == Elements::kFloating) {
+    reject_byte_order(name, borrowed.view.dtype);
+  }
   if (!borrowed.readable) {
+    const std::string expected = elements == Elements::kBool ? "bool" : "float32, float64, float16 or bfloat16";
     const std::string dtype = dtype_text(array);
-    const std::string hint = dtype == "object" ? ", as in " + native(name, DType::kFloat32) : "";
+    const DType readable = elements == Elements::kBool ? DType::kBool : DType::kFloat32;
+    const std::string hint = dtype == "object" ? ", as in " + native(name, readable) : "";
     reject_type(std::string(name) + " has dtype " + dtype + ", expected " + expected + hint);
   }
   if (access == Access::kWrite && !borrowed.writable) {
@@ -196,7 +215,7 @@ TensorView CallArrays::view(const char* name, py::handle array, const char* expe
   return borrowed.view;
 }
 
-TensorView CallArrays::integers(const char* name, py::handle values) {
+TensorView CallArrays::integers(const char* name, py::handle values, int64_t batch) {
   if (values.is_none()) return {};
   const auto keep = [this](int64_t count, int rank, auto value_of) {
     integers_.push_back(std::make_unique<int64_t[]>(static_cast<size_t>(count)));
@@ -220,9 +239,17 @@ TensorView CallArrays::integers(const char* name, py::handle values) {
   if (array.code != ElementCode::kInt && array.code != ElementCode::kUInt) {
     reject_type(std::string(name) + " has dtype " + dtype_text(values) + ", expected integers");
   }
+  if (array.bits != 8 && array.bits != 16 && array.bits != 32 && array.bits != 64) {
+    reject_type(std::string(name) + " has " + std::to_string(array.bits) +
+                "-bit integers, expected those of 8, 16, 32 or 64 bits");
+  }
+  if (array.swapped) reject_byte_order(name, DType::kInt64);
   TensorView view = array.view;
-  view.dtype = DType::kInt64;
-  if (view.rank > 1) return view;  // for `canonicalize` to refuse, unread
+  if (view.rank > 1 || (view.rank == 1 && view.shape[0] != batch)) {  // for `canonicalize` to refuse, unread
+    view.data = nullptr;
+    view.dtype = DType::kInt64;
+    return view;
+  }
   return keep(view.rank == 0 ? 1 : view.shape[0], view.rank,
               [&](int64_t i) { return load_integer(array, view.rank == 0 ? 0 : i * view.stride[0]); });
 }

@@ -21,6 +21,7 @@ namespace foveal {
 std::string type_text(pybind11::handle object);
 
 enum class Access { kRead, kWrite };
+enum class Elements { kFloating, kBool };
 
 // Methods throw Rejection, or error_already_set when Python code that they call failed. The views stay valid while this
 // object and the arguments of the call live. To be made and destroyed with the GIL held.
@@ -28,12 +29,14 @@ class CallArrays {
  public:
   explicit CallArrays(pybind11::handle q);
 
-  // The view of an argument. `expected` says which dtypes would do, for one that DType cannot name.
-  TensorView view(const char* name, pybind11::handle array, const char* expected, Access access = Access::kRead);
+  // The view of an argument, whose elements should be as said: one that DType cannot name is refused here, any other by
+  // `canonicalize`.
+  TensorView view(const char* name, pybind11::handle array, Elements elements, Access access = Access::kRead);
 
   // A list, tuple or array of integers of any width as int64; an integer as rank 0; absent for None. Copied: another
-  // thread may change the caller's while the GIL is released, and kernels trust what was checked.
-  TensorView integers(const char* name, pybind11::handle values);
+  // thread may change the caller's while the GIL is released, and kernels trust what was checked. An array of another
+  // shape than () or (batch,) is not read at all.
+  TensorView integers(const char* name, pybind11::handle values, int64_t batch);
 
   // A C-contiguous array for a result, and its view.
   pybind11::object allocate(DType dtype, const int64_t* shape, int rank, TensorView& view) const;

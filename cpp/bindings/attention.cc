@@ -43,8 +43,6 @@ enum Argument {
   kNumArguments
 };
 
-constexpr char kFloating[] = "float32, float64, float16 or bfloat16";
-
 // ---- scalars --------------------------------------------------------------------------------------------------------
 
 bool is_true(py::handle value) {
@@ -117,8 +115,8 @@ Layout to_layout(py::handle layout) {
 
 AttentionProblem read_problem(PyObject* const* arguments, CallArrays& arrays) {
   const auto argument = [arguments](Argument index) { return py::handle(arguments[index]); };
-  const auto optional = [&](const char* name, Argument index, const char* expected, Access access = Access::kRead) {
-    return argument(index).is_none() ? TensorView{} : arrays.view(name, argument(index), expected, access);
+  const auto optional = [&](const char* name, Argument index, Elements elements, Access access = Access::kRead) {
+    return argument(index).is_none() ? TensorView{} : arrays.view(name, argument(index), elements, access);
   };
   AttentionProblem problem;
   problem.layout = to_layout(argument(kLayout));
@@ -128,17 +126,18 @@ AttentionProblem read_problem(PyObject* const* arguments, CallArrays& arrays) {
   if (problem.has_scale) problem.scale = to_double("scale", argument(kScale));
   problem.softcap = to_double("softcap", argument(kSoftcap));
 
-  problem.q = arrays.view("q", argument(kQ), kFloating);
-  problem.k = arrays.view("k", argument(kK), kFloating);
-  problem.v = arrays.view("v", argument(kV), kFloating);
-  problem.mask = optional("mask", kMask, "bool");
-  problem.bias = optional("bias", kBias, kFloating);
-  problem.alibi_slopes = optional("alibi_slopes", kAlibiSlopes, kFloating);
-  problem.sinks = optional("sinks", kSinks, kFloating);
-  problem.q_lens = arrays.integers("q_lens", argument(kQLens));
-  problem.kv_lens = arrays.integers("kv_lens", argument(kKvLens));
-  problem.q_offset = arrays.integers("q_offset", argument(kQOffset));
-  problem.out = optional("out", kOut, kFloating, Access::kWrite);
+  problem.q = arrays.view("q", argument(kQ), Elements::kFloating);
+  problem.k = arrays.view("k", argument(kK), Elements::kFloating);
+  problem.v = arrays.view("v", argument(kV), Elements::kFloating);
+  problem.mask = optional("mask", kMask, Elements::kBool);
+  problem.bias = optional("bias", kBias, Elements::kFloating);
+  problem.alibi_slopes = optional("alibi_slopes", kAlibiSlopes, Elements::kFloating);
+  problem.sinks = optional("sinks", kSinks, Elements::kFloating);
+  const int64_t batch = problem.q.rank == 4 ? problem.q.shape[0] : 1;
+  problem.q_lens = arrays.integers("q_lens", argument(kQLens), batch);
+  problem.kv_lens = arrays.integers("kv_lens", argument(kKvLens), batch);
+  problem.q_offset = arrays.integers("q_offset", argument(kQOffset), batch);
+  problem.out = optional("out", kOut, Elements::kFloating, Access::kWrite);
   return problem;
 }
 

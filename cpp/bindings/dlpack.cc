@@ -82,6 +82,25 @@ DLDataType element_of(DType dtype) {
 // ---- borrowing
 // --------------------------------------------------------------------------------------------------------
 
+void require_cpu(const char* name, DLDevice device) {
+  if (device.type == kDLCpu || device.type == kDLCudaHost) return;
+  reject_type(std::string(name) + " is on DLPack device type " + std::to_string(device.type) + ", expected the CPU");
+}
+
+DLDevice device_of(const char* name, py::handle array) {
+  if (!py::hasattr(array, "__dlpack_device__")) {
+    reject_type(std::string(name) + " has __dlpack__ alone, expected __dlpack_device__ beside it");
+  }
+  const py::object device = array.attr("__dlpack_device__")();
+  try {
+    const auto [type, id] = device.cast<std::pair<int32_t, int32_t>>();
+    return {type, id};
+  } catch (const py::cast_error&) {
+    reject_type(std::string(name) + ".__dlpack_device__() gave " + py::repr(device).cast<std::string>() +
+                ", expected (device type, device id)");
+  }
+}
+
 py::object export_capsule(py::handle array) {
   const py::object method = array.attr("__dlpack__");
   try {
@@ -92,17 +111,27 @@ py::object export_capsule(py::handle array) {
   }
 }
 
-void read(const DLTensor& tensor, BorrowedArray& borrowed) {
+// A lender's word is checked as far as it can be: what it says about its memory must be taken on trust.
+void read(const char* name, const DLTensor& tensor, BorrowedArray& borrowed) {
+  require_cpu(name, tensor.device);
+  if (tensor.ndim < 0 || (tensor.ndim > 0 && tensor.shape == nullptr)) {
+    reject_value(std::string(name) + " has " + dimensions(tensor.ndim) +
+                 (tensor.ndim < 0 ? ", expected at least 0" : " and no shape, expected one"));
+  }
   TensorView& view = borrowed.view;
   view.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
   view.rank = tensor.ndim;
   int64_t contiguous = 1;
   for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
+    if (tensor.shape[axis] < 0) {
+      reject_value(extent_found(name, axis, tensor.shape[axis]) + ", expected at least 0");
+    }
     if (axis < kMaxRank) {
       view.shape[axis] = tensor.shape[axis];
       view.stride[axis] = tensor.strides != nullptr ? tensor.strides[axis] : contiguous;
     }
-    contiguous *= tensor.shape[axis];
+    // An array whose strides overflow cannot exist; `canonicalize` refuses its shape.
+    if (__builtin_mul_overflow(contiguous, tensor.shape[axis], &contiguous)) contiguous = 0;
   }
   borrowed.set_element(tensor.dtype.lanes == 1 ? tensor.dtype.code : ElementCode::kOther, tensor.dtype.bits);
 }
@@ -158,10 +187,7 @@ void BorrowedArray::set_element(ElementCode element_code, uint8_t element_bits) 
 }
 
 BorrowedArray borrow_dlpack(const char* name, py::handle array) {
-  const auto device = array.attr("__dlpack_device__")().cast<std::pair<int32_t, int32_t>>();
-  if (device.first != kDLCpu && device.first != kDLCudaHost) {
-    reject_type(std::string(name) + " is on DLPack device type " + std::to_string(device.first) + ", expected the CPU");
-  }
+  require_cpu(name, device_of(name, array));
   BorrowedArray borrowed;
   // While the capsule keeps its name, nobody has taken the array over and its destructor gives the array back.
   borrowed.lease = export_capsule(array);
@@ -172,14 +198,17 @@ BorrowedArray borrow_dlpack(const char* name, py::handle array) {
     if (managed->major != 1) {
       reject_type(std::string(name) + " speaks DLPack " + std::to_string(managed->major) + ", expected 1");
     }
-    read(managed->tensor, borrowed);
+    read(name, managed->tensor, borrowed);
     borrowed.writable = (managed->flags & (kReadOnly | kIsCopied)) == 0;
     return borrowed;
   }
+  if (!PyCapsule_IsValid(capsule, kCapsuleName<DLManagedTensor>)) {
+    reject_type(std::string(name) + ".__dlpack__() gave " + py::repr(borrowed.lease).cast<std::string>() +
+                ", expected a capsule named \"dltensor\" or \"dltensor_versioned\"");
+  }
   const auto* managed =
       static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsuleName<DLManagedTensor>));
-  if (managed == nullptr) throw py::error_already_set();
-  read(managed->tensor, borrowed);
+  read(name, managed->tensor, borrowed);
   return borrowed;
 }
 

@@ -21,13 +21,15 @@ struct BorrowedArray {
   ElementCode code = ElementCode::kOther;
   uint8_t bits = 0;
   bool readable = false;  // DType has a name for `code` and `bits`, and the view carries it
+  bool swapped = false;   // the bytes of its elements are in the other order than ours
   bool writable = false;  // the lender says so; before DLPack 1.0 it cannot
   pybind11::object lease;
 
   void set_element(ElementCode element_code, uint8_t element_bits);
 };
 
-// Borrows `array`, which has __dlpack__. Throws Rejection with `name` when it is not in CPU memory.
+// Borrows `array`, which has __dlpack__. Throws Rejection with `name` when it is not in CPU memory or does not keep to
+// the protocol.
 BorrowedArray borrow_dlpack(const char* name, pybind11::handle array);
 
 TensorView contiguous_view(void* data, DType dtype, const int64_t* shape, int rank);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from typing import Any
@@ -195,6 +196,78 @@ def test_refusals() -> None:
         foveal.attention(q, k, v, kv_lens=torch.ones(2))
     with pytest.raises(ValueError, match=r"attention: k.shape\[3\] is 15, expected head_dim 16 \(from q\)"):
         foveal.attention(q, Lender(k.tensor[..., :15]), v)
+
+
+class _Tensor(ctypes.Structure):
+    """DLManagedTensor of the standard's dlpack.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    ]
+
+
+class Liar(Lender):
+    """Says of a tensor what a broken library might say; `fields` are those of the capsule's struct."""
+
+    device: Any = (1, 0)
+
+    def __init__(self, tensor: Any, shape: tuple[int, ...] | None = None, **fields: int) -> None:
+        super().__init__(tensor)
+        shape = tuple(tensor.shape) if shape is None else shape
+        self.shape = (ctypes.c_int64 * len(shape))(*shape)
+        given = {"device_type": 1, "ndim": len(shape), "code": 2, "bits": 32, "lanes": 1, "shape": self.shape, **fields}
+        self.struct = _Tensor(data=tensor.data_ptr(), **given)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self.struct), b"dltensor", None)
+
+
+class NoCapsule(Lender):
+    def __dlpack__(self, **options: Any) -> Any:
+        return 3
+
+
+def test_what_breaks_the_protocol() -> None:
+    q, k, v = tensors()
+    expected = foveal.attention(*map(Lender, (q, k, v))).tensor
+    assert foveal.attention(Liar(q), Lender(k), Liar(v)).tensor.equal(expected)
+
+    def refuse(error: type[Exception], text: str, **arguments: Any) -> None:
+        with pytest.raises(error, match=rf"attention: {text}"):
+            foveal.attention(**{"q": Lender(q), "k": Lender(k), "v": Lender(v), **arguments})
+
+    refuse(ValueError, "k has -1 dimensions, expected at least 0", k=Liar(k, ndim=-1))
+    refuse(ValueError, "mask has -5 dimensions, expected at least 0", mask=Liar(k, ndim=-5, code=6, bits=8))
+    for axis in range(4):
+        shape = tuple(-n if i == axis else n for i, n in enumerate(q.shape))
+        refuse(ValueError, rf"q.shape\[{axis}\] is {shape[axis]}, expected at least 0", q=Liar(q, shape))
+    refuse(TypeError, "v is on DLPack device type 2, expected the CPU", v=Liar(v, device_type=2))
+    refuse(TypeError, r"k.__dlpack__\(\) gave 3, expected a capsule named", k=NoCapsule(k))
+    for device in ("cpu", (None,), (1,), None):
+        strange = Liar(k)
+        strange.device = device
+        text = rf"k.__dlpack_device__\(\) gave {device!r}, expected".replace("(None,)", r"\(None,\)")
+        refuse(TypeError, text.replace("(1,)", r"\(1,\)"), k=strange)
+    lengths = torch.tensor([2, 2])
+    for bits in (1, 4, 128):
+        text = f"q_lens has {bits}-bit integers, expected those of 8, 16, 32 or 64 bits"
+        refuse(TypeError, text, q_lens=Liar(lengths, code=0, bits=bits))
+    # So long that to copy it first would take all memory.
+    refuse(ValueError, rf"q_lens has shape \({2**40},\), expected", q_lens=Liar(lengths, (2**40,), code=0, bits=64))
+    refuse(ValueError, r"q_lens.shape\[0\] is -2, expected at least 0", q_lens=Liar(lengths, (-2,), code=0, bits=64))
 
 
 def test_a_kind_without_a_way_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,8 @@ def test_masked_arrays_would_lose_their_mask() -> None:
         "q has type numpy.ma.MaskedArray, expected a plain numpy.ndarray",
         q=np.ma.ones((B, HQ, SQ, D), dtype=F32),
     )
+    refuse(TypeError, "such as mask.filled(False)", mask=np.ma.ones((SQ, SKV), dtype=bool))
+    refuse(TypeError, "such as np.ma.getdata(bias)", bias=np.ma.ones((SQ, SKV), dtype=F32))
 
 
 def test_tensors_and_arrays_do_not_mix() -> None:
@@ -323,6 +326,15 @@ def test_byte_order(dtype: str) -> None:
         q=np.ones((B, HQ, SQ, D), dtype),
     )
     refuse(ValueError, "bias has byte order '>'", bias=np.ones((SQ, SKV), dtype))
+    # The native order would not make a mask of it.
+    refuse(TypeError, f"mask has dtype {name}, expected bool", mask=np.ones((SQ, SKV), dtype))
+
+
+def test_our_own_byte_order_by_its_mark() -> None:
+    marked = np.dtype(F32).newbyteorder("<" if sys.byteorder == "little" else ">")
+    assert marked.isnative
+    good = arguments()
+    np.testing.assert_array_equal(foveal.attention(**{**good, "q": good["q"].view(marked)}), foveal.attention(**good))
 
 
 def test_out_that_cannot_be_written() -> None:
