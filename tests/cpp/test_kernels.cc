@@ -3,6 +3,8 @@
 // Values: within ErrorBound of the oracle, NaN and infinity exactly where the oracle has them, for each dtype, shapes
 // around the kernels' own boundaries, every option alone and in random mixtures, and every memory layout. Bits: the
 // same for any number of threads, in any batch, padded or not, and whatever the other rows hold.
+//
+// test_kernels [GROUP...] runs the groups named at the end of this file, or all.
 #include <omp.h>
 
 #include <set>
@@ -574,32 +576,38 @@ void test_tables() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
 #if defined(__GLIBC__)
   mallopt(M_PERTURB, 0x80);  // fresh memory holds 0x7f: scratch read before it is written would be huge or NaN
 #endif
+  const std::pair<const char*, void (*)()> groups[] = {
+      {"tables", test_tables},
+      {"lengths", test_lengths},
+      {"head_dims", test_head_dims},
+      {"parts", test_parts},
+      {"options", test_options},
+      {"storage", test_storage},
+      {"mixtures", [] { test_mixtures(400); }},
+      {"moving_maximum", test_moving_maximum},
+      {"masked_garbage", test_masked_garbage},
+      {"garbage_rows", test_garbage_rows},
+      {"threads", test_threads},
+      {"alone", test_alone},
+      {"neighbours", test_neighbours},
+  };
+  std::set<std::string> asked(argv + 1, argv + argc);
+  const bool all = asked.empty();
   for (const KernelTable* table : tables()) std::printf("%s ", table->name);
-  const auto timed = [](const char* name, auto test) {
+  for (const auto& [name, test] : groups) {
+    if (asked.erase(name) == 0 && !all) continue;
     const int64_t before = cases_run;
     const double start = omp_get_wtime();
     test();
     std::printf("\n%-18s %6lld calls %6.2f s", name, static_cast<long long>(cases_run - before),
                 omp_get_wtime() - start);
     std::fflush(stdout);
-  };
-  timed("tables", test_tables);
-  timed("lengths", test_lengths);
-  timed("head dims", test_head_dims);
-  timed("parts", test_parts);
-  timed("options", test_options);
-  timed("storage", test_storage);
-  timed("mixtures", [] { test_mixtures(400); });
-  timed("moving maximum", test_moving_maximum);
-  timed("masked garbage", test_masked_garbage);
-  timed("garbage rows", test_garbage_rows);
-  timed("threads", test_threads);
-  timed("alone", test_alone);
-  timed("neighbours", test_neighbours);
+  }
   std::printf("\n");
-  return foveal_test::result();
+  for (const std::string& name : asked) std::fprintf(stderr, "test_kernels: no group is named %s\n", name.c_str());
+  return asked.empty() ? foveal_test::result() : 2;
 }
