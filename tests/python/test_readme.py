@@ -1,4 +1,4 @@
-"""What the README and docs/torch.md tell a user to type does what it says."""
+"""What the README, docs/torch.md and docs/scheduler.md tell a user to type does what it says."""
 
 import re
 import sys
@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TORCH = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README + TORCH, flags=re.DOTALL)
+TORCH, SCHEDULER = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("torch.md", "scheduler.md"))
+EXAMPLES = re.findall(r"```python\n(.*?)```", README + TORCH + SCHEDULER, flags=re.DOTALL)
 
 
 def needs(example):
@@ -27,6 +27,8 @@ def test_example_runs(example):
             del sys.modules[module]
     if "out" in names:
         assert names["out"].shape == names["q"].shape
+    elif "report" in names:
+        assert set(names["report"].counts) == {"done"}
     elif "tokens" in names:
         assert names["tokens"].shape == (2, 48)
         assert [layer.shape for layer in names["weights"]] == [(2, 4, 40, 40)] * 2
@@ -39,10 +41,12 @@ def test_there_is_an_example_of_each_kind():
         [],
         ["torch"],
         ["torch", "transformers"],
+        [],
         ["torch"],
         ["torch", "transformers"],
         ["torch"],
         ["torch"],
+        [],
     ]
 
 

@@ -1,0 +1,1 @@
+"""The scheduler's parts; users import them from foveal or foveal.scheduler."""

@@ -1,0 +1,71 @@
+"""What the scheduler has to know of an executor: how many tasks it takes, how it may be called, how to mend it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+
+Maker = Callable[[], Executor]
+
+
+class ExecutorHandle:
+    """An executor that is the user's, or is made by a callable and then ours to shut down."""
+
+    def __init__(self, executor: Executor | Maker | None) -> None:
+        self._given = executor if isinstance(executor, Executor) else None
+        self._make: Maker = executor if callable(executor) and self._given is None else ThreadPoolExecutor
+        self._current: Executor | None = self._given
+        self._is_ours = self._given is None
+        self.has_taken = False
+        """Whether the executor, or the one that replaces it, has taken a task."""
+
+    def get(self) -> Executor:
+        """Give the executor, made now if need be."""
+        if self._current is None:
+            self._current = self._make()
+        return self._current
+
+    def width(self) -> int:
+        """Say how many tasks it runs at once, as far as it tells; else the processors of this machine."""
+        executor = self.get()
+        for name in ("_max_workers", "num_workers"):  # of the standard library; of mpi4py
+            number = getattr(executor, name, None)
+            if isinstance(number, int) and number > 0:
+                return number
+        return os.cpu_count() or 1
+
+    def is_pool_of_threads(self) -> bool:
+        """Say whether it is a ThreadPoolExecutor as it comes: a derived class may do something for every task."""
+        return type(self.get()) is ThreadPoolExecutor
+
+    def is_mended(self, executor: Executor) -> bool:
+        """Say whether this executor has been replaced since."""
+        return self._current is not executor
+
+    def mend(self, broken: Executor) -> bool:
+        """Replace a broken executor by a new one of its kind; return whether that is possible and makes sense."""
+        if not self.has_taken:  # and the new one would be no better
+            return False
+        if self._given is None:
+            self._current = None
+        elif type(broken) is ProcessPoolExecutor:
+            # It has no public way to say how it was made; these names have been the same since Python 3.7.
+            try:
+                names = ("_max_workers", "_mp_context", "_initializer", "_initargs")
+                self._current = ProcessPoolExecutor(*(getattr(broken, name) for name in names))
+            except AttributeError:
+                return False
+            self._is_ours = True
+        else:
+            return False
+        self.has_taken = False
+        broken.shutdown(wait=False)
+        return True
+
+    def close(self) -> None:
+        """Shut down what is ours, so that no thread is left behind; a later get makes a new one."""
+        if self._is_ours and self._current is not None:
+            self._current.shutdown(wait=True)
+            self._current = self._given
+            self._is_ours = self._given is None

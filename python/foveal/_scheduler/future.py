@@ -1,0 +1,209 @@
+"""A task, and the Future that stands for its result.
+
+A queued task is to be small: a ``concurrent.futures.Future`` costs 1.7 kB before it holds anything, nearly all of it
+the Condition that waiters wait on. Here the Condition is made when somebody first asks for it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from foveal._scheduler.engine import Engine
+
+
+class DeadlineExceeded(TimeoutError):
+    """The task was not started before its deadline."""
+
+
+class Step(NamedTuple):
+    """What a stepper's step gives back."""
+
+    done: bool
+    """True: do not call me again."""
+    feedback: float | None = None
+    """How urgent the rest is: moves the task's urgency by an exponential moving average."""
+    cost: float = 1.0
+    """What the step took, in the unit of the budget that it was given."""
+
+
+class Future(concurrent.futures.Future):  # type: ignore[type-arg]
+    """The result of a scheduled task: a ``concurrent.futures.Future`` with a `key`.
+
+    `cancel` takes a task that waits out of the scheduler. `result` and `exception` of a task that waits raise
+    RuntimeError while the scheduler does not run, for they would wait for ever. A stepper's Future is pending until it
+    is done, since it can be cancelled between two steps. Whoever waits on several Futures with
+    ``concurrent.futures.wait`` sees to it that the scheduler runs.
+    """
+
+    def __init__(self, engine: Engine, task: Task) -> None:
+        # Not super().__init__(), which would make the Condition. What it sets besides, in all supported versions:
+        self._state = "PENDING"
+        self._result: Any = None
+        self._exception: BaseException | None = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Callable[[Any], object]] = []
+        self.key = task.key
+        """The task's key, as submitted or made up."""
+        self._engine = engine
+        self._task: Task | None = task
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_condition":  # setdefault is atomic: all threads get the same one
+            return self.__dict__.setdefault("_condition", threading.Condition())
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def cancel(self) -> bool:
+        """Cancel the task if it waits, and a stepper between two steps; return whether it is cancelled."""
+        task = self._task
+        if task is not None:
+            self._engine.cancel(task)
+        return self.cancelled()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Give the task's result, or raise its exception.
+
+        Raises
+        ------
+        RuntimeError
+            The task waits and the scheduler does not run: call its run() or start().
+        TimeoutError
+            `timeout` seconds have passed.
+        concurrent.futures.CancelledError
+            The task was cancelled.
+        """
+        self._await("result", timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Give the task's exception, or None; raises as `result` does."""
+        self._await("exception", timeout)
+        return super().exception(0)
+
+    def _await(self, method: str, timeout: float | None) -> None:
+        if self.done():
+            return
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._condition:
+            while not self.done():
+                if not self._engine.is_running():
+                    raise RuntimeError(
+                        f"Future.{method}: nothing runs the task; call run() or start() of its scheduler"
+                    )
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    raise concurrent.futures.TimeoutError
+                self._condition.wait(left)
+
+    def _set_running(self, task: Task) -> None:
+        """Be running; not a stepper, which can be cancelled between two steps. Nobody waits for this: no Condition."""
+        if not task.max_steps:
+            self._state = "RUNNING"
+
+    def _resolve(self, task: Task) -> None:
+        """Take over the outcome of the task, which is over."""
+        self._task = None
+        result, task.result = task.result, None
+        del task.future
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # somebody else has resolved it
+            if task.status == "done":
+                self.set_result(result)
+            elif task.status == "cancelled":
+                with self._condition:
+                    self._state = "PENDING"  # from running: a task that is to be tried again can be cancelled
+                super().cancel()
+                self.set_running_or_notify_cancel()  # tells those in concurrent.futures.wait
+            else:
+                self.set_exception(task.error)
+
+    def _look_again(self) -> None:
+        """Wake those who wait in `result`: the scheduler has stopped."""
+        condition = self.__dict__.get("_condition")
+        if condition is not None:
+            with condition:
+                condition.notify_all()
+
+
+class Task:
+    """One unit of work and where it stands. Written under the scheduler's mutex only."""
+
+    __slots__ = (
+        "args",
+        "attempts",
+        "by_rotation",
+        "charge",
+        "cost",
+        "deadline",
+        "doomed",
+        "error",
+        "features",
+        "finished",
+        "fn",
+        "future",
+        "granted",
+        "importance",
+        "in_rotation",
+        "key",
+        "kwargs",
+        "max_steps",
+        "queued",
+        "residual",
+        "result",
+        "slot",
+        "started",
+        "status",
+        "steps",
+        "submitted",
+        "turn_began",
+        "urgency",
+    )
+
+    def __init__(
+        self,
+        key: Hashable,
+        fn: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+        urgency: float,
+        importance: float,
+        now: float,
+    ) -> None:
+        self.key = key
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.urgency = urgency
+        self.importance = importance
+        self.submitted = self.queued = self.turn_began = now
+        self.status = "waiting"
+        self.slot = -1  # in the backlog; -1: not there
+        self.charge = 1.0  # the expected cost of the next turn
+        self.granted = 0.0  # what was set aside for the turn under way
+        # What is left to wait with the proportional server after a turn of the rotation, in charge; -1: nothing.
+        self.residual = -1.0
+        self.by_rotation = False  # who serves it this turn
+        self.in_rotation = False  # has a place there
+        self.doomed = False  # cancelled while a step was under way
+        self.steps = 0
+        self.attempts = 0
+        self.cost = 0.0
+        self.max_steps: int | float = 0  # 0: not a stepper
+        self.deadline: float | None = None
+        self.features: NDArray[np.float32] | None = None
+        self.started: float | None = None
+        self.finished: float | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.future: Future
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Give the positional arguments of this turn: a stepper's is its budget."""
+        return (self.granted,) if self.max_steps else self.args

@@ -1,0 +1,272 @@
+"""The ledger of all tasks: which wait, which are in flight, which are over, and what budget is left.
+
+It decides and takes note; it runs nothing. Whoever calls it holds the engine's mutex, and nothing in here waits or
+calls the code of others but the scorer. A task goes from waiting to running and from there to done or failed, or back
+to waiting (a stepper between two steps, a task that is tried again); from waiting also to cancelled or expired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Hashable
+from typing import Any
+
+from foveal._scheduler.backlog import Backlog
+from foveal._scheduler.checks import wrong_with_step
+from foveal._scheduler.future import DeadlineExceeded, Step, Task
+from foveal._scheduler.report import Decision, Report, Span, row_of
+from foveal._scheduler.scorer import ScorerHandle
+from foveal.queues import PriorityMap
+
+_SPENT = 1e-9  # a budget that is no more than rounding
+
+
+class Ledger:
+    """Where every task stands; see the module."""
+
+    def __init__(self, backlog: Backlog, scorer: ScorerHandle, ema: float) -> None:
+        self.backlog = backlog
+        self.tasks: dict[Hashable, Task] = {}
+        """By key, those that wait or are in flight."""
+        self.replay: deque[Decision] = deque()
+        self.in_flight = 0
+        self.over: list[Task] = []
+        """Tasks that are over and whose Futures are still to be resolved."""
+        self.failure: BaseException | None = None
+        """Why the run has ended before its time."""
+        self.is_open = False
+        """Whether tasks are handed out."""
+        self._scorer = scorer
+        self._ema = ema
+        self._deadlines: PriorityMap[Task] = PriorityMap()
+        self._suspects: deque[Task] = deque()  # were in flight when the executor broke: they run alone now
+        self._is_alone = False  # a suspect is in flight
+        self.open(1, 0, raises=False)
+        self.close()
+        self.remember(None)
+
+    # A run.
+
+    def open(
+        self, width: int, retries: int, *, raises: bool, budget: float = math.inf, until: float = math.inf
+    ) -> None:
+        """Hand out tasks from now on: at most `width` at once, for so much service, before `until`."""
+        self._width, self._retries, self._raises = width, retries, raises
+        self._budget, self.until = budget, until
+        self.failure = None
+        self.is_open = True
+
+    def close(self, failure: BaseException | None = None) -> None:
+        """Hand out no more."""
+        self.is_open = False
+        self.failure = self.failure or failure
+
+    def remember(self, limit: int | None) -> None:
+        """Start a new history, of so many tasks, decisions and turns; None: of all."""
+        self._finished: deque[Task] = deque(maxlen=limit)
+        self._decisions: deque[Decision] = deque(maxlen=limit)
+        self._spans: deque[Span] = deque(maxlen=limit)
+
+    def report(self, began: float | None, now: float) -> Report:
+        """Report on the history and on what is not over yet."""
+        rows = [row_of(task) for task in (*self._finished, *self.tasks.values())]
+        if began is None:
+            began = min((row.submitted for row in rows), default=now)
+        return Report(rows, self._decisions, self._spans, began, now)
+
+    def counts(self) -> tuple[int, int]:
+        """Say how many tasks are over and how many are not."""
+        return len(self._finished), len(self.tasks)
+
+    # Tasks come, change and go.
+
+    def add(self, task: Task) -> None:
+        """Take in a new task, whose key is free."""
+        attention = self._scorer.of_one(task.features)
+        self.tasks[task.key] = task
+        if task.deadline is not None:
+            self._deadlines.push(task, task.deadline)
+        self.backlog.push(task, attention)
+
+    def feed_back(self, task: Task, feedback: float) -> None:
+        """Move the task's urgency by the moving average."""
+        task.urgency += self._ema * (feedback - task.urgency)
+
+    def cancel(self, task: Task, now: float) -> bool:
+        """Cancel a task that waits, or a stepper when its step is over; say whether it is, or will be."""
+        if self._withdraw(task):
+            self._finish(task, "cancelled", None, now)
+            return True
+        task.doomed = bool(task.max_steps) and task.finished is None
+        return task.doomed
+
+    def fail(self, task: Task, error: BaseException, now: float) -> None:
+        """Let a task that waits fail."""
+        if self._withdraw(task):
+            self._finish(task, "failed", error, now)
+
+    def expire(self, now: float) -> None:
+        """Take out the tasks whose deadline has passed."""
+        while self._deadlines and self._deadlines.peekitem()[1] < now:
+            task, _ = self._deadlines.popitem()
+            if self._withdraw(task):
+                error = DeadlineExceeded(f"task {task.key!r} was not started before its deadline")
+                self._finish(task, "expired", error, now)
+
+    def next_deadline(self) -> float:
+        """Say when the next deadline is; inf: there is none."""
+        return self._deadlines.peekitem()[1] if self._deadlines else math.inf
+
+    # Turns.
+
+    def has_room(self) -> bool:
+        """Say whether there may be a task to hand out, the time left aside."""
+        return (
+            self.is_open
+            and self.in_flight < self._width
+            and not self._is_alone
+            and self._budget > _SPENT
+            and bool(self.backlog or self._suspects)
+        )
+
+    def room(self) -> int:
+        """Say how many tasks may be handed out, the time left aside."""
+        return min(self._width - self.in_flight, len(self.backlog) + len(self._suspects)) if self.has_room() else 0
+
+    def take(self, now: float) -> Task | None:
+        """Take the next task out for its turn, if there is room for one."""
+        if not self.has_room() or now >= self.until:
+            return None
+        if self._suspects:
+            if self.in_flight:
+                return None
+            task = self._suspects.popleft()
+            self._is_alone = True
+        elif self.replay:
+            decision = self.replay[0]
+            logged = self.tasks.get(decision.key)
+            if logged is None or logged.slot < 0:
+                if not self.in_flight:  # else it may be in flight: its turn comes when it is back
+                    self.replay.popleft()
+                    self.close(
+                        ValueError(
+                            f"Scheduler.replay: the log's next task is {decision.key!r}, expected one that waits"
+                        )
+                    )
+                return None
+            self.replay.popleft()
+            task = self.backlog.take(logged, rotation=decision.rotation)
+        else:
+            task = self.backlog.pop()
+        if task.deadline is not None:
+            self._deadlines.discard(task)
+        task.granted = min(1.0, self._budget)
+        self._budget -= task.granted
+        self.in_flight += 1
+        task.status = "running"
+        task.turn_began = now
+        if task.started is None:
+            task.started = now
+        self._decisions.append(Decision(now, task.key, task.by_rotation))
+        return task
+
+    def settle(self, task: Task, value: Any, error: BaseException | None, now: float) -> None:
+        """Take note of a turn that is over, with what it returned or raised."""
+        self._land()
+        task.steps += 1
+        self._spans.append(Span(task.key, task.turn_began, now))
+        cost = 1.0
+        if error is None and task.max_steps:
+            error = wrong_with_step(task.key, value)
+            if error is None:
+                value = Step(*value)
+                cost = float(value.cost)
+        task.cost += cost
+        self._budget += task.granted - cost
+        self.backlog.settle(task, cost)
+        task.charge = cost
+        if task.doomed:
+            self._finish(task, "cancelled", None, now)
+        elif error is not None:
+            task.attempts += 1
+            if task.attempts <= self._retries:
+                self._wait_again(task, now)
+                return
+            self._finish(task, "failed", error, now)
+            if self._raises:
+                self.close(error)
+        elif task.max_steps and not value.done and task.steps < task.max_steps:
+            if value.feedback is not None:
+                self.feed_back(task, value.feedback)
+            self._wait_again(task, now)
+        else:
+            task.result = value
+            self._finish(task, "done", None, now)
+
+    def put_back(self, task: Task) -> None:
+        """Undo the decision for a task that was not started: it is next again."""
+        self._land()
+        self._budget += task.granted
+        self.backlog.settle(task, 0.0)
+        task.residual = 0.0
+        if not task.steps:
+            task.started = None
+            if task.deadline is not None:
+                self._deadlines.push(task, task.deadline)
+        self._wait_again(task, task.queued)
+
+    def settle_broken(self, task: Task, error: BaseException, now: float, *, was_only_one: bool) -> None:
+        """Take note that the executor broke, and was mended, while the task was in flight.
+
+        Any of the tasks in flight may have done it. So they run again, one at a time: the one that breaks the executor
+        by itself is charged, as for raising `error`, and only that one.
+        """
+        if self._is_alone or was_only_one:
+            self.settle(task, None, error, now)
+        else:
+            self._land()
+            self._budget += task.granted
+            self.backlog.settle(task, 0.0)
+            task.status = "waiting"
+            self._suspects.append(task)
+
+    def is_exhausted(self, now: float) -> bool:
+        """Say whether nothing is in flight and nothing will be."""
+        if self.in_flight:
+            return False
+        return not self.has_room() or now >= self.until
+
+    def _land(self) -> None:
+        self.in_flight -= 1
+        self._is_alone = False
+
+    def _wait_again(self, task: Task, now: float) -> None:
+        task.status = "waiting"
+        task.queued = now
+        try:
+            attention = self._scorer.of_one(task.features)
+        except Exception as error:  # a scorer that is a user's callable
+            self._finish(task, "failed", error, now)
+        else:
+            self.backlog.push(task, attention)
+
+    def _finish(self, task: Task, status: str, error: BaseException | None, now: float) -> None:
+        task.status, task.error, task.finished = status, error, now
+        task.fn, task.args, task.kwargs, task.features = None, (), None, None
+        del self.tasks[task.key]
+        self._finished.append(task)
+        self.over.append(task)
+
+    def _withdraw(self, task: Task) -> bool:
+        """Take a waiting task out of wherever it waits; say whether it did."""
+        if task.slot >= 0:
+            self.backlog.remove(task)
+        elif task in self._suspects:
+            self._suspects.remove(task)
+        else:
+            return False
+        self._deadlines.discard(task)
+        if self.replay:
+            self.replay = deque(decision for decision in self.replay if decision.key != task.key)
+        return True

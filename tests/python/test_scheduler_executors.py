@@ -1,0 +1,317 @@
+"""Scheduler on executors of every kind: processes that die, Dask, MPI, pools that break, executors of a user's own."""
+
+import concurrent.futures
+import importlib.util
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+import foveal
+from foveal import Scheduler, Step
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def square(i):
+    return i * i
+
+
+def whose():
+    time.sleep(0.01)
+    return os.getpid()
+
+
+def fails(i):
+    raise ValueError(i)
+
+
+def dies(path=None):
+    """Kill the process that runs it; with a path only the first that comes to it."""
+    if path is not None:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return "alive"
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def one_step(budget):
+    return Step(False, 0.5, budget)
+
+
+def processes():
+    return ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with processes() as pool:
+        yield pool
+
+
+# Processes
+
+
+def test_processes(pool):
+    scheduler = Scheduler(pool)
+    futures = [scheduler.submit(square, i, urgency=i % 3) for i in range(60)]
+    failing = scheduler.submit(fails, 7)
+    stepper = scheduler.add_stepper(one_step, key="s", max_steps=5)
+    assert scheduler.run().counts == {"done": 61, "failed": 1}
+    assert [f.result() for f in futures] == [i * i for i in range(60)]
+    with pytest.raises(ValueError, match="7"):
+        failing.result()
+    assert stepper.result() == Step(False, 0.5, 1.0)
+
+
+def test_several_processes_work(pool):
+    scheduler = Scheduler(pool)
+    futures = [scheduler.submit(whose) for _ in range(100)]
+    scheduler.run()
+    found = {f.result() for f in futures}
+    assert os.getpid() not in found
+    assert len(found) == 2
+
+
+def test_what_cannot_be_pickled_fails_on_its_future_alone(pool):
+    scheduler = Scheduler(pool)
+    bad = [scheduler.submit(lambda: 1), scheduler.submit(square, threading.Lock())]
+    good = [scheduler.submit(square, i) for i in range(5)]
+    assert scheduler.run().counts == {"failed": 2, "done": 5}
+    for future in bad:
+        assert "pickle" in str(future.exception()).lower()
+    assert [f.result() for f in good] == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_a_worker_that_is_killed_loses_no_task_and_blames_nobody_else():
+    with processes() as given:
+        scheduler = Scheduler(given, max_in_flight=4)
+        good = [scheduler.submit(square, i) for i in range(30)]
+        deadly = scheduler.submit(dies, urgency=0.1)
+        assert scheduler.run(retries=1).counts == {"done": 30, "failed": 1}
+        assert [f.result() for f in good] == [i * i for i in range(30)]
+        assert isinstance(deadly.exception(), BrokenProcessPool)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_a_task_whose_worker_was_killed_by_chance_is_run_again(tmp_path):
+    with Scheduler(processes, max_in_flight=3) as scheduler:
+        futures = [scheduler.submit(dies, str(tmp_path / "died")) for _ in range(6)]
+        assert [f.result(60) for f in futures] == ["alive"] * 6
+
+
+# Pools that break or refuse
+
+
+def test_a_pool_whose_threads_cannot_begin_loses_no_task():
+    def initializer():
+        raise OSError("no licence")
+
+    scheduler = Scheduler(ThreadPoolExecutor(2, initializer=initializer))
+    futures = [scheduler.submit(square, i) for i in range(5)]
+    with pytest.raises(RuntimeError, match="the executor takes no tasks"):
+        scheduler.run()
+    assert not any(f.done() for f in futures)
+    assert len(scheduler.distribution()) == 5
+
+
+def test_processes_that_cannot_begin_end_the_run():
+    scheduler = Scheduler(lambda: ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=fails))
+    futures = [scheduler.submit(square, i) for i in range(3)]
+    assert scheduler.run().counts == {"failed": 3}
+    assert all(isinstance(f.exception(), BrokenExecutor) for f in futures)
+
+
+def test_a_pool_that_is_shut_down_under_a_run():
+    pool = ThreadPoolExecutor(1)
+    scheduler = Scheduler(pool)
+    futures = [scheduler.submit(square, i) for i in range(3)]
+    futures.append(scheduler.submit(time.sleep, 0.01))
+    futures += [scheduler.submit(square, i) for i in range(3)]
+    shutter = scheduler.submit(pool.shutdown, wait=False, cancel_futures=True, urgency=-1.0)
+    rest = [scheduler.submit(time.sleep, 0.01, urgency=-5.0) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="the executor takes no tasks"):
+        scheduler.run()
+    assert shutter.done()
+    assert all(f.done() for f in futures)
+    left = [f for f in rest if not f.done()]
+    assert left
+    assert list(scheduler.distribution()) == [f.key for f in left]
+
+
+# Executors of a user's own
+
+
+class Inline(Executor):
+    """Runs a task in submit itself."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def test_an_executor_that_runs_tasks_at_once_and_ever_so_many():
+    scheduler = Scheduler(Inline(), max_in_flight=1)
+    order = []
+    for i in range(5000):
+        scheduler.submit(order.append, i)
+    failing = scheduler.submit(fails, 1)
+    assert scheduler.run().counts == {"done": 5000, "failed": 1}
+    assert order == list(range(5000))
+    assert isinstance(failing.exception(), ValueError)
+
+
+class Counting(ThreadPoolExecutor):
+    """A derived pool, whose submit is to be called for every task."""
+
+    submitted = 0
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.submitted += 1
+        return super().submit(fn, *args, **kwargs)
+
+
+def test_a_derived_pool_of_threads_sees_every_task():
+    with Counting(2) as pool:
+        scheduler = Scheduler(pool)
+        futures = [scheduler.submit(square, i) for i in range(200)]
+        scheduler.run()
+        assert pool.submitted == 200
+        assert [f.result() for f in futures] == [i * i for i in range(200)]
+
+
+class Refusing(Executor):
+    """Takes every second task and refuses the others for a reason of its own."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.asked += 1
+        if self.asked % 2:
+            raise TypeError("cannot encode that")
+        return Inline.submit(self, fn, *args, **kwargs)
+
+
+def test_a_task_that_the_executor_cannot_take_fails_alone():
+    scheduler = Scheduler(Refusing(), max_in_flight=1)
+    futures = [scheduler.submit(square, i) for i in range(6)]
+    assert scheduler.run().counts == {"failed": 3, "done": 3}
+    assert [type(f.exception()) for f in futures] == [TypeError, type(None)] * 3
+
+
+def test_others_get_their_turn_in_a_pool_that_the_scheduler_fills():
+    with ThreadPoolExecutor(1) as pool, Scheduler(pool) as scheduler:
+        futures = [scheduler.submit(time.sleep, 0.001) for _ in range(300)]
+        assert pool.submit(square, 3).result(30) == 9
+        assert not futures[-1].done()
+
+
+def test_no_more_are_in_flight_than_asked():
+    lock, now, most = threading.Lock(), 0, 0
+
+    def work():
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.002)
+        with lock:
+            now -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        scheduler = Scheduler(pool, max_in_flight=3)
+        for _ in range(60):
+            scheduler.submit(work)
+        scheduler.run()
+    assert most == 3
+
+
+# Dask and MPI
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_dask(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    dask = pytest.importorskip("dask")
+    options = {
+        "distributed.scheduler.allowed-failures": 0,
+        "temporary-directory": str(tmp_path),
+        "distributed.admin.tick.limit": "1h",  # a busy machine is no reason to warn
+    }
+    with (
+        dask.config.set(options),
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        scheduler = Scheduler(client.get_executor(pure=False), max_in_flight=4)
+        futures = [scheduler.submit(square, i) for i in range(40)]
+        failing = scheduler.submit(fails, 7)
+        workers = [scheduler.submit(whose) for _ in range(40)]
+        assert scheduler.run().counts == {"done": 80, "failed": 1}
+        assert [f.result() for f in futures] == [i * i for i in range(40)]
+        assert len({f.result() for f in workers}) == 2
+        assert isinstance(failing.exception(), ValueError)
+        # A worker that is killed: Dask starts another, and what it did is tried again.
+        futures = [scheduler.submit(dies, str(tmp_path / "died"), urgency=1.0)]
+        futures += [scheduler.submit(square, i) for i in range(20)]
+        assert scheduler.run(retries=3).counts == {"done": 21}
+        assert [f.result() for f in futures] == ["alive", *(i * i for i in range(20))]
+
+
+def test_mpi(tmp_path):
+    if importlib.util.find_spec("mpi4py") is None:
+        pytest.skip("mpi4py is not installed")
+    try:
+        from mpi4py import MPI  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no MPI library: {error}")
+    program = textwrap.dedent(
+        """
+        import os, foveal
+        from mpi4py.futures import MPIPoolExecutor
+
+        def work(i):
+            if i == 13:
+                raise ValueError(i)
+            return i * i, os.getpid()
+
+        if __name__ == "__main__":
+            with MPIPoolExecutor(2) as executor:
+                scheduler = foveal.Scheduler(executor)
+                futures = [scheduler.submit(work, i) for i in range(20)]
+                print(sorted(scheduler.run().counts.items()))
+                results = [f.result() for i, f in enumerate(futures) if i != 13]
+                print([r[0] for r in results] == [i * i for i in range(20) if i != 13])
+                print(os.getpid() not in {r[1] for r in results}, type(futures[13].exception()).__name__)
+        """
+    )
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=100)
+    if done.returncode and "spawn" in done.stderr.lower():
+        pytest.skip("this MPI cannot start processes")
+    assert done.stdout.splitlines() == ["[('done', 19), ('failed', 1)]", "True", "True ValueError"], done.stderr
+
+
+def test_a_future_of_the_scheduler_is_a_standard_future():
+    scheduler = Scheduler()
+    future = scheduler.submit(square, 2)
+    assert isinstance(future, concurrent.futures.Future)
+    assert isinstance(foveal.scheduler.Future, type)
+    scheduler.run()
+    assert list(concurrent.futures.as_completed([future])) == [future]
