@@ -7,7 +7,15 @@ from foveal._runtime import Info, get_num_threads, info, set_num_threads
 from foveal.queues import AsyncPriorityQueue, Empty, IndexedHeap, PriorityMap, PriorityQueue, ShutDown, SumTree
 
 if TYPE_CHECKING:
-    from foveal.scheduler import AttentionScorer, DeadlineExceeded, Report, Scheduler, Step, temperature_for_breadth
+    from foveal.scheduler import (
+        AttentionScorer,
+        DeadlineExceeded,
+        Report,
+        Scheduler,
+        Step,
+        TaskBalancer,
+        temperature_for_breadth,
+    )
 
 __version__ = "0.1.0"
 
@@ -26,6 +34,7 @@ __all__ = [
     "ShutDown",
     "Step",
     "SumTree",
+    "TaskBalancer",
     "__version__",
     "attention",
     "get_num_threads",
@@ -34,7 +43,15 @@ __all__ = [
     "temperature_for_breadth",
 ]
 
-_OF_SCHEDULER = ("AttentionScorer", "DeadlineExceeded", "Report", "Scheduler", "Step", "temperature_for_breadth")
+_OF_SCHEDULER = (
+    "AttentionScorer",
+    "DeadlineExceeded",
+    "Report",
+    "Scheduler",
+    "Step",
+    "TaskBalancer",
+    "temperature_for_breadth",
+)
 
 if not TYPE_CHECKING:  # type checkers are to know of the names in __all__ alone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foveal._scheduler.balancer import TaskBalancer
 from foveal._scheduler.future import DeadlineExceeded, Future, Step
 from foveal._scheduler.report import Decision, Report, Row, Span
 from foveal._scheduler.scheduler import Scheduler
@@ -18,5 +19,6 @@ __all__ = [
     "Scheduler",
     "Span",
     "Step",
+    "TaskBalancer",
     "temperature_for_breadth",
 ]

@@ -1,0 +1,32 @@
+"""The examples of the scheduler, as a user runs them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name, *arguments, cwd, timeout=250):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart(tmp_path):
+    out = run("quickstart_scheduler.py", cwd=tmp_path)
+    assert "of 100 turns: {" in out
+    assert "7 done in" in out
+    for key in ("mail", "backup", "report", "learner 0", "learner 3"):
+        assert key in out
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "quickstart_scheduler.png").stat().st_size > 1000
