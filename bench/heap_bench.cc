@@ -1,11 +1,11 @@
-// Measures IndexedHeap against the queues of heap_peers.h: random updates, a mix of 15 updates to 1 pop and push, and pop
-// and push alone, on one thread and on several, after checking that each queue pops a sorted sequence.
+// Measures IndexedHeap against the queues of heap_peers.h: random updates, a mix of 15 updates to 1 pop and push, and
+// pop and push alone, on one thread and on several, after checking that each queue pops a sorted sequence.
 //
 //   heap_bench [--seconds S] [--rounds N] [--threads T] [--size N]...
 //
-// Every round runs all contenders in turn; the tables show the median over rounds in nanoseconds per operation (wall time
-// over all operations of all threads) and, beside a contender, the median over rounds of its time over ours, with the
-// quartiles. A pop and push counts as one operation.
+// Every round runs all contenders in turn; the tables show the median over rounds in nanoseconds per operation (wall
+// time over all operations of all threads) and, beside a contender, the median over rounds of its time over ours, with
+// the quartiles. A pop and push counts as one operation.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -133,7 +134,7 @@ bool check(bool in_order) {
   queue.build(data.ids, data.priorities);
   std::vector<double> model = data.priorities;
   Random random(7);
-  for (int i = 0; i < 5000; ++i) {
+  for (int i = 0; i < 20 * 256; ++i) {  // whole batches
     const int64_t id = static_cast<int64_t>(random.next() % 3000);
     queue.update(id, model[id] = random.uniform());
   }
@@ -142,7 +143,7 @@ bool check(bool in_order) {
   double priority;
   for (int i = 0; i < 3000; ++i) {
     if (!queue.pop(id, priority) || model[id] != priority || (in_order && priority < last)) return false;
-    model[id] = last = priority;
+    last = priority;
     model[id] = -1;
   }
   return !queue.pop(id, priority);
@@ -152,13 +153,13 @@ struct Contender {
   const char* name;
   std::function<double(const Data&, Work, unsigned, double)> measure;
   std::function<bool()> check;
-  bool threads;          // may several threads use it
-  bool only_pop_push;    // differs from another contender, or makes sense, in that workload alone
+  bool threads;              // may several threads use it
+  std::optional<Work> only;  // the one work in which it differs from another contender, or makes sense
 };
 
 template <class Queue>
-Contender contender(const char* name, bool threads = true, bool only_pop_push = false, bool in_order = true) {
-  return {name, measure<Queue>, [in_order] { return check<Queue>(in_order); }, threads, only_pop_push};
+Contender contender(const char* name, bool threads = true, std::optional<Work> only = {}, bool in_order = true) {
+  return {name, measure<Queue>, [in_order] { return check<Queue>(in_order); }, threads, only};
 }
 
 double quantile(std::vector<double> values, double q) {
@@ -166,10 +167,11 @@ double quantile(std::vector<double> values, double q) {
   return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1) + 0.5)];
 }
 
-void compare(const std::vector<Contender>& contenders, const Data& data, Work work, unsigned threads, const Options& options) {
+void compare(const std::vector<Contender>& contenders, const Data& data, Work work, unsigned threads,
+             const Options& options) {
   std::vector<std::vector<double>> times(contenders.size());
   const auto takes_part = [&](const Contender& c) {
-    return (threads == 1 || c.threads) && (work == Work::kPopPush || !c.only_pop_push);
+    return (threads == 1 || c.threads) && (!c.only || *c.only == work);
   };
   for (int round = 0; round < options.rounds; ++round) {
     for (size_t i = 0; i < contenders.size(); ++i) {
@@ -184,7 +186,8 @@ void compare(const std::vector<Contender>& contenders, const Data& data, Work wo
     if (i > 0) {
       std::vector<double> ratios;
       for (int round = 0; round < options.rounds; ++round) ratios.push_back(times[i][round] / times[0][round]);
-      std::printf("   %5.2f x ours (%.2f to %.2f)", quantile(ratios, 0.5), quantile(ratios, 0.25), quantile(ratios, 0.75));
+      std::printf("   %5.2f x ours (%.2f to %.2f)", quantile(ratios, 0.5), quantile(ratios, 0.25),
+                  quantile(ratios, 0.75));
     }
     std::printf("\n");
   }
@@ -194,12 +197,13 @@ void compare(const std::vector<Contender>& contenders, const Data& data, Work wo
 int run(const Options& options) {
   const std::vector<Contender> contenders = {
       contender<Lockfree<false>>("IndexedHeap"),
-      contender<Lockfree<true>>("IndexedHeap, relaxed pop", true, true, false),
+      contender<Lockfree<true>>("IndexedHeap, relaxed pop", true, Work::kPopPush, false),
+      contender<Batched>("IndexedHeap, update_many of 256", true, Work::kUpdate),
       contender<Sequential>("4-ary heap", false),
       contender<Locked<std::mutex>>("4-ary heap under a mutex"),
       contender<Locked<Spinlock>>("4-ary heap under a spinlock"),
 #if FOVEAL_BENCH_TBB
-      contender<Tbb>("oneTBB concurrent_priority_queue", true, true),
+      contender<Tbb>("oneTBB concurrent_priority_queue", true, Work::kPopPush),
 #endif
   };
   for (const Contender& c : contenders) {
@@ -225,11 +229,16 @@ int main(int argc, char** argv) {
   bench::Options options;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string name = argv[i];
-    if (name == "--seconds") options.seconds = std::atof(argv[i + 1]);
-    else if (name == "--rounds") options.rounds = std::atoi(argv[i + 1]);
-    else if (name == "--threads") options.threads = static_cast<unsigned>(std::atoi(argv[i + 1]));
-    else if (name == "--size") options.sizes.push_back(std::atoll(argv[i + 1]));
-    else return std::fprintf(stderr, "heap_bench: unknown option %s\n", argv[i]), 2;
+    if (name == "--seconds")
+      options.seconds = std::atof(argv[i + 1]);
+    else if (name == "--rounds")
+      options.rounds = std::atoi(argv[i + 1]);
+    else if (name == "--threads")
+      options.threads = static_cast<unsigned>(std::atoi(argv[i + 1]));
+    else if (name == "--size")
+      options.sizes.push_back(std::atoll(argv[i + 1]));
+    else
+      return std::fprintf(stderr, "heap_bench: unknown option %s\n", argv[i]), 2;
   }
   if (argc % 2 == 0) return std::fprintf(stderr, "heap_bench: %s has no value\n", argv[argc - 1]), 2;
   if (options.sizes.empty()) options.sizes = {1000, 100'000, 1'000'000};

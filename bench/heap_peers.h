@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <mutex>
@@ -12,9 +13,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if __has_include(<tbb/concurrent_priority_queue.h>)
+#if !defined(FOVEAL_BENCH_TBB)
+#define FOVEAL_BENCH_TBB __has_include(<tbb/concurrent_priority_queue.h>)
+#endif
+#if FOVEAL_BENCH_TBB
 #include <tbb/concurrent_priority_queue.h>
-#define FOVEAL_BENCH_TBB 1
 #endif
 
 #include "foveal/indexed_heap.h"
@@ -43,6 +46,23 @@ class Lockfree {
 
  private:
   foveal::IndexedHeap heap_;
+};
+
+// The heap under test, its updates handed over 256 at a time (each thread's in a batch of its own).
+class Batched : public Lockfree<false> {
+ public:
+  using Lockfree::Lockfree;
+
+  void update(int64_t id, double priority) {
+    thread_local std::array<int64_t, 256> ids;
+    thread_local std::array<double, 256> priorities;
+    thread_local size_t count = 0;
+    ids[count] = id;
+    priorities[count] = priority;
+    if (++count < ids.size()) return;
+    count = 0;
+    heap().update_many(ids, priorities, [](size_t) {});
+  }
 };
 
 // The textbook array-indexed d-ary heap: a heap array of (priority, id) and each id's place in it. For one thread.

@@ -12,7 +12,7 @@
 // with a new version (the bump), so that no refresh that began before can put back something older. HeapRules names the
 // rule for each failure that is known without it.
 //
-// Propagation is wait-free: at most `tries` compare-and-swaps a level up and one a level down.
+// A climb makes at most `tries` compare-and-swaps a level up and one a level down, whatever other threads do.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ template <class Atomics, int kLogFanout, HeapRules kRules>
 class HeapTree {
  public:
   static constexpr int kFanout = 1 << kLogFanout;
-  static constexpr int64_t kMaxCapacity = int64_t{1} << 28;  // leaves 35 bits of version: see docs/concurrency.md
+  static constexpr int64_t kMaxCapacity = int64_t{1} << 28;  // leaves 34 bits of version: see docs/concurrency.md
   static constexpr uint64_t kAbsent = ~uint64_t{0};          // the key of an absent id, and of an empty subtree
   static constexpr uint64_t kDirty = 1;
   static constexpr uint64_t kClaim = 2;        // leaves only

@@ -223,6 +223,36 @@ void test_parked_thread_stops_nobody() {
   std::printf("fan-out %d: parked at %lld steps\n", 1 << kLogFanout, static_cast<long long>(parkings));
 }
 
+// What a thread wrote before it pushed an id, in plain memory, is there for the thread that pops the id. (That it is
+// no data race is for ThreadSanitizer to say.)
+void test_pop_sees_what_push_published() {
+  constexpr int64_t kSlots = 64;
+  constexpr int kRoundsPerThread = 5000;
+  foveal::BasicIndexedHeap<HookedAtomics<Dawdle>> heap(kSlots);
+  std::array<int64_t, kSlots> written{};
+  for (int64_t id = 0; id < kSlots; ++id) heap.push(id, static_cast<double>(id));
+  std::vector<std::thread> threads;
+  std::atomic<int64_t> wrong{0};
+  for (size_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      Dawdle::state = t + 1;
+      std::mt19937 random(static_cast<unsigned>(t));
+      uint64_t state = t;
+      for (int i = 0; i < kRoundsPerThread; ++i) {
+        const auto entry = i % 2 != 0 ? heap.pop() : heap.pop_relaxed(state);
+        if (!entry) continue;
+        int64_t& slot = written[static_cast<size_t>(entry->id)];
+        wrong += static_cast<int64_t>(entry->priority) % kSlots != (entry->id + slot) % kSlots;
+        ++slot;
+        const auto priority = static_cast<double>((entry->id + slot) % kSlots + kSlots * (random() % 100));
+        wrong += !heap.push(entry->id, priority);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  FOVEAL_CHECK(wrong == 0 && heap.size() == kSlots);
+}
+
 // The judge itself: an answer out of order is refused, the same answer from an overlapping call is not.
 void test_judge() {
   Contents<kIds> empty;
@@ -244,6 +274,7 @@ void test_judge() {
 int main(int argc, char** argv) {
   const double seconds = argc > 1 ? std::atof(argv[1]) : 3;
   test_judge();
+  test_pop_sees_what_push_published();
   test_parked_thread_stops_nobody<1>();
   test_parked_thread_stops_nobody<3>();
   test_histories<1>(seconds / 2, 1);
