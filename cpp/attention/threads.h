@@ -9,8 +9,9 @@ namespace foveal {
 void set_num_threads(int count);
 
 // First that is set: set_num_threads, FOVEAL_NUM_THREADS, `framework_count` (of the framework whose arrays a call is
-// about, 0: none), OpenMP's own choice, which is OMP_NUM_THREADS or the processors that the process may use. Sets
-// `status` to kValue for a FOVEAL_NUM_THREADS that is no positive integer.
+// about, 0: none), OpenMP's own choice, which is OMP_NUM_THREADS or the processors that the process may use. At most
+// 4096, whoever asked for more. Sets `status` to kValue for a FOVEAL_NUM_THREADS that is no integer from 1 to 4096, and
+// reads it again the next time.
 int num_threads(int framework_count, Status& status);
 
 }  // namespace foveal

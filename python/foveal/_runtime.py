@@ -31,7 +31,7 @@ def set_num_threads(n: int | None) -> None:
 
     Results do not depend on it, bit for bit. Without it the count is, whichever is set first: the environment variable
     ``FOVEAL_NUM_THREADS``; for tensors ``torch.get_num_threads()``; ``OMP_NUM_THREADS``; the processors that this
-    process may use. A call on small arrays uses fewer.
+    process may use; at most 4096. A call uses no more than it has pieces of work, and fewer on small arrays.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def get_num_threads() -> int:
     Raises
     ------
     ValueError
-        The environment variable ``FOVEAL_NUM_THREADS`` is no positive integer.
+        The environment variable ``FOVEAL_NUM_THREADS`` is no integer from 1 to 4096.
     """
     return _core.get_num_threads()
 
@@ -74,7 +74,7 @@ def info() -> Info:
     ------
     ValueError
         The environment variable ``FOVEAL_ISA`` names an instruction set that this build or machine lacks, or
-        ``FOVEAL_NUM_THREADS`` is no positive integer.
+        ``FOVEAL_NUM_THREADS`` is no integer from 1 to 4096.
 
     Examples
     --------

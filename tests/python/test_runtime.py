@@ -124,6 +124,36 @@ def test_a_wrong_foveal_num_threads_raises_at_first_use(text: str) -> None:
         assert done.stderr.strip().endswith(expected)
 
 
+def test_a_wrong_foveal_num_threads_can_be_put_right() -> None:
+    program = """
+import os, foveal
+def count():
+    try:
+        return foveal.get_num_threads()
+    except ValueError as error:
+        return str(error).split(",")[0]
+print(count())
+os.environ["FOVEAL_NUM_THREADS"] = "five"
+print(count())
+os.environ["FOVEAL_NUM_THREADS"] = "5"
+print(count())
+del os.environ["FOVEAL_NUM_THREADS"]
+print(count())
+"""
+    done = run_python(program, FOVEAL_NUM_THREADS="four")
+    expected = ["FOVEAL_NUM_THREADS is 'four'", "FOVEAL_NUM_THREADS is 'five'", "5", "5"]  # once right, it is kept
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
+@pytest.mark.parametrize("text", ["100000", "99999999999", str(2**32), str(2**31)])
+def test_omp_num_threads_is_bounded(text: str) -> None:
+    assert 1 <= num_threads(OMP_NUM_THREADS=text) <= 4096
+    # Where there are no so many threads to be had, libgomp ends the process: a call takes no more than it has work for.
+    rows = "x = np.ones((8, 1, 64, 64), np.float32); foveal.attention(x, x, x); "
+    done = run_python(CALL + rows + "print('done')", OMP_NUM_THREADS=text, FOVEAL_NUM_THREADS=None)
+    assert done.stdout == "done\n", done.stderr
+
+
 @pytest.mark.parametrize("bad", [0, -1, 4097, 10**20])
 def test_set_num_threads_refuses(bad: int) -> None:
     before = foveal.get_num_threads()
