@@ -7,8 +7,10 @@
 // Bounds that hold afterwards, so that kernels may add positions and multiply extents in int64_t:
 //   elements of q, k, v, out and of the scores < 2^60 (so every extent too); |q_offset| <= 2^59; window sides < 2^62
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <new>
+#include <numbers>
 
 #include "attention/overlap.h"
 #include "attention/rejection.h"
@@ -246,6 +248,16 @@ class Canonicalizer {
     if (!std::isfinite(p_.softcap) || p_.softcap < 0.0) {
       reject_value("softcap is " + text_of(p_.softcap) + ", expected a finite number of at least 0");
     }
+    // Kernels have both in the accumulator type and in base 2.
+    const bool in_double = p_.q.dtype == DType::kFloat64;
+    const double most = (in_double ? DBL_MAX : double{FLT_MAX}) / std::numbers::log2e;
+    if (std::fabs(p_.scale) > most) {
+      reject_value("scale is " + text_of(p_.scale) + ", expected a magnitude of at most " + text_of(most) + " for " +
+                   name_of(p_.q.dtype));
+    }
+    // No score reaches so high a cap; and all below the smallest cap are as good as 0.
+    if (p_.softcap > most) p_.softcap = 0.0;
+    if (p_.softcap > 0.0) p_.softcap = std::max(p_.softcap, in_double ? DBL_MIN : double{FLT_MIN});
   }
 
   void rewrite_outputs() {
