@@ -38,6 +38,16 @@ static void apply_alibi(const HeadTask& h, int64_t row_begin, int64_t key_begin,
   }
 }
 
+// Of a finite bias, as much as stays finite in base 2: models mask by the lowest number of a dtype too, and where that
+// is all that a row sees, it sees it. At -inf a key is not seen.
+template <class V>
+FOVEAL_INLINE V bounded_bias(V bias) {
+  using T = typename V::T;
+  const V most = broadcast<V>(kHighestScore<T> / static_cast<T>(kLog2E));
+  const V bounded = max(zero<V>() - most, min(most, bias));
+  return select(equal(abs(bias), zero<V>() - negative_infinity<V>()), bias, bounded);
+}
+
 template <class V, int NV>
 static void add_bias(const HeadTask& h, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t n,
                      typename V::T* s) {
@@ -58,7 +68,7 @@ static void add_bias(const HeadTask& h, int64_t row_begin, int64_t rows, int64_t
       transpose(block);
       for (int64_t j = 0; j < width; ++j) {
         T* x = s + ((j0 + j) * NV + r) * V::kLanes;
-        store(x, fma(block[j], log2e, load(x)));
+        store(x, fma(bounded_bias(block[j]), log2e, load(x)));
       }
     }
   }

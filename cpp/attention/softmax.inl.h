@@ -9,6 +9,13 @@ namespace foveal {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634074;
+
+// The largest finite score (in base 2): so little below the largest number that scores of an ordinary size may still be
+// added to it.
+template <class T>
+constexpr T kHighestScore =
+    static_cast<T>(0.999998) * (sizeof(T) == 4 ? static_cast<T>(__FLT_MAX__) : static_cast<T>(__DBL_MAX__));
+
 constexpr int64_t kKeyBlock = 128;  // keys a block; blocks begin at multiples of it, whatever range is asked for
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

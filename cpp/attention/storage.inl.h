@@ -77,6 +77,18 @@ static bool all_finite(const S* p, int64_t stride_s, int64_t rows, int64_t width
   return reduce_add(probe) == 0;
 }
 
+// A double in the accumulator type; what is finite stays so.
+template <class T>
+FOVEAL_INLINE T narrow_finite(double x) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return x;
+  } else {
+    constexpr double kMost = __FLT_MAX__;
+    if (__builtin_fabs(x) == __builtin_inf()) return static_cast<T>(x);
+    return static_cast<T>(x > kMost ? kMost : x < -kMost ? -kMost : x);
+  }
+}
+
 // n <= kLanes elements of any floating dtype at `p + offset`.
 template <class V>
 static V widen_any(const void* p, DType dtype, int64_t offset, int64_t stride, int64_t n) {
@@ -92,7 +104,7 @@ static V widen_any(const void* p, DType dtype, int64_t offset, int64_t stride, i
     case DType::kFloat64: {
       const double* x = static_cast<const double*>(p) + offset;
       if constexpr (sizeof(T) == 8) return widen_strided<V>(x, stride, n);
-      for (int64_t c = 0; c < n; ++c) lanes[c] = static_cast<T>(x[c * stride]);
+      for (int64_t c = 0; c < n; ++c) lanes[c] = narrow_finite<T>(x[c * stride]);
       break;
     }
     case DType::kFloat16: {

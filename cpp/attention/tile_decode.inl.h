@@ -222,8 +222,8 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
       for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
         const int64_t width = min64(V::kLanes, n - j0);
         alignas(64) T lanes[V::kLanes];
-        store(lanes,
-              widen_any<V>(h.bias, h.bias_dtype, offset + (begin + j0) * h.bias_stride_k, h.bias_stride_k, width));
+        store(lanes, bounded_bias(widen_any<V>(h.bias, h.bias_dtype, offset + (begin + j0) * h.bias_stride_k,
+                                               h.bias_stride_k, width)));
         for (int64_t j = 0; j < width; ++j) s[(j0 + j) * R + r] += lanes[j] * static_cast<T>(kLog2E);
       }
     }
