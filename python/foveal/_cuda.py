@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-LIBRARY_NAME = "libfoveal_cuda.so"
+LIBRARY_PATH = Path(__file__).with_name("libfoveal_cuda.so")
 MAX_RANK = 8
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3, "bool": 4, "int8": 5, "int32": 6, "int64": 7}
 UNLIMITED = -1
@@ -205,15 +205,19 @@ _lock = threading.Lock()
 _library: Library | None = None
 
 
+def is_built() -> bool:
+    """Whether this package was built with the backend; whether there is a GPU, only its driver knows."""
+    return LIBRARY_PATH.exists()
+
+
 def library() -> Library | None:
     """Open the backend that was built with this package, once; None where there is none or FOVEAL_CUDA=off."""
     global _library
     if os.environ.get("FOVEAL_CUDA", "").lower() == "off":
         return None
     with _lock:
-        path = Path(__file__).with_name(LIBRARY_NAME)
-        if _library is None and path.exists():
-            _library = Library(path)
+        if _library is None and is_built():
+            _library = Library(LIBRARY_PATH)
         return _library
 
 

@@ -23,7 +23,7 @@ class Info(NamedTuple):
     torch: str | None
     """The version of PyTorch that is installed, or None."""
     cuda: bool
-    """Whether this build has CUDA kernels."""
+    """Whether this build has CUDA kernels; nothing calls them yet unless ``FOVEAL_CUDA=experimental`` is set."""
 
 
 def set_num_threads(n: int | None) -> None:
@@ -82,7 +82,7 @@ def info() -> Info:
     >>> foveal.info().isa in foveal.info().isas
     True
     """
-    from foveal import __version__
+    from foveal import __version__, _cuda
 
     return Info(
         version=__version__,
@@ -90,7 +90,7 @@ def info() -> Info:
         isas=tuple(_core.isas()),
         num_threads=_core.get_num_threads(),
         torch=_torch_version(),
-        cuda=False,
+        cuda=_cuda.is_built(),
     )
 
 

@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import foveal
-from foveal import _attention, _core, _runtime
+from foveal import _attention, _core, _cuda, _runtime
 
 CALL = "import numpy as np, foveal; x = np.ones((1, 1, 2, 8), np.float32); foveal.attention(x, x, x); "
 
@@ -40,7 +41,14 @@ def test_info() -> None:
     assert info.isa == info.isas[0] == _core.isas()[0]
     assert info.isas[-1] == "scalar"
     assert info.num_threads == foveal.get_num_threads() >= 1
-    assert isinstance(info.cuda, bool)
+
+
+def test_info_says_whether_cuda_kernels_were_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "libfoveal_cuda.so"
+    monkeypatch.setattr(_cuda, "LIBRARY_PATH", library)
+    assert foveal.info().cuda is False
+    library.touch()
+    assert foveal.info().cuda is True
 
 
 def test_info_names_torch_without_importing_it() -> None:
