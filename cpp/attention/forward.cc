@@ -3,20 +3,19 @@
 // The only OpenMP region of the forward pass. Threads take items from one counter; an item's result does not depend on
 // who computes it. The parts of a split row block are merged in order by whoever finishes the last of them.
 #include <omp.h>
-#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
 
-#include "attention/element.h"
+#include "attention/heads.h"
 #include "attention/plan.h"
+#include "attention/scratch.h"
+#include "attention/threads.h"
 #include "foveal/attention.h"
 #include "isa/detect.h"
 #include "isa/kernel_table.h"
@@ -24,161 +23,7 @@
 namespace foveal {
 namespace {
 
-constexpr double kFlopsWorthAThread = 1e6;  // about 10 microseconds: what waking a sleeping team costs
 constexpr auto kPollEvery = std::chrono::milliseconds(50);
-
-// ---- threads
-// -------------------------------------------------------------------------------------------------------------------
-
-// libgomp's pool does not survive fork: a child whose parent ran a parallel region would wait for it for ever.
-std::atomic<bool> in_forked_child{false};
-
-const int fork_handler =
-    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
-
-// Threads that calls from other host threads keep busy; a call takes what is left, so that n callers do not start n
-// teams.
-std::atomic<int> busy_threads{0};
-
-class Team {
- public:
-  Team(int wanted, int64_t items, double flops) {
-    const double worthwhile = std::min(static_cast<double>(items), flops / kFlopsWorthAThread);
-    const int useful = worthwhile < 2 || fork_handler != 0 || in_forked_child.load(std::memory_order_relaxed)
-                           ? 1
-                           : static_cast<int>(std::min<double>(wanted, worthwhile));
-    const int busy = busy_threads.fetch_add(useful, std::memory_order_relaxed);
-    size_ = std::clamp(wanted - busy, 1, useful);
-    busy_threads.fetch_sub(useful - size_, std::memory_order_relaxed);
-  }
-  ~Team() { busy_threads.fetch_sub(size_, std::memory_order_relaxed); }
-  Team(const Team&) = delete;
-  Team& operator=(const Team&) = delete;
-
-  int size() const { return size_; }
-
- private:
-  int size_ = 1;
-};
-
-// ---- memory
-// --------------------------------------------------------------------------------------------------------------------
-
-constexpr size_t kAlignment = 64;
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<std::byte, Free>;
-
-// Null when there is no memory.
-Buffer allocate(int64_t nbytes) {
-  const size_t rounded = (static_cast<size_t>(nbytes) + kAlignment - 1) / kAlignment * kAlignment;
-  return Buffer(static_cast<std::byte*>(std::aligned_alloc(kAlignment, std::max(rounded, kAlignment))));
-}
-
-template <class T>
-T* offset(const TensorView& view, int64_t elements) {
-  return view.data == nullptr
-             ? nullptr
-             : static_cast<T*>(view.data) + elements * itemsize(view.dtype) / static_cast<int64_t>(sizeof(T));
-}
-
-// ---- heads
-// ---------------------------------------------------------------------------------------------------------------------
-
-std::vector<double> read_slopes(const AttentionProblem& p) {
-  std::vector<double> slopes;
-  if (!p.alibi_slopes.present()) return slopes;
-  for (int64_t b = 0; b < p.q.shape[0]; ++b)
-    for (int64_t h = 0; h < p.q.shape[1]; ++h)
-      slopes.push_back(load_element(p.alibi_slopes, b * p.alibi_slopes.stride[0] + h * p.alibi_slopes.stride[1]));
-  return slopes;
-}
-
-std::vector<double> read_sinks(const AttentionProblem& p) {
-  std::vector<double> sinks;
-  if (!p.sinks.present()) return sinks;
-  for (int64_t h = 0; h < p.q.shape[1]; ++h) sinks.push_back(load_element(p.sinks, h * p.sinks.stride[0]));
-  return sinks;
-}
-
-// Everything the kernels need about one (batch, key/value head) pair.
-HeadTask head_task(const AttentionProblem& p, const Plan& plan, int64_t b, int64_t kv_head, const double* slopes,
-                   const double* sinks) {
-  const SequencePlan& s = plan.sequences[static_cast<size_t>(b)];
-  const int64_t q_head = kv_head * plan.group;
-  const auto at = [b](const TensorView& view, int64_t head) {
-    return offset<std::byte>(view, b * view.stride[0] + head * view.stride[1]);
-  };
-  HeadTask h = {};
-  h.q = at(p.q, q_head);
-  h.q_stride_s = p.q.stride[2];
-  h.q_stride_g = p.q.stride[1];
-  h.q_stride_d = p.q.stride[3];
-  h.k = at(p.k, kv_head);
-  h.k_stride_s = p.k.stride[2];
-  h.k_stride_d = p.k.stride[3];
-  h.v = at(p.v, kv_head);
-  h.v_stride_s = p.v.stride[2];
-  h.v_stride_d = p.v.stride[3];
-  h.out = at(p.out, q_head);
-  h.out_stride_s = p.out.stride[2];
-  h.out_stride_g = p.out.stride[1];
-  h.out_stride_d = p.out.stride[3];
-  h.head_dim = p.q.shape[3];
-  h.value_dim = p.v.shape[3];
-  h.group = plan.group;
-  h.kv_len = s.kv_len;
-  h.q_offset = s.q_offset;
-  const auto limit = [](int64_t window) { return window < 0 ? kPositionLimit : std::min(window, kPositionLimit); };
-  h.window_left = limit(p.window_left);
-  h.window_right = p.causal ? 0 : limit(p.window_right);
-  h.scale = p.scale;
-  h.softcap = p.softcap;
-  if (slopes != nullptr) h.slopes = slopes + b * p.q.shape[1] + q_head;
-  if (sinks != nullptr) h.sinks = sinks + q_head;
-  if (p.mask.present()) {
-    h.mask = reinterpret_cast<const uint8_t*>(at(p.mask, q_head));
-    h.mask_stride_s = p.mask.stride[2];
-    h.mask_stride_g = p.mask.stride[1];
-    h.mask_stride_k = p.mask.stride[3];
-  }
-  if (p.bias.present()) {
-    h.bias = at(p.bias, q_head);
-    h.bias_dtype = p.bias.dtype;
-    h.bias_stride_s = p.bias.stride[2];
-    h.bias_stride_g = p.bias.stride[1];
-    h.bias_stride_k = p.bias.stride[3];
-  }
-  if (p.weights.present()) {
-    h.weights = at(p.weights, q_head);
-    h.weights_stride_s = p.weights.stride[2];
-    h.weights_stride_g = p.weights.stride[1];
-    h.weights_stride_k = p.weights.stride[3];
-  }
-  return h;
-}
-
-// ---- results beside the kernels' own
-// --------------------------------------------------------------------------------------------
-
-void fill_row(const TensorView& view, int64_t start, int64_t n, int64_t stride) {
-  const int64_t size = itemsize(view.dtype);
-  std::byte* p = static_cast<std::byte*>(view.data) + start * size;
-  if (stride == 1) {
-    std::memset(p, 0, static_cast<size_t>(n * size));
-  } else {
-    for (int64_t c = 0; c < n; ++c) std::memset(p + c * stride * size, 0, static_cast<size_t>(size));
-  }
-}
-
-// Queries [begin, end) of one (batch, query head): rows of zeros.
-void fill_zero(const TensorView& view, int64_t b, int64_t h, int64_t begin, int64_t end) {
-  if (!view.present()) return;
-  for (int64_t i = begin; i < end; ++i)
-    fill_row(view, b * view.stride[0] + h * view.stride[1] + i * view.stride[2], view.shape[3], view.stride[3]);
-}
 
 void write_lse(const TensorView& lse, int64_t b, int64_t h, int64_t i, double max2, double sum) {
   const double value = sum == 0 ? -INFINITY : max2 * M_LN2 + std::log(sum);
@@ -205,7 +50,7 @@ void finish_padding(const AttentionProblem& p, int64_t b, int64_t q_len) {
 class ForwardRun {
  public:
   ForwardRun(const AttentionProblem& p, const Plan& plan, const ExecutionOptions& options)
-      : p_(p), plan_(plan), options_(options), slopes_(read_slopes(p)), sinks_(read_sinks(p)) {
+      : p_(p), plan_(plan), options_(options), heads_(p) {
     accumulator_nbytes_ = p.q.dtype == DType::kFloat64 ? 8 : 4;
   }
 
@@ -218,8 +63,8 @@ class ForwardRun {
     const Team team(options_.num_threads, plan_.items, plan_.flops);
     measure_scratch();
     const int64_t partial_nbytes = plan_.partial_rows * (p_.v.shape[3] + 2) * accumulator_nbytes_;
-    const Buffer scratch = allocate(scratch_nbytes_ * team.size());
-    const Buffer partial = allocate(partial_nbytes);
+    const Scratch scratch = allocate_scratch(scratch_nbytes_ * team.size());
+    const Scratch partial = allocate_scratch(partial_nbytes);
     if (scratch == nullptr || partial == nullptr)
       return {ErrorKind::kMemory, "attention: cannot allocate " +
                                       std::to_string(scratch_nbytes_ * team.size() + partial_nbytes) +
@@ -242,7 +87,7 @@ class ForwardRun {
 
  private:
   void measure_scratch() {
-    const HeadTask h = head_task(p_, plan_, 0, 0, nullptr, nullptr);
+    const HeadTask h = heads_.task(0, 0);
     int64_t kernel = 0;
     rows_max_ = 0;
     for (const SequencePlan& s : plan_.sequences) {
@@ -269,8 +114,7 @@ class ForwardRun {
       if (item.batch != batch || item.kv_head != kv_head) {
         batch = item.batch;
         kv_head = item.kv_head;
-        head = head_task(p_, plan_, batch, kv_head, slopes_.empty() ? nullptr : slopes_.data(),
-                         sinks_.empty() ? nullptr : sinks_.data());
+        head = heads_.task(batch, kv_head);
       }
       run(head, item, scratch);
       if (!polls) continue;
@@ -342,7 +186,7 @@ class ForwardRun {
   const AttentionProblem& p_;
   const Plan& plan_;
   const ExecutionOptions& options_;
-  const std::vector<double> slopes_, sinks_;
+  const Heads heads_;
   std::unique_ptr<std::atomic<int64_t>[]> pending_;
   std::byte* partial_ = nullptr;
   int64_t accumulator_nbytes_ = 4, rows_max_ = 0, kernel_nbytes_ = 0, scratch_nbytes_ = 0;

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "attention/element.h"
-
 namespace foveal {
 namespace {
 
@@ -50,10 +48,7 @@ Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
   plan.sequences.reserve(static_cast<size_t>(batch));
   for (int64_t b = 0; b < batch; ++b) {
     SequencePlan s;
-    s.q_len = p.q_lens.present() ? load_integer(p.q_lens, b) : p.q.shape[2];
-    s.kv_len = p.kv_lens.present() ? load_integer(p.kv_lens, b) : p.k.shape[2];
-    const int64_t offset = p.q_offset.present() ? load_integer(p.q_offset, b) : s.kv_len - s.q_len;
-    s.q_offset = std::clamp(offset, -kPositionLimit / 2, kPositionLimit / 2);
+    static_cast<Sequence&>(s) = sequence_at(p, b);
     s.rows = s.q_len * plan.group;
     s.decode = s.rows <= plan.kernels->decode_rows && !p.weights.present();
     s.rows_per_block = s.decode ? std::max<int64_t>(s.rows, 1) : rows_per_item;

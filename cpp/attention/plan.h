@@ -8,14 +8,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "attention/heads.h"
 #include "foveal/attention.h"
 #include "isa/kernel_table.h"
 
 namespace foveal {
 
 // How one batch element is cut. Its items are numbered head by head, row block by row block, key part by key part.
-struct SequencePlan {
-  int64_t q_len, kv_len, q_offset;
+struct SequencePlan : Sequence {
   bool decode;   // the few-rows kernel
   int64_t rows;  // q_len * group
   int64_t rows_per_block;

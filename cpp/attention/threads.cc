@@ -1,6 +1,7 @@
 #include "attention/threads.h"
 
 #include <omp.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,6 +14,7 @@ namespace {
 
 // Above it, a mistyped number: libgomp ends the process when the system has no more threads to give.
 constexpr int kMaxThreads = 4096;
+constexpr double kFlopsWorthAThread = 1e6;  // about 10 microseconds: what waking a sleeping team costs
 
 // relaxed: a count on its own, nothing is published with it.
 std::atomic<int> chosen_count{0};
@@ -33,6 +35,16 @@ int read_environment(Status& status) {
   return kUnread;
 }
 
+// libgomp's pool does not survive fork: a child whose parent ran a parallel region would wait for it for ever.
+std::atomic<bool> in_forked_child{false};
+
+const int fork_handler =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
+
+// Threads that calls from other host threads keep busy; a call takes what is left, so that n callers do not start n
+// teams.
+std::atomic<int> busy_threads{0};
+
 }  // namespace
 
 void set_num_threads(int count) { chosen_count.store(count, std::memory_order_relaxed); }
@@ -50,5 +62,17 @@ int num_threads(int framework_count, Status& status) {
   if (count < 1) count = omp_get_num_procs();  // an OMP_NUM_THREADS beyond int, which wrapped
   return std::clamp(count, 1, kMaxThreads);
 }
+
+Team::Team(int wanted, int64_t items, double flops) {
+  const double worthwhile = std::min(static_cast<double>(items), flops / kFlopsWorthAThread);
+  const int useful = worthwhile < 2 || fork_handler != 0 || in_forked_child.load(std::memory_order_relaxed)
+                         ? 1
+                         : static_cast<int>(std::min<double>(wanted, worthwhile));
+  const int busy = busy_threads.fetch_add(useful, std::memory_order_relaxed);
+  size_ = std::clamp(wanted - busy, 1, useful);
+  busy_threads.fetch_sub(useful - size_, std::memory_order_relaxed);
+}
+
+Team::~Team() { busy_threads.fetch_sub(size_, std::memory_order_relaxed); }
 
 }  // namespace foveal

@@ -1,0 +1,104 @@
+#include "attention/heads.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "attention/element.h"
+
+namespace foveal {
+
+Sequence sequence_at(const AttentionProblem& p, int64_t b) {
+  Sequence s;
+  s.q_len = p.q_lens.present() ? load_integer(p.q_lens, b) : p.q.shape[2];
+  s.kv_len = p.kv_lens.present() ? load_integer(p.kv_lens, b) : p.k.shape[2];
+  const int64_t offset = p.q_offset.present() ? load_integer(p.q_offset, b) : s.kv_len - s.q_len;
+  s.q_offset = std::clamp(offset, -kPositionLimit / 2, kPositionLimit / 2);
+  return s;
+}
+
+Heads::Heads(const AttentionProblem& problem) : p_(problem) {
+  if (p_.k.shape[1] > 0) group_ = p_.q.shape[1] / p_.k.shape[1];
+  if (p_.alibi_slopes.present()) {
+    const TensorView& slopes = p_.alibi_slopes;
+    for (int64_t b = 0; b < p_.q.shape[0]; ++b)
+      for (int64_t h = 0; h < p_.q.shape[1]; ++h)
+        slopes_.push_back(load_element(slopes, b * slopes.stride[0] + h * slopes.stride[1]));
+  }
+  if (p_.sinks.present())
+    for (int64_t h = 0; h < p_.q.shape[1]; ++h) sinks_.push_back(load_element(p_.sinks, h * p_.sinks.stride[0]));
+}
+
+HeadTask Heads::task(int64_t b, int64_t kv_head) const {
+  const AttentionProblem& p = p_;
+  const Sequence s = sequence_at(p, b);
+  const int64_t q_head = kv_head * group_;
+  const auto at = [b](const TensorView& view, int64_t head) {
+    return address_of(view, b * view.stride[0] + head * view.stride[1]);
+  };
+  HeadTask h = {};
+  h.q = at(p.q, q_head);
+  h.q_stride_s = p.q.stride[2];
+  h.q_stride_g = p.q.stride[1];
+  h.q_stride_d = p.q.stride[3];
+  h.k = at(p.k, kv_head);
+  h.k_stride_s = p.k.stride[2];
+  h.k_stride_d = p.k.stride[3];
+  h.v = at(p.v, kv_head);
+  h.v_stride_s = p.v.stride[2];
+  h.v_stride_d = p.v.stride[3];
+  h.out = at(p.out, q_head);
+  h.out_stride_s = p.out.stride[2];
+  h.out_stride_g = p.out.stride[1];
+  h.out_stride_d = p.out.stride[3];
+  h.head_dim = p.q.shape[3];
+  h.value_dim = p.v.shape[3];
+  h.group = group_;
+  h.kv_len = s.kv_len;
+  h.q_offset = s.q_offset;
+  const auto limit = [](int64_t window) { return window < 0 ? kPositionLimit : std::min(window, kPositionLimit); };
+  h.window_left = limit(p.window_left);
+  h.window_right = p.causal ? 0 : limit(p.window_right);
+  h.scale = p.scale;
+  h.softcap = p.softcap;
+  if (!slopes_.empty()) h.slopes = slopes_.data() + b * p.q.shape[1] + q_head;
+  if (!sinks_.empty()) h.sinks = sinks_.data() + q_head;
+  if (p.mask.present()) {
+    h.mask = static_cast<const uint8_t*>(at(p.mask, q_head));
+    h.mask_stride_s = p.mask.stride[2];
+    h.mask_stride_g = p.mask.stride[1];
+    h.mask_stride_k = p.mask.stride[3];
+  }
+  if (p.bias.present()) {
+    h.bias = at(p.bias, q_head);
+    h.bias_dtype = p.bias.dtype;
+    h.bias_stride_s = p.bias.stride[2];
+    h.bias_stride_g = p.bias.stride[1];
+    h.bias_stride_k = p.bias.stride[3];
+  }
+  if (p.weights.present()) {
+    h.weights = at(p.weights, q_head);
+    h.weights_stride_s = p.weights.stride[2];
+    h.weights_stride_g = p.weights.stride[1];
+    h.weights_stride_k = p.weights.stride[3];
+  }
+  return h;
+}
+
+void* address_of(const TensorView& view, int64_t elements) {
+  return view.data == nullptr ? nullptr : static_cast<std::byte*>(view.data) + elements * itemsize(view.dtype);
+}
+
+void fill_zero(const TensorView& view, int64_t b, int64_t h, int64_t begin, int64_t end) {
+  if (!view.present()) return;
+  const auto size = static_cast<size_t>(itemsize(view.dtype));
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = b * view.stride[0] + h * view.stride[1] + i * view.stride[2];
+    if (view.stride[3] == 1) {
+      std::memset(address_of(view, row), 0, static_cast<size_t>(view.shape[3]) * size);
+    } else {
+      for (int64_t c = 0; c < view.shape[3]; ++c) std::memset(address_of(view, row + c * view.stride[3]), 0, size);
+    }
+  }
+}
+
+}  // namespace foveal
