@@ -89,7 +89,7 @@ void* address_of(const TensorView& view, int64_t elements) {
 }
 
 void fill_zero(const TensorView& view, int64_t b, int64_t h, int64_t begin, int64_t end) {
-  if (!view.present()) return;
+  if (!view.present() || view.data == nullptr) return;
   const auto size = static_cast<size_t>(itemsize(view.dtype));
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = b * view.stride[0] + h * view.stride[1] + i * view.stride[2];

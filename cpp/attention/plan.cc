@@ -17,6 +17,8 @@ constexpr int64_t kItemsEnough = 32;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+}  // namespace
+
 const RowKernels& kernels_for(const KernelTable& table, DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
@@ -29,8 +31,6 @@ const RowKernels& kernels_for(const KernelTable& table, DType dtype) {
       return table.float32;
   }
 }
-
-}  // namespace
 
 Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
   Plan plan;

@@ -47,6 +47,8 @@ struct WorkItem {
   int64_t group_partial_row;  // first row of part 0
 };
 
+const RowKernels& kernels_for(const KernelTable& table, DType dtype);
+
 Plan make_plan(const AttentionProblem& problem, const KernelTable& table);
 
 WorkItem item_at(const Plan& plan, int64_t index);

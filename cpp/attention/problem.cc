@@ -56,7 +56,58 @@ class Canonicalizer {
     p_.layout = Layout::kBhsd;
   }
 
+  void run(AttentionGradients& g) {
+    run();
+    const DType accumulator = p_.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    if (!p_.out.present()) reject_value("out is absent, expected the output of the forward pass");
+    if (!p_.lse.present()) reject_value("lse is absent, expected that of the forward pass");
+    rewrite_gradient("dout", g.dout, p_.out);
+    rewrite_gradient("dq", g.dq, p_.q);
+    rewrite_gradient("dk", g.dk, p_.k);
+    rewrite_gradient("dv", g.dv, p_.v);
+    require_no_overlap("dq", g.dq);
+    require_no_overlap("dk", g.dk);
+    require_no_overlap("dv", g.dv);
+    if (g.dlse.present()) {
+      check_gradient("dlse", g.dlse, accumulator);
+      rewrite_lse("dlse", g.dlse);
+    }
+    if (g.dbias.present()) {
+      check_gradient("dbias", g.dbias, accumulator);
+      require_no_overlap("dbias", g.dbias);
+      broadcast_to_scores("dbias", g.dbias);
+    }
+    if (g.dsinks.present()) {
+      check_gradient("dsinks", g.dsinks, accumulator);
+      if (!p_.sinks.present()) reject_value("dsinks is given without sinks");
+      if (g.dsinks.rank != 1 || g.dsinks.shape[0] != scores_[1])
+        reject_shape("dsinks", g.dsinks, "(Hq,) = " + text_of(scores_ + 1, 1));
+    }
+  }
+
  private:
+  void check_gradient(const char* name, const TensorView& view, DType dtype) const {
+    if (!view.present()) reject_value(std::string(name) + " is absent");
+    if (view.dtype != dtype) reject_dtype(name, view.dtype, name_of(dtype));
+    check_memory(name, view);
+  }
+
+  void rewrite_gradient(const char* name, TensorView& view, const TensorView& like) const {
+    check_gradient(name, view, p_.q.dtype);
+    require_rank(name, view, rank_);
+    const TensorView caller = view;
+    view = canonical_view(view, layout_);
+    if (!std::equal(like.shape, like.shape + 4, view.shape)) {
+      reject_shape(name, caller, text_of(like.shape, 4) + " in the order (B, H, S, D)");
+    }
+  }
+
+  static void require_no_overlap(const char* output, const TensorView& written) {
+    if (may_overlap_itself(written)) {
+      reject_value(std::string(output) + " has elements that share memory, expected an array without overlap");
+    }
+  }
+
   void check_dtypes() const {
     const auto require_floating = [](const char* name, const TensorView& view, const char* hint = "") {
       if (!view.present() || is_floating(view.dtype)) return;
@@ -270,18 +321,7 @@ class Canonicalizer {
       require_extent("out", p_.out, kDim, "value head_dim", p_.v.shape[kDim], "v");
     }
     // lse and weights keep the order (B, Hq, Sq, ...) in every layout, and drop the axes that q drops.
-    if (p_.lse.present() && p_.lse.rank != 3) {
-      require_rank("lse", p_.lse, rank_ - 1);
-      TensorView columns = p_.lse;  // as (..., Sq, 1)
-      columns.rank = rank_;
-      columns.shape[rank_ - 1] = 1;
-      columns.stride[rank_ - 1] = 0;
-      p_.lse = canonical_view(columns, Layout::kBhsd);
-      p_.lse.rank = 3;
-    }
-    if (p_.lse.present() && !std::equal(scores_, scores_ + 3, p_.lse.shape)) {
-      reject_shape("lse", p_.lse, "(B, Hq, Sq) = " + text_of(scores_, 3));
-    }
+    if (p_.lse.present()) rewrite_lse("lse", p_.lse);
     if (p_.weights.present()) {
       require_rank("weights", p_.weights, rank_);
       p_.weights = canonical_view(p_.weights, Layout::kBhsd);
@@ -294,11 +334,22 @@ class Canonicalizer {
     require_own_memory("weights", p_.weights);
   }
 
+  void rewrite_lse(const char* name, TensorView& lse) const {
+    if (lse.rank != 3) {
+      require_rank(name, lse, rank_ - 1);
+      TensorView columns = lse;  // as (..., Sq, 1)
+      columns.rank = rank_;
+      columns.shape[rank_ - 1] = 1;
+      columns.stride[rank_ - 1] = 0;
+      lse = canonical_view(columns, Layout::kBhsd);
+      lse.rank = 3;
+    }
+    if (!std::equal(scores_, scores_ + 3, lse.shape)) reject_shape(name, lse, "(B, Hq, Sq) = " + text_of(scores_, 3));
+  }
+
   void require_own_memory(const char* output, const TensorView& written) const {
     if (!written.present()) return;
-    if (may_overlap_itself(written)) {
-      reject_value(std::string(output) + " has elements that share memory, expected an array without overlap");
-    }
+    require_no_overlap(output, written);
     for_each_array([&](const char* name, const TensorView& view) {
       if (&view == &written || !may_overlap(written, view)) return;
       reject_value(std::string(output) + " shares memory with " + name + ", expected a separate array");
@@ -357,15 +408,26 @@ TensorView canonical_view(const TensorView& view, Layout layout) {
   return canonical;
 }
 
-Status canonicalize(AttentionProblem& problem) {
+namespace {
+
+template <class... Gradients>
+Status canonicalize_all(AttentionProblem& problem, Gradients&... gradients) {
   try {
-    Canonicalizer(problem).run();
+    Canonicalizer(problem).run(gradients...);
     return {};
   } catch (Rejection& rejection) {
     return {rejection.kind, std::move(rejection.text)};
   } catch (const std::bad_alloc&) {
     return {ErrorKind::kMemory, "attention: out of memory"};
   }
+}
+
+}  // namespace
+
+Status canonicalize(AttentionProblem& problem) { return canonicalize_all(problem); }
+
+Status canonicalize(AttentionProblem& problem, AttentionGradients& gradients) {
+  return canonicalize_all(problem, gradients);
 }
 
 }  // namespace foveal

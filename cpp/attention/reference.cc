@@ -32,6 +32,8 @@ int64_t offset_of(const TensorView& view, int64_t i0, int64_t i1 = 0, int64_t i2
 struct Row {
   int64_t b, h, kv_head, i;
   int64_t position;  // of the query among the keys: q_offset + i
+  int64_t kv_len;
+  bool inside;  // i < q_len
 };
 
 bool sees(const AttentionProblem& p, const Row& row, int64_t j) {
@@ -41,14 +43,17 @@ bool sees(const AttentionProblem& p, const Row& row, int64_t j) {
   return !p.mask.present() || static_cast<const uint8_t*>(p.mask.data)[offset_of(p.mask, row.b, row.h, row.i, j)] != 0;
 }
 
-double score(const AttentionProblem& p, const Row& row, int64_t j) {
+// `slope`, where given: d score / d (scale * q.k).
+double score(const AttentionProblem& p, const Row& row, int64_t j, double* slope = nullptr) {
   double dot = 0.0;
   for (int64_t d = 0; d < p.q.shape[3]; ++d) {
     dot += load_element(p.q, offset_of(p.q, row.b, row.h, row.i, d)) *
            load_element(p.k, offset_of(p.k, row.b, row.kv_head, j, d));
   }
   double s = p.scale * dot;
-  if (p.softcap > 0.0) s = p.softcap * std::tanh(s / p.softcap);
+  const double t = p.softcap > 0.0 ? std::tanh(s / p.softcap) : 0.0;
+  if (p.softcap > 0.0) s = p.softcap * t;
+  if (slope != nullptr) *slope = 1.0 - t * t;
   if (p.alibi_slopes.present()) {
     const double slope = load_element(p.alibi_slopes, offset_of(p.alibi_slopes, row.b, row.h));
     s -= slope * static_cast<double>(std::abs(row.position - j));
@@ -98,25 +103,105 @@ void clear(const AttentionProblem& p, const Row& row) {
   }
 }
 
+void add(const TensorView& view, int64_t offset, double value) {
+  store_element(view, offset, load_element(view, offset) + value);
+}
+
+// What one query row adds to the gradients. With p_j = exp(s_j - lse), dp_j = dout.v_j and dlse the gradient of lse,
+//
+//   ds_j = p_j (dp_j - sum_i p_i dp_i + dlse)
+//
+// is the gradient of score j, and of bias j; the sink is a score whose dp is 0.
+void differentiate(const AttentionProblem& p, const AttentionGradients& g, const Row& row) {
+  const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
+  const double dlse = g.dlse.present() ? load_element(g.dlse, offset_of(g.dlse, row.b, row.h, row.i)) : 0.0;
+  struct Key {
+    int64_t j;
+    double score, slope, p, dp;
+  };
+  std::vector<Key> keys;
+  double max = sink;
+  for (int64_t j = 0; j < row.kv_len; ++j) {
+    if (!sees(p, row, j)) continue;
+    Key key = {j, 0, 0, 0, 0};
+    key.score = score(p, row, j, &key.slope);
+    if (key.score == -kInfinity) continue;
+    if (key.score > max || std::isnan(key.score)) max = key.score;
+    keys.push_back(key);
+  }
+  double sum = sink == -kInfinity ? 0.0 : std::exp(sink - max);
+  for (const Key& key : keys) sum += std::exp(key.score - max);
+  double delta = -dlse;
+  for (Key& key : keys) {
+    key.p = std::exp(key.score - max) / sum;
+    for (int64_t d = 0; d < p.v.shape[3]; ++d) {
+      key.dp += load_element(g.dout, offset_of(g.dout, row.b, row.h, row.i, d)) *
+                load_element(p.v, offset_of(p.v, row.b, row.kv_head, key.j, d));
+    }
+    delta += key.p * key.dp;
+  }
+  for (const Key& key : keys) {
+    for (int64_t d = 0; d < p.v.shape[3]; ++d) {
+      add(g.dv, offset_of(g.dv, row.b, row.kv_head, key.j, d),
+          key.p * load_element(g.dout, offset_of(g.dout, row.b, row.h, row.i, d)));
+    }
+    const double ds = key.p * (key.dp - delta);
+    if (g.dbias.present()) add(g.dbias, offset_of(g.dbias, row.b, row.h, row.i, key.j), ds);
+    for (int64_t d = 0; d < p.q.shape[3]; ++d) {
+      const int64_t q = offset_of(p.q, row.b, row.h, row.i, d), k = offset_of(p.k, row.b, row.kv_head, key.j, d);
+      add(g.dq, offset_of(g.dq, row.b, row.h, row.i, d), p.scale * ds * key.slope * load_element(p.k, k));
+      add(g.dk, offset_of(g.dk, row.b, row.kv_head, key.j, d), p.scale * ds * key.slope * load_element(p.q, q));
+    }
+  }
+  if (g.dsinks.present() && sink != -kInfinity) {
+    add(g.dsinks, offset_of(g.dsinks, row.h), -std::exp(sink - max) / sum * delta);
+  }
+}
+
+void fill(const TensorView& view, double value) {
+  if (!view.present()) return;
+  const auto extent = [&](int axis) { return axis < view.rank ? view.shape[axis] : 1; };
+  for (int64_t i0 = 0; i0 < extent(0); ++i0)
+    for (int64_t i1 = 0; i1 < extent(1); ++i1)
+      for (int64_t i2 = 0; i2 < extent(2); ++i2)
+        for (int64_t i3 = 0; i3 < extent(3); ++i3) store_element(view, offset_of(view, i0, i1, i2, i3), value);
+}
+
+// visit(row) for every query row of the problem, rows past q_len too.
+template <class Visit>
+void for_each_row(const AttentionProblem& p, Visit visit) {
+  const int64_t num_heads = p.q.shape[1], num_kv_heads = p.k.shape[1];
+  for (int64_t b = 0; b < p.q.shape[0]; ++b) {
+    const int64_t q_len = p.q_lens.present() ? load_integer(p.q_lens, b) : p.q.shape[2];
+    const int64_t kv_len = p.kv_lens.present() ? load_integer(p.kv_lens, b) : p.k.shape[2];
+    const int64_t q_offset = p.q_offset.present() ? load_integer(p.q_offset, b) : kv_len - q_len;
+    for (int64_t h = 0; h < num_heads; ++h)
+      for (int64_t i = 0; i < p.q.shape[2]; ++i)
+        visit(Row{b, h, h / (num_heads / num_kv_heads), i, q_offset + i, kv_len, i < q_len});
+  }
+}
+
 }  // namespace
 
 Status attention_reference(const AttentionProblem& problem) try {
   const AttentionProblem& p = problem;
-  const int64_t batch = p.q.shape[0], num_heads = p.q.shape[1], seqlen_q = p.q.shape[2];
-  const int64_t num_kv_heads = p.k.shape[1], seqlen_kv = p.k.shape[2];
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t q_len = p.q_lens.present() ? load_integer(p.q_lens, b) : seqlen_q;
-    const int64_t kv_len = p.kv_lens.present() ? load_integer(p.kv_lens, b) : seqlen_kv;
-    const int64_t q_offset = p.q_offset.present() ? load_integer(p.q_offset, b) : kv_len - q_len;
-    std::vector<double> scores(static_cast<size_t>(kv_len));
-    for (int64_t h = 0; h < num_heads; ++h) {
-      for (int64_t i = 0; i < seqlen_q; ++i) {
-        const Row row{b, h, h / (num_heads / num_kv_heads), i, q_offset + i};
-        clear(p, row);
-        if (i < q_len) attend(p, row, scores);
-      }
-    }
-  }
+  std::vector<double> scores;
+  for_each_row(p, [&](const Row& row) {
+    clear(p, row);
+    scores.resize(static_cast<size_t>(row.kv_len));
+    if (row.inside) attend(p, row, scores);
+  });
+  return {};
+} catch (const std::bad_alloc&) {
+  return {ErrorKind::kMemory, "attention: out of memory"};
+}
+
+Status attention_backward_reference(const AttentionProblem& problem, const AttentionGradients& gradients) try {
+  const AttentionGradients& g = gradients;
+  for (const TensorView* view : {&g.dq, &g.dk, &g.dv, &g.dbias, &g.dsinks}) fill(*view, 0.0);
+  for_each_row(problem, [&](const Row& row) {
+    if (row.inside) differentiate(problem, g, row);
+  });
   return {};
 } catch (const std::bad_alloc&) {
   return {ErrorKind::kMemory, "attention: out of memory"};

@@ -16,12 +16,6 @@
 namespace foveal {
 namespace {
 
-constexpr int kRowVectors = 3;
-constexpr int kTileStep = kVectorRegisters >= 32 ? 8 : 4;  // keys (or value columns) a register tile holds at once
-
-template <class V>
-constexpr int64_t kTileRows = int64_t{kRowVectors} * V::kLanes;
-
 // One register tile of rows in scratch. `rows` may be fewer than the vectors hold; the lanes beyond compute on zeros.
 template <class V>
 struct Tile {
@@ -30,113 +24,6 @@ struct Tile {
   bool untouched;  // no key block yet: ot is undefined and counts as 0
   typename V::T *qt, *ot, *max, *sum;
 };
-
-// ---- scores
-// ------------------------------------------------------------------------------------------------------------------
-
-template <class V, class Dot, int NK, int NV>
-FOVEAL_INLINE void score_step(const typename V::T* qt, int64_t head_dim, V scale, const typename Dot::Key* k,
-                              int64_t k_stride, typename V::T* s, V (&highest)[NV]) {
-  V acc[NK][NV];
-#pragma GCC unroll 8
-  for (int n = 0; n < NK; ++n)
-#pragma GCC unroll 4
-    for (int r = 0; r < NV; ++r) acc[n][r] = zero<V>();
-  const auto add = [&](int64_t step, const auto& key_at) __attribute__((always_inline)) {
-    V q[NV];
-#pragma GCC unroll 4
-    for (int r = 0; r < NV; ++r) q[r] = load(qt + (step * NV + r) * V::kLanes);
-#pragma GCC unroll 8
-    for (int n = 0; n < NK; ++n) {
-      const V kb = key_at(k + n * k_stride);
-#pragma GCC unroll 4
-      for (int r = 0; r < NV; ++r) acc[n][r] = Dot::multiply_add(kb, q[r], acc[n][r]);
-    }
-  };
-  const int64_t steps = head_dim / Dot::kStep;
-  for (int64_t step = 0; step < steps; ++step)
-    add(step,
-        [step](const auto* row) __attribute__((always_inline)) { return Dot::broadcast_key(row + step * Dot::kStep); });
-  if (steps * Dot::kStep < head_dim)
-    add(steps, [head_dim](const auto* row)
-                   __attribute__((always_inline)) { return Dot::broadcast_last_key(row + head_dim - 1); });
-#pragma GCC unroll 8
-  for (int n = 0; n < NK; ++n)
-#pragma GCC unroll 4
-    for (int r = 0; r < NV; ++r) {
-      const V score = Dot::finish(acc[n][r], scale);
-      highest[r] = max(highest[r], score);
-      store(s + (n * NV + r) * V::kLanes, score);
-    }
-}
-
-// s[n][rows] = k[n] . q * scale; the largest score of each row goes to `highest`.
-template <class V, class Dot, int NV>
-static void scores(const typename V::T* qt, int64_t head_dim, V scale, const typename Dot::Key* k, int64_t k_stride,
-                   int64_t n, typename V::T* s, V (&highest)[NV]) {
-  constexpr int64_t step = int64_t{NV} * V::kLanes;
-  for (int r = 0; r < NV; ++r) highest[r] = negative_infinity<V>();
-  int64_t j = 0;
-  for (; j + kTileStep <= n; j += kTileStep)
-    score_step<V, Dot, kTileStep, NV>(qt, head_dim, scale, k + j * k_stride, k_stride, s + j * step, highest);
-  for (; j < n; ++j) score_step<V, Dot, 1, NV>(qt, head_dim, scale, k + j * k_stride, k_stride, s + j * step, highest);
-}
-
-// ---- weighted values
-// -----------------------------------------------------------------------------------------------------------
-
-template <class V, int NC, int NV, bool kFirst>
-FOVEAL_INLINE void value_step(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride,
-                              typename V::T* ot, const V (&rescale)[NV]) {
-  V acc[NC][NV];
-#pragma GCC unroll 8
-  for (int c = 0; c < NC; ++c)
-#pragma GCC unroll 4
-    for (int r = 0; r < NV; ++r) acc[c][r] = kFirst ? zero<V>() : load(ot + (c * NV + r) * V::kLanes) * rescale[r];
-  for (int64_t j = 0; j < n; ++j) {
-    V w[NV];
-#pragma GCC unroll 4
-    for (int r = 0; r < NV; ++r) w[r] = load(p + (j * NV + r) * V::kLanes);
-#pragma GCC unroll 8
-    for (int c = 0; c < NC; ++c) {
-      const V vb = broadcast<V>(v[j * v_stride + c]);
-#pragma GCC unroll 4
-      for (int r = 0; r < NV; ++r) acc[c][r] = fma(vb, w[r], acc[c][r]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int c = 0; c < NC; ++c)
-#pragma GCC unroll 4
-    for (int r = 0; r < NV; ++r) store(ot + (c * NV + r) * V::kLanes, acc[c][r]);
-}
-
-template <class V, int NV, bool kFirst>
-static void add_values(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride, int64_t value_dim,
-                       typename V::T* ot, const V (&rescale)[NV]) {
-  constexpr int64_t step = int64_t{NV} * V::kLanes;
-  int64_t c = 0;
-  for (; c + kTileStep <= value_dim; c += kTileStep)
-    value_step<V, kTileStep, NV, kFirst>(p, n, v + c, v_stride, ot + c * step, rescale);
-  for (; c < value_dim; ++c) value_step<V, 1, NV, kFirst>(p, n, v + c, v_stride, ot + c * step, rescale);
-}
-
-// For the rare block where some row must not see a key whose value is inf or NaN: masked weights carry a sign bit, and
-// their products are dropped instead of added as 0 * v.
-template <class V, int NV>
-static void add_values_guarded(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride,
-                               int64_t value_dim, typename V::T* ot, const V (&rescale)[NV], bool first) {
-  constexpr int64_t step = int64_t{NV} * V::kLanes;
-  for (int64_t c = 0; c < value_dim; ++c)
-    for (int r = 0; r < NV; ++r) {
-      typename V::T* o = ot + c * step + r * V::kLanes;
-      V acc = first ? zero<V>() : load(o) * rescale[r];
-      for (int64_t j = 0; j < n; ++j) {
-        const V w = load(p + (j * NV + r) * V::kLanes);
-        acc = select(sign_mask(w), acc, fma(broadcast<V>(v[j * v_stride + c]), w, acc));
-      }
-      store(o, acc);
-    }
-}
 
 // ---- online softmax
 // --------------------------------------------------------------------------------------------------------------
@@ -202,7 +89,14 @@ static Visibility block_scores(const HeadTask& h, const Tile<V>& tile,
   uint64_t bits[kKeyBlock];
   const Visibility seen = visible_bits(h, tile.row_begin, tile.rows, block.begin, n, bits);
   if (seen == Visibility::kNone) return seen;
-  scores<V, Dot, NV>(tile.qt, h.head_dim, score_scale<V>(h), block.k, block.k_stride, n, s, highest);
+  const V scale = score_scale<V>(h);
+  for (int r = 0; r < NV; ++r) highest[r] = negative_infinity<V>();
+  key_products<V, Dot, NV>(tile.qt, h.head_dim, block.k, block.k_stride, n,
+                           [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
+                             const V score = Dot::finish(dot, scale);
+                             highest[r] = max(highest[r], score);
+                             store(s + (j * NV + r) * V::kLanes, score);
+                           });
   const bool changed = h.softcap > 0 || h.slopes != nullptr || h.bias != nullptr || seen == Visibility::kPartial;
   if (!changed) return seen;
   if (h.softcap > 0) apply_softcap<V, NV>(s, n, h.softcap);
@@ -225,7 +119,8 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
   const bool guarded = seen == Visibility::kPartial && !all_finite<V>(block.v, block.v_stride, n, h.value_dim);
   softmax_step<V, NV>(tile, s, n, highest, rescale, guarded);
   if (guarded)
-    add_values_guarded<V, NV>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale, tile.untouched);
+    add_values_guarded<V, NV>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale, tile.untouched,
+                              [s](int64_t j, int r) { return sign_mask(load(s + (j * NV + r) * V::kLanes)); });
   else if (tile.untouched)
     add_values<V, NV, true>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale);
   else
@@ -236,21 +131,12 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
 // ---- entry and exit of a tile
 // --------------------------------------------------------------------------------------------------------
 
-// Pointers to the rows of one vector of a tile in an array with one axis for queries and one for the heads of the
-// group; null past the tile's last row. Counts along instead of dividing row by row.
+// Pointers to the rows of vector r of a tile.
 template <class V, class P>
 FOVEAL_INLINE void row_pointers(const HeadTask& h, const Tile<V>& tile, int r, P* base, int64_t stride_s,
                                 int64_t stride_g, P* (&pointers)[V::kLanes]) {
-  const int64_t first = tile.row_begin + r * V::kLanes;
-  int64_t i = first / h.group, g = first - i * h.group;
-  const int64_t rows = tile.rows - r * V::kLanes;
-  for (int lane = 0; lane < V::kLanes; ++lane) {
-    pointers[lane] = lane < rows ? base + i * stride_s + g * stride_g : nullptr;
-    if (++g == h.group) {
-      g = 0;
-      ++i;
-    }
-  }
+  const int64_t done = int64_t{r} * V::kLanes;
+  row_pointers<V>(h.group, tile.row_begin + done, tile.rows - done, base, stride_s, stride_g, pointers);
 }
 
 template <class V, class S, class Dot>
@@ -261,47 +147,12 @@ static void begin_tile(const RowTask& task, Tile<V>& tile) {
   for (int r = 0; r < tile.vectors; ++r) {
     const S* q[V::kLanes];
     row_pointers(h, tile, r, static_cast<const S*>(h.q), h.q_stride_s, h.q_stride_g, q);
-    const int64_t steps = (h.head_dim + Dot::kStep - 1) / Dot::kStep;
-    for (int64_t step = 0; step < steps; step += V::kLanes) {
-      const int64_t d = step * Dot::kStep;
-      V block[V::kLanes];
-      for (int lane = 0; lane < V::kLanes; ++lane)
-        block[lane] = q[lane] == nullptr
-                          ? zero<V>()
-                          : Dot::load_query(q[lane] + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, scale);
-      transpose(block);
-      for (int64_t c = 0; c < min64(V::kLanes, steps - step); ++c)
-        store(tile.qt + (step + c) * width + r * V::kLanes, block[c]);
-    }
+    load_transposed<V, S, Dot>(q, h.q_stride_d, h.head_dim, scale, tile.qt + r * V::kLanes, width);
     for (int lane = 0; lane < V::kLanes; ++lane)
       begin_row(h, tile.row_begin + r * V::kLanes + lane, task.partial == nullptr, tile.max + r * V::kLanes + lane,
                 tile.sum + r * V::kLanes + lane);
   }
   tile.untouched = true;
-}
-
-// Columns [c, c + n) of one vector of rows, times `factor`, to a row-major array.
-template <class V, class P>
-FOVEAL_INLINE void write_columns(const typename V::T* ot, int64_t width, int64_t n, V factor,
-                                 P* const (&rows)[V::kLanes], int64_t c, int64_t stride_d) {
-  V block[V::kLanes];
-  for (int lane = 0; lane < V::kLanes; ++lane) block[lane] = lane < n ? load(ot + lane * width) * factor : zero<V>();
-  transpose(block);
-  for (int lane = 0; lane < V::kLanes && rows[lane] != nullptr; ++lane)
-    narrow_strided(rows[lane] + c * stride_d, stride_d, block[lane], n);
-}
-
-template <class V, class P>
-static void write_rows(const HeadTask& h, const Tile<V>& tile, int r, V factor, P* const (&rows)[V::kLanes],
-                       int64_t stride_d) {
-  const int64_t width = int64_t{tile.vectors} * V::kLanes;
-  const typename V::T* ot = tile.ot + r * V::kLanes;
-  int64_t c = 0;
-  if (stride_d == 1)  // the usual case, with everything that it fixes known to the compiler
-    for (; c + V::kLanes <= h.value_dim; c += V::kLanes)
-      write_columns(ot + c * width, width, V::kLanes, factor, rows, c, 1);
-  for (; c < h.value_dim; c += V::kLanes)
-    write_columns(ot + c * width, width, min64(V::kLanes, h.value_dim - c), factor, rows, c, stride_d);
 }
 
 template <class V, class S>
@@ -310,7 +161,9 @@ static void finish_tile(const RowTask& task, const Tile<V>& tile) {
   const HeadTask& h = *task.head;
   if (tile.untouched)
     for (int64_t x = 0; x < h.value_dim * tile.vectors * V::kLanes; x += V::kLanes) store(tile.ot + x, zero<V>());
+  const int64_t width = int64_t{tile.vectors} * V::kLanes;
   for (int r = 0; r < tile.vectors; ++r) {
+    const T* ot = tile.ot + r * V::kLanes;
     if (task.partial != nullptr) {
       T* rows[V::kLanes];
       for (int lane = 0; lane < V::kLanes; ++lane) {
@@ -319,11 +172,11 @@ static void finish_tile(const RowTask& task, const Tile<V>& tile) {
                          ? static_cast<T*>(task.partial) + (tile.row_begin - task.row_begin + row) * h.value_dim
                          : nullptr;
       }
-      write_rows(h, tile, r, broadcast<V>(1), rows, 1);
+      write_transposed(ot, width, h.value_dim, broadcast<V>(1), rows, 1);
     } else {
       S* rows[V::kLanes];
       row_pointers(h, tile, r, static_cast<S*>(h.out), h.out_stride_s, h.out_stride_g, rows);
-      write_rows(h, tile, r, inverse_or_zero(load(tile.sum + r * V::kLanes)), rows, h.out_stride_d);
+      write_transposed(ot, width, h.value_dim, inverse_or_zero(load(tile.sum + r * V::kLanes)), rows, h.out_stride_d);
     }
   }
   for (int64_t x = 0; x < tile.rows; ++x) {

@@ -29,10 +29,13 @@
 #include "attention/softmax.inl.h"
 #include "attention/dot.inl.h"
 #include "attention/score_policy.inl.h"
+#include "attention/products.inl.h"
+#include "attention/rows.inl.h"
 #include "attention/tile_forward.inl.h"
 #include "attention/value_pairs.inl.h"
 #include "attention/tile_decode.inl.h"
 #include "attention/merge.inl.h"
+#include "attention/tile_backward.inl.h"
 // clang-format on
 
 #define FOVEAL_CONCAT_(a, b) a##b
@@ -49,7 +52,12 @@ constexpr RowKernels kRowKernels = {kTileRows<V>,
                                     forward<V, S>,
                                     decode_scratch_nbytes<V>,
                                     decode<V, S>,
-                                    merge<V, S>};
+                                    merge<V, S>,
+                                    backward_scratch_nbytes<V>,
+                                    key_sums_width<V>,
+                                    backward_delta<V, S>,
+                                    backward<V, S>,
+                                    backward_keys<V, S>};
 
 }  // namespace
 

@@ -60,6 +60,36 @@ struct RowTask {
   void* scratch;  // scratch_nbytes(), 64-byte aligned
 };
 
+// What the backward pass adds to a head. Rows that are numbered, not strided, are in the order of `row`; T is the
+// accumulator type.
+struct GradientHead {
+  const HeadTask* head;
+  const void* dout;  // (Sq, group, Dv), q's dtype
+  int64_t dout_stride_s, dout_stride_g, dout_stride_d;
+  void* lse;    // T, one a row: the log-sum-exp in base 2, 0 for a row that sees nothing
+  void* delta;  // T, one a row: dout . out, less the gradient of the lse
+  void* dq;     // (Sq, group, D), q's dtype
+  int64_t dq_stride_s, dq_stride_g, dq_stride_d;
+  void* dk;  // (Skv, D), q's dtype
+  int64_t dk_stride_s, dk_stride_d;
+  void* dv;  // (Skv, Dv), q's dtype
+  int64_t dv_stride_s, dv_stride_d;
+  void* dbias;  // T, null: not asked for; (Sq, group, Skv), added to; stride 0: an axis that is summed
+  int64_t dbias_stride_s, dbias_stride_g, dbias_stride_k;
+};
+
+// Rows [row_begin, row_end) of a head against the keys [key_begin, key_end).
+struct GradientTask {
+  const GradientHead* grads;
+  int64_t row_begin, row_end;
+  int64_t key_begin, key_end;
+  // T: the sums of dq of these rows, transposed tile by tile. They start from 0 when `first` and become dq when `last`.
+  void* dq_sums;  // rows_per_tile * head_dim for each tile
+  bool first, last;
+  void* key_sums;  // T: key_sums_width() for each key from key_begin on, added to
+  void* scratch;   // backward_scratch_nbytes(), 64-byte aligned
+};
+
 struct RowKernels {
   int64_t rows_per_tile;  // the rows that one register tile covers
   int64_t decode_rows;    // up to so many rows of a head, `decode` is the faster
@@ -72,6 +102,14 @@ struct RowKernels {
   // Joins `parts` partial results of the same rows, in their order, writes the finished rows to head.out and the joined
   // state to row_max and row_sum (which hold parts * rows values on entry, rows on return).
   void (*merge)(const RowTask&, int64_t parts);
+
+  // The backward pass: delta of the rows, from `out` and `dout`; then, for ascending blocks of rows, their share of all
+  // sums; then dk and dv of the keys.
+  int64_t (*backward_scratch_nbytes)(const HeadTask&, int64_t rows);
+  int64_t (*key_sums_width)(const HeadTask&);
+  void (*backward_delta)(const GradientTask&);
+  void (*backward)(const GradientTask&);
+  void (*backward_keys)(const GradientTask&);
 };
 
 struct KernelTable {

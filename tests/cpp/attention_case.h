@@ -350,8 +350,11 @@ class ErrorBound {
   double weights(double x) const { return weight_ * x * (1 + rounding_) + rounding_ * x + smallest_; }
   double lse(double x) const { return lse_ + 4 * unit_ * std::fabs(x); }
 
- private:
-  static constexpr double kLambda = 4;
+  double weight() const { return weight_; }  // relative, of a weight
+  double unit() const { return unit_; }
+  double sum(double terms) const { return unit_ * (kLambda * std::sqrt(terms) + 8); }  // relative to the magnitudes
+  double rounding(double x) const { return rounding_ * std::fabs(x) + smallest_; }     // to the result's dtype
+  double rounding() const { return rounding_; }
 
   static double longest_row(const Array& array, int64_t width) {
     double longest = 0, square = 0;
@@ -366,6 +369,8 @@ class ErrorBound {
     });
     return std::sqrt(longest);
   }
+
+  static constexpr double kLambda = 4;
 
   double unit_, lse_, weight_, value_, rounding_, weight_rounding_, smallest_;
 };

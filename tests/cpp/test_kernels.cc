@@ -14,8 +14,8 @@
 #endif
 
 #include "attention_case.h"
+#include "attention_check.h"
 #include "check.h"
-#include "isa/detect.h"
 #include "isa/kernel_table.h"
 
 namespace {
@@ -24,19 +24,8 @@ using namespace foveal_test;
 using foveal::KernelTable;
 using foveal::Status;
 
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
-
 // Where the kernels change course: the key block (softmax.inl.h) and the splits of long key ranges (plan.cc).
 constexpr int64_t kKeyBlock = 128, kDecodePart = 1024, kForwardPart = 2048;
-
-const std::vector<const KernelTable*>& tables() {
-  static const std::vector<const KernelTable*> found = [] {
-    std::vector<const KernelTable*> all;
-    for (const std::string& name : foveal::available_isas()) all.push_back(foveal::find_table(name));
-    return all;
-  }();
-  return found;
-}
 
 const foveal::RowKernels& kernels(const KernelTable& table, DType dtype) {
   switch (dtype) {
@@ -84,30 +73,6 @@ void compute(Problem& problem, const KernelTable& table, int threads = 1) {
   ++cases_run;
 }
 
-template <class Bound>
-void compare(const std::string& where, const Array& found, const Array& expected, Bound bound) {
-  std::vector<double> truth;
-  expected.for_each([&](int64_t at) { truth.push_back(foveal::load_element(expected.view, at)); });
-  size_t x = 0, wrong = 0, worst = 0;
-  double excess = 0, value = 0;
-  found.for_each([&](int64_t at) {
-    const double got = foveal::load_element(found.view, at), want = truth[x];
-    const bool same = got == want || (std::isnan(got) && std::isnan(want));
-    const double off = std::isfinite(want) ? std::fabs(got - want) - bound(want) : same ? 0 : kInfinity;
-    if (!(off <= 0)) {
-      if (wrong == 0 || off > excess) worst = x, excess = off, value = got;
-      ++wrong;
-    }
-    ++x;
-  });
-  if (wrong == 0) return;
-  std::ostringstream text;
-  text.precision(9);
-  text << where << ": " << wrong << " of " << x << " elements are off; element " << worst << " is " << value
-       << ", expected " << truth[worst] << " within " << bound(truth[worst]);
-  foveal_test::fail(__FILE__, __LINE__, text.str());
-}
-
 // Whether some batch element of the problem goes to a kernel that rounds its weights.
 bool rounds_weights(const Problem& problem, const KernelTable& table) {
   const Case& c = problem.asked;
@@ -146,15 +111,6 @@ void check(const Case& c) {
 }
 
 // ---- values ---------------------------------------------------------------------------------------------------------
-
-// x - 1, x, x + 1 for each x given.
-std::set<int64_t> around(std::initializer_list<int64_t> values) {
-  std::set<int64_t> result;
-  for (const int64_t x : values)
-    for (const int64_t delta : {-1, 0, 1})
-      if (x + delta >= 0) result.insert(x + delta);
-  return result;
-}
 
 // Row counts where some table changes its kernel or its tile.
 std::set<int64_t> row_counts(DType dtype) {
@@ -309,11 +265,6 @@ void test_storage() {
     }
 }
 
-template <class T>
-T pick(std::mt19937_64& random, std::initializer_list<T> choices) {
-  return choices.begin()[random() % choices.size()];
-}
-
 // Options in each other's company.
 void test_mixtures(int count) {
   std::mt19937_64 random(20);
@@ -438,10 +389,6 @@ void test_garbage_rows() {
 }
 
 // ---- the same bits --------------------------------------------------------------------------------------------------
-
-void expect_same(const Array& a, const Array& b, const std::string& what) {
-  if (a.contents() != b.contents()) foveal_test::fail(__FILE__, __LINE__, what + ": the bits differ");
-}
 
 Case varied(DType dtype, int64_t rows, int64_t keys, bool weights) {
   Case c = with_options(dtype, rows);

@@ -60,6 +60,19 @@ struct AttentionProblem {
 // "attention: k.shape[3] is 96, expected head_dim 128 (from q)".
 Status canonicalize(AttentionProblem& problem);
 
+// What the backward pass reads beside a problem whose `out` and `lse` are there, and what it fills. Like the problem as
+// the caller has it, and canonical after `canonicalize`.
+struct AttentionGradients {
+  TensorView dout;        // like out
+  TensorView dlse;        // optional, like lse
+  TensorView dq, dk, dv;  // like q, k, v
+  TensorView dbias;       // optional, accumulator dtype, broadcastable to (B,Hq,Sq,Skv): summed over axes of extent 1
+  TensorView dsinks;      // optional (Hq,), accumulator dtype
+};
+
+// The same for a problem and its gradients.
+Status canonicalize(AttentionProblem& problem, AttentionGradients& gradients);
+
 // The view of an array of the caller's rank and layout as (B,H,S,D); for outputs that a binding allocates after
 // `canonicalize` accepted the inputs.
 TensorView canonical_view(const TensorView& view, Layout layout);
@@ -77,8 +90,16 @@ struct ExecutionOptions {
 // any batch composition. kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true.
 Status attention_forward(const AttentionProblem& problem, const ExecutionOptions& options);
 
+// Fills gradients.dq, dk, dv (and dbias, dsinks when present) from dout and the out and lse of the forward pass. Memory
+// beyond them is O(S * D). Bitwise the same for any num_threads.
+Status attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients,
+                          const ExecutionOptions& options);
+
 // The plain three-pass oracle, accumulating in float64, one row at a time: the meaning of every option in its clearest
 // form.
 Status attention_reference(const AttentionProblem& problem);
+
+// The oracle of the gradients, from dout and the problem alone. The gradients are float64 whatever q's dtype is.
+Status attention_backward_reference(const AttentionProblem& problem, const AttentionGradients& gradients);
 
 }  // namespace foveal

@@ -1,0 +1,364 @@
+// Runs the backward pass: what every row needs first, then the sums of all gradients.
+//
+// An item of work is a range of keys of one head: it owns dk and dv there, which it sums over all rows, and adds to dq
+// block of rows by block of rows. Where a head has several ranges, they add to a block of dq in their order: range n
+// waits for range n - 1, which was handed out before it, so somebody always moves on. All sums run in the same order
+// however keys are cut, so the cut may follow the number of threads and the bits do not.
+//
+// dbias has one owner too: heads and batches that share a slice of it are one item, done one after the other.
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "attention/heads.h"
+#include "attention/plan.h"
+#include "attention/scratch.h"
+#include "attention/threads.h"
+#include "foveal/attention.h"
+#include "isa/detect.h"
+#include "isa/kernel_table.h"
+
+namespace foveal {
+namespace {
+
+constexpr auto kPollEvery = std::chrono::milliseconds(50);
+constexpr int64_t kRowsSharingKeys = 192;  // rows for which a key block is read once, as in the forward pass
+constexpr int64_t kKeysWorthAnItem = 256;
+constexpr int64_t kItemsAThread = 4;  // enough to share out evenly
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The keys that the rows [begin, end) may see, by position and length.
+Range visible_keys(const HeadTask& h, Range rows) {
+  const int64_t first = h.q_offset + rows.begin / h.group, last = h.q_offset + (rows.end - 1) / h.group;
+  const Range keys = {std::clamp<int64_t>(first - h.window_left, 0, h.kv_len),
+                      std::clamp<int64_t>(last + h.window_right + 1, 0, h.kv_len)};
+  return {keys.begin, std::max(keys.begin, keys.end)};
+}
+
+template <class T>
+class BackwardRun {
+ public:
+  BackwardRun(const AttentionProblem& p, const AttentionGradients& g, const RowKernels& kernels,
+              const ExecutionOptions& options)
+      : p_(p), g_(g), kernels_(kernels), options_(options), heads_(p) {}
+
+  Status operator()() {
+    for (int64_t b = 0; b < p_.q.shape[0]; ++b) sequences_.push_back(sequence_at(p_, b));
+    clear();
+    if (p_.q.shape[0] == 0 || kv_heads() == 0) return {};
+    cut();
+    const Team team(options_.num_threads, items(), flops());
+    if (Status status = allocate(team.size()); !status.ok()) return status;
+    last_poll_ = std::chrono::steady_clock::now();
+    if (team.size() == 1) {
+      prepare_rows(true);
+      work(0);
+    } else {
+#pragma omp parallel num_threads(team.size())
+      {
+        prepare_rows(omp_get_thread_num() == 0);
+#pragma omp barrier
+        work(omp_get_thread_num());
+      }
+    }
+    if (stop_.load(std::memory_order_relaxed)) return {ErrorKind::kInterrupted, "attention: interrupted"};
+    add_up_sinks();
+    return {};
+  }
+
+ private:
+  int64_t kv_heads() const { return p_.k.shape[1]; }
+  int64_t group() const { return heads_.group(); }
+  int64_t rows_of(int64_t b) const { return sequences_[static_cast<size_t>(b)].q_len * group(); }
+
+  // ---- what no item writes: zeros
+  // -------------------------------------------------------------------------------------
+
+  void clear() {
+    for (int64_t b = 0; b < p_.q.shape[0]; ++b) {
+      const Sequence& s = sequences_[static_cast<size_t>(b)];
+      for (int64_t h = 0; h < p_.q.shape[1]; ++h) fill_zero(g_.dq, b, h, s.q_len, p_.q.shape[2]);
+      for (int64_t h = 0; h < kv_heads(); ++h) {
+        fill_zero(g_.dk, b, h, s.kv_len, p_.k.shape[2]);
+        fill_zero(g_.dv, b, h, s.kv_len, p_.k.shape[2]);
+      }
+    }
+    if (g_.dbias.present()) {
+      TensorView own = g_.dbias;  // every element once
+      for (int axis = 0; axis < 4; ++axis)
+        if (own.stride[axis] == 0) own.shape[axis] = 1;  // the array has an element there even where Sq or Skv is 0
+      for (int64_t b = 0; b < own.shape[0]; ++b)
+        for (int64_t h = 0; h < own.shape[1]; ++h) fill_zero(own, b, h, 0, own.shape[2]);
+    }
+    if (g_.dsinks.present())
+      for (int64_t h = 0; h < g_.dsinks.shape[0]; ++h)
+        *static_cast<T*>(address_of(g_.dsinks, h * g_.dsinks.stride[0])) = 0;
+  }
+
+  // ---- items: owners of dbias (heads, where there is none) by parts of their keys
+  // ---------------------------------------
+
+  void cut() {
+    const bool shared_batch = g_.dbias.present() && g_.dbias.stride[0] == 0;
+    const bool shared_heads = g_.dbias.present() && g_.dbias.stride[1] == 0;
+    batches_an_owner_ = shared_batch ? p_.q.shape[0] : 1;
+    heads_an_owner_ = shared_heads ? kv_heads() : 1;
+    owners_ = p_.q.shape[0] / batches_an_owner_ * (kv_heads() / heads_an_owner_);
+
+    const int64_t tile = kernels_.rows_per_tile;
+    rows_a_block_ = std::min(divide_up(kRowsSharingKeys, tile), divide_up(p_.q.shape[2] * group(), tile)) * tile;
+    rows_a_block_ = std::max(rows_a_block_, tile);
+    row_blocks_ = divide_up(p_.q.shape[2] * group(), rows_a_block_);
+
+    const int64_t threads = options_.num_threads;
+    int64_t longest = 0;
+    for (const Sequence& s : sequences_) longest = std::max(longest, s.kv_len);
+    const bool even = owners_ >= kItemsAThread * threads || owners_ % threads == 0;
+    const bool sums_over_keys = g_.dbias.present() && g_.dbias.stride[3] == 0;  // which must run in their order
+    parts_ = even || sums_over_keys ? 1
+                                    : std::clamp<int64_t>(divide_up(kItemsAThread * threads, owners_), 1,
+                                                          std::max<int64_t>(divide_up(longest, kKeysWorthAnItem), 1));
+    longest_part_ = part_length(longest);
+  }
+
+  int64_t items() const { return owners_ * parts_; }
+  int64_t part_length(int64_t kv_len) const {
+    return parts_ == 1 ? kv_len : divide_up(divide_up(kv_len, parts_), kKeysWorthAnItem) * kKeysWorthAnItem;
+  }
+
+  double flops() const {
+    double sum = 0;
+    for (int64_t b = 0; b < p_.q.shape[0]; ++b)
+      sum += static_cast<double>(rows_of(b)) * static_cast<double>(sequences_[static_cast<size_t>(b)].kv_len);
+    return sum * static_cast<double>(kv_heads()) * static_cast<double>(6 * p_.q.shape[3] + 4 * p_.v.shape[3]);
+  }
+
+  // ---- memory: of the rows (lse, delta), of dq where parts share it, of each thread
+  // -----------------------------------
+
+  Status allocate(int threads) {
+    const HeadTask h = heads_.task(0, 0);
+    const auto size = static_cast<int64_t>(sizeof(T));
+    const auto rounded = [](int64_t nbytes) { return divide_up(nbytes, 128) * 128; };
+    const int64_t num_heads = p_.q.shape[0] * kv_heads(), rows = p_.q.shape[2] * group();
+    const int64_t block = rows_a_block_ * p_.q.shape[3] * size;
+    const int64_t head_sums = parts_ == 1 ? 0 : block * row_blocks_;
+    key_sums_nbytes_ = rounded(longest_part_ * kernels_.key_sums_width(h) * size);
+    dq_sums_nbytes_ = rounded(parts_ == 1 ? block : 0);
+    thread_nbytes_ = key_sums_nbytes_ + dq_sums_nbytes_ + rounded(kernels_.backward_scratch_nbytes(h, rows_a_block_));
+    const int64_t total = num_heads * (2 * rows * size + head_sums) + threads * thread_nbytes_;
+    rows_memory_ = allocate_scratch(num_heads * 2 * rows * size);
+    dq_memory_ = allocate_scratch(num_heads * head_sums);
+    thread_memory_ = allocate_scratch(threads * thread_nbytes_);
+    if (rows_memory_ == nullptr || dq_memory_ == nullptr || thread_memory_ == nullptr) {
+      return {ErrorKind::kMemory, "attention: cannot allocate " + std::to_string(total) + " bytes of scratch memory"};
+    }
+    if (parts_ > 1) turn_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(num_heads * row_blocks_));
+    if (g_.dsinks.present()) sink_sums_.resize(static_cast<size_t>(p_.q.shape[0] * p_.q.shape[1]));
+    return {};
+  }
+
+  // lse, then delta, of the rows of a head.
+  T* rows_memory(int64_t b, int64_t kv_head) const {
+    return reinterpret_cast<T*>(rows_memory_.get()) + (b * kv_heads() + kv_head) * 2 * p_.q.shape[2] * group();
+  }
+
+  GradientHead gradient_head(const HeadTask& h, int64_t b, int64_t kv_head) const {
+    const int64_t q_head = kv_head * group();
+    const auto at = [b](const TensorView& view, int64_t head) {
+      return address_of(view, b * view.stride[0] + head * view.stride[1]);
+    };
+    GradientHead g = {};
+    g.head = &h;
+    g.dout = at(g_.dout, q_head);
+    g.dout_stride_s = g_.dout.stride[2];
+    g.dout_stride_g = g_.dout.stride[1];
+    g.dout_stride_d = g_.dout.stride[3];
+    g.lse = rows_memory(b, kv_head);
+    g.delta = rows_memory(b, kv_head) + p_.q.shape[2] * group();
+    g.dq = at(g_.dq, q_head);
+    g.dq_stride_s = g_.dq.stride[2];
+    g.dq_stride_g = g_.dq.stride[1];
+    g.dq_stride_d = g_.dq.stride[3];
+    g.dk = at(g_.dk, kv_head);
+    g.dk_stride_s = g_.dk.stride[2];
+    g.dk_stride_d = g_.dk.stride[3];
+    g.dv = at(g_.dv, kv_head);
+    g.dv_stride_s = g_.dv.stride[2];
+    g.dv_stride_d = g_.dv.stride[3];
+    if (g_.dbias.present()) {
+      g.dbias = at(g_.dbias, q_head);
+      g.dbias_stride_s = g_.dbias.stride[2];
+      g.dbias_stride_g = g_.dbias.stride[1];
+      g.dbias_stride_k = g_.dbias.stride[3];
+    }
+    return g;
+  }
+
+  // ---- first: lse and delta of every row, and the sums of the sinks' gradients
+  // ------------------------------------------
+
+  void prepare_rows(bool polls) {
+    const int64_t num_heads = p_.q.shape[0] * kv_heads();
+    for (;;) {
+      const int64_t index = next_head_.fetch_add(1, std::memory_order_relaxed);
+      if (index >= num_heads || stop_.load(std::memory_order_relaxed)) return;
+      prepare_rows(index / kv_heads(), index % kv_heads());
+      if (polls) poll();
+    }
+  }
+
+  void prepare_rows(int64_t b, int64_t kv_head) {
+    const HeadTask h = heads_.task(b, kv_head);
+    const GradientHead g = gradient_head(h, b, kv_head);
+    GradientTask task = {};
+    task.grads = &g;
+    task.row_end = rows_of(b);
+    kernels_.backward_delta(task);
+    T* lse = static_cast<T*>(g.lse);
+    T* delta = static_cast<T*>(g.delta);
+    for (int64_t r = 0; r < task.row_end; ++r) {
+      const int64_t i = r / group(), head = kv_head * group() + r % group();
+      const auto of_row = [&](const TensorView& view) {
+        return *static_cast<const T*>(
+            address_of(view, b * view.stride[0] + head * view.stride[1] + i * view.stride[2]));
+      };
+      const double natural = of_row(p_.lse);
+      if (g_.dlse.present()) delta[r] -= of_row(g_.dlse);
+      lse[r] = natural == -INFINITY ? T{0} : static_cast<T>(natural * M_LOG2E);
+      if (!sink_sums_.empty() && natural != -INFINITY)
+        sink_sums_[static_cast<size_t>(b * p_.q.shape[1] + head)] -=
+            std::exp(h.sinks[r % group()] - natural) * static_cast<double>(delta[r]);
+    }
+  }
+
+  void add_up_sinks() {
+    if (sink_sums_.empty()) return;
+    for (int64_t head = 0; head < p_.q.shape[1]; ++head) {
+      double sum = 0;
+      for (int64_t b = 0; b < p_.q.shape[0]; ++b) sum += sink_sums_[static_cast<size_t>(b * p_.q.shape[1] + head)];
+      *static_cast<T*>(address_of(g_.dsinks, head * g_.dsinks.stride[0])) = static_cast<T>(sum);
+    }
+  }
+
+  // ---- then: the items
+  // --------------------------------------------------------------------------------------------------
+
+  void work(int thread) {
+    std::byte* memory = thread_memory_.get() + thread * thread_nbytes_;
+    for (;;) {
+      const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
+      if (index >= items() || stop_.load(std::memory_order_relaxed)) return;
+      // Part by part: the parts of one head, which wait for each other, are far apart.
+      const int64_t part = index / owners_, owner = index % owners_;
+      const int64_t owners_a_batch = kv_heads() / heads_an_owner_;
+      const int64_t batch = owner / owners_a_batch * batches_an_owner_, head = owner % owners_a_batch * heads_an_owner_;
+      for (int64_t b = batch; b < batch + batches_an_owner_; ++b)
+        for (int64_t kv_head = head; kv_head < head + heads_an_owner_; ++kv_head)
+          run(b, kv_head, part, memory, thread == 0);
+    }
+  }
+
+  void run(int64_t b, int64_t kv_head, int64_t part, std::byte* memory, bool polls) {
+    const HeadTask h = heads_.task(b, kv_head);
+    const GradientHead g = gradient_head(h, b, kv_head);
+    const int64_t length = part_length(h.kv_len), rows = rows_of(b), head_index = b * kv_heads() + kv_head;
+    GradientTask task = {};
+    task.grads = &g;
+    task.key_begin = std::min(part * length, h.kv_len);
+    task.key_end = std::min(task.key_begin + length, h.kv_len);
+    task.key_sums = memory;
+    task.scratch = memory + key_sums_nbytes_ + dq_sums_nbytes_;
+    std::memset(task.key_sums, 0,
+                static_cast<size_t>((task.key_end - task.key_begin) * kernels_.key_sums_width(h)) * sizeof(T));
+    for (int64_t block = 0; block * rows_a_block_ < rows; ++block) {
+      task.row_begin = block * rows_a_block_;
+      task.row_end = std::min(task.row_begin + rows_a_block_, rows);
+      const Range keys = visible_keys(h, {task.row_begin, task.row_end});
+      // The parts that see the block take turns at it; one that nobody sees is the first part's, to become 0.
+      const int64_t first = keys.begin < keys.end ? keys.begin / length : 0;
+      const int64_t last = keys.begin < keys.end ? (keys.end - 1) / length : 0;
+      if (part < first || part > last) continue;
+      task.first = part == first;
+      task.last = part == last;
+      task.dq_sums = memory + key_sums_nbytes_;
+      if (parts_ > 1) {
+        task.dq_sums = dq_memory_.get() + (head_index * row_blocks_ + block) * rows_a_block_ * p_.q.shape[3] *
+                                              static_cast<int64_t>(sizeof(T));
+        if (!task.first && !wait_for_turn(head_index * row_blocks_ + block, part, polls)) return;
+      }
+      kernels_.backward(task);
+      // release: pairs with the acquire in wait_for_turn; the next part reads these sums.
+      if (!task.last)
+        turn_[static_cast<size_t>(head_index * row_blocks_ + block)].store(part + 1, std::memory_order_release);
+      if (polls) poll();
+      if (stop_.load(std::memory_order_relaxed)) return;
+    }
+    kernels_.backward_keys(task);
+  }
+
+  bool wait_for_turn(int64_t block, int64_t part, bool polls) {
+    const std::atomic<int64_t>& turn = turn_[static_cast<size_t>(block)];
+    while (turn.load(std::memory_order_acquire) != part) {
+      if (polls) poll();
+      if (stop_.load(std::memory_order_relaxed)) return false;
+      std::this_thread::yield();
+    }
+    return true;
+  }
+
+  // On the calling thread. Each poll takes the GIL, which another Python thread may hold for milliseconds.
+  void poll() {
+    if (options_.interrupted == nullptr) return;
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last_poll_ < kPollEvery) return;
+    last_poll_ = now;
+    if (options_.interrupted(options_.interrupted_context)) stop_.store(true, std::memory_order_relaxed);
+  }
+
+  const AttentionProblem& p_;
+  const AttentionGradients& g_;
+  const RowKernels& kernels_;
+  const ExecutionOptions& options_;
+  const Heads heads_;
+  std::vector<Sequence> sequences_;
+
+  int64_t batches_an_owner_ = 1, heads_an_owner_ = 1, owners_ = 0, parts_ = 1;
+  int64_t rows_a_block_ = 0, row_blocks_ = 0, longest_part_ = 0;
+  int64_t key_sums_nbytes_ = 0, dq_sums_nbytes_ = 0, thread_nbytes_ = 0;
+  Scratch rows_memory_, dq_memory_, thread_memory_;
+  std::vector<double> sink_sums_;                 // (B, Hq)
+  std::unique_ptr<std::atomic<int64_t>[]> turn_;  // (head, row block): the part that may add to dq next
+  std::atomic<int64_t> next_head_{0}, next_{0};
+  std::atomic<bool> stop_{false};
+  std::chrono::steady_clock::time_point last_poll_;
+};
+
+}  // namespace
+
+Status attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients,
+                          const ExecutionOptions& options) try {
+  Status status;
+  const KernelTable* table = options.table != nullptr ? options.table : active_table(status);
+  if (!status.ok()) return status;
+  const RowKernels& kernels = kernels_for(*table, problem.q.dtype);
+  if (problem.q.dtype == DType::kFloat64) return BackwardRun<double>(problem, gradients, kernels, options)();
+  return BackwardRun<float>(problem, gradients, kernels, options)();
+} catch (const std::bad_alloc&) {
+  return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
+}
+
+}  // namespace foveal

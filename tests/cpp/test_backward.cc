@@ -1,0 +1,589 @@
+// The backward pass of every kernel table that this machine runs, against the float64 oracle and against itself.
+//
+// Values: within GradientBound of the oracle for each dtype, shapes around the kernels' own boundaries, every option
+// alone and in random mixtures, and every memory layout. Bits: the same for any number of threads and for each sequence
+// alone. What a pair is masked from does not reach it.
+#include <omp.h>
+
+#include <string>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include "attention_case.h"
+#include "attention_check.h"
+#include "check.h"
+#include "isa/kernel_table.h"
+
+namespace {
+
+using namespace foveal_test;
+using foveal::AttentionGradients;
+using foveal::Status;
+
+constexpr int64_t kGradientKeys = 64;      // a key block of the backward kernel
+constexpr int64_t kRowsABlock = 192;       // rows that share it
+constexpr int64_t kKeysWorthAnItem = 256;  // where few heads are cut
+
+int64_t cases_run = 0;
+
+// A forward problem, what flows back into it, and what comes out. `dbias` has the extents of `bias`.
+struct Gradients {
+  Problem problem;
+  Array dout, dlse, dq, dk, dv, dbias, dsinks;
+
+  explicit Gradients(const Case& c, bool with_dlse = false) : problem(c) {
+    const DType accumulator = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    dout = Array(c.dtype, {c.batch, c.heads, c.seqlen_q, c.value_dim}, c.out_storage);
+    dout.fill_with([&] { return problem.uniform(-1, 1); });
+    if (with_dlse) {
+      dlse = Array(accumulator, {c.batch, c.heads, c.seqlen_q});
+      dlse.fill_with([&] { return problem.uniform(-1, 1); });
+    }
+    allocate(c.dtype, accumulator, c.out_storage);
+  }
+
+  void allocate(DType dtype, DType accumulator, Storage storage) {
+    const Case& c = problem.asked;
+    dq = Array(dtype, {c.batch, c.heads, c.seqlen_q, c.head_dim}, storage);
+    dk = Array(dtype, {c.batch, c.kv_heads, c.seqlen_kv, c.head_dim}, storage);
+    dv = Array(dtype, {c.batch, c.kv_heads, c.seqlen_kv, c.value_dim}, storage);
+    const TensorView& bias = problem.bias.view;
+    if (bias.present()) dbias = Array(accumulator, {bias.shape, bias.shape + 4});
+    if (c.sinks) dsinks = Array(accumulator, {c.heads});
+  }
+
+  AttentionGradients views() const {
+    AttentionGradients g;
+    g.dout = dout.view;
+    g.dlse = dlse.view;
+    g.dq = dq.view;
+    g.dk = dk.view;
+    g.dv = dv.view;
+    g.dbias = dbias.view;
+    g.dsinks = dsinks.view;
+    return g;
+  }
+
+  template <class Visit>
+  void for_each_result(Visit visit) {
+    visit("dq", dq);
+    visit("dk", dk);
+    visit("dv", dv);
+    if (dbias.view.present()) visit("dbias", dbias);
+    if (dsinks.view.present()) visit("dsinks", dsinks);
+  }
+};
+
+void forward(Gradients& x, const KernelTable& table) {
+  Status status;
+  const AttentionProblem p = x.problem.canonical(status);
+  foveal::ExecutionOptions options;
+  options.table = &table;
+  if (status.ok()) status = attention_forward(p, options);
+  if (!status.ok()) fail(__FILE__, __LINE__, text_of(x.problem.asked) + ": " + status.text);
+}
+
+void backward(Gradients& x, const KernelTable& table, int threads = 1) {
+  x.for_each_result([](const char*, Array& array) { array.poison(); });
+  Status status;
+  AttentionProblem p = x.problem.canonical(status);  // canonical once: twice must do no harm
+  AttentionGradients g = x.views();
+  foveal::ExecutionOptions options;
+  options.table = &table;
+  options.num_threads = threads;
+  if (status.ok()) status = canonicalize(p, g);
+  if (status.ok()) status = attention_backward(p, g, options);
+  if (!status.ok()) fail(__FILE__, __LINE__, text_of(x.problem.asked) + ": " + status.text);
+  ++cases_run;
+}
+
+// The oracle's gradients, unrounded, into fresh float64 arrays.
+struct Truth {
+  Array dq, dk, dv, dbias, dsinks;
+  double largest_column = 0;  // of P: what a key's sums over rows hold at most
+};
+
+Truth oracle(const Gradients& x) {
+  const Case& c = x.problem.asked;
+  Truth truth;
+  truth.dq = Array(DType::kFloat64, {c.batch, c.heads, c.seqlen_q, c.head_dim});
+  truth.dk = Array(DType::kFloat64, {c.batch, c.kv_heads, c.seqlen_kv, c.head_dim});
+  truth.dv = Array(DType::kFloat64, {c.batch, c.kv_heads, c.seqlen_kv, c.value_dim});
+  Status status;
+  const AttentionProblem canonical = x.problem.canonical(status);
+  AttentionProblem p = canonical;
+  AttentionGradients g = x.views();
+  if (status.ok()) status = canonicalize(p, g);
+  if (!status.ok()) fail(__FILE__, __LINE__, text_of(c) + ": " + status.text);
+  g.dq = truth.dq.view;
+  g.dk = truth.dk.view;
+  g.dv = truth.dv.view;
+  if (g.dbias.present()) {
+    truth.dbias = Array(DType::kFloat64, {x.dbias.view.shape, x.dbias.view.shape + 4});
+    g.dbias.data = truth.dbias.view.data;  // contiguous both: the strides are those of the elements
+    g.dbias.dtype = DType::kFloat64;
+  }
+  if (g.dsinks.present()) {
+    truth.dsinks = Array(DType::kFloat64, {c.heads});
+    g.dsinks = truth.dsinks.view;
+  }
+  // The columns of P are dv for a dout of ones.
+  Array ones(DType::kFloat64, {c.batch, c.heads, c.seqlen_q, c.value_dim});
+  ones.fill(1);
+  AttentionGradients columns = g;
+  columns.dout = ones.view;
+  columns.dbias = columns.dsinks = {};
+  FOVEAL_CHECK(attention_backward_reference(p, columns).ok());
+  truth.largest_column = truth.dv.max_abs_finite();
+  FOVEAL_CHECK(attention_backward_reference(p, g).ok());
+  return truth;
+}
+
+// How far a kernel may be from the oracle. Notation of ErrorBound: a weight p is off by (w + l) p, w from its score and
+// l from the log-sum-exp, which is rounded to the accumulator. dp = dout . v and delta = dout . out, with an `out` that
+// was rounded to q's dtype, are off by d in all; |dp - delta| and dlse are at most m. So ds = p (dp - delta) is off by
+// p b, b = (w + l) m + d, and sums of it with factors up to f, over weights that come to W, by W f (b + s m), s from
+// the order of the sum. W is 1 along keys, the largest column along rows.
+class GradientBound {
+ public:
+  GradientBound(Gradients& x, const Truth& truth) : bound_(x.problem, false) {
+    const Case& c = x.problem.asked;
+    const double lse = x.problem.lse.max_abs_finite();
+    weight_ = bound_.weight() + 8 * bound_.unit() * (1 + lse);
+    const double terms = static_cast<double>(c.value_dim);
+    const double product = longest(x.dout, c.value_dim) * longest(x.problem.v, c.value_dim);
+    const double mean = 2 * product + (x.dlse.view.present() ? 1 : 0);
+    // The error of out enters delta: of its weights, which sum to at most 1 and may have been rounded, and its own.
+    const double score_error = weight_ * mean + 2 * bound_.sum(terms) * product +
+                               (weight_ + 2 * bound_.rounding()) * product + 4 * bound_.unit() * mean;
+    const double rows = static_cast<double>(c.seqlen_q * c.heads / std::max<int64_t>(c.kv_heads, 1));
+    const double keys = static_cast<double>(c.seqlen_kv);
+    const double scale = c.scale != 0 ? std::fabs(c.scale) : 1 / std::sqrt(static_cast<double>(c.head_dim));
+    column_ = truth.largest_column;
+    dq_ = scale * x.problem.k.max_abs_finite() * (score_error + bound_.sum(keys) * mean);
+    dk_ = scale * x.problem.q.max_abs_finite() * column_ * (score_error + bound_.sum(rows) * mean);
+    dv_ = x.dout.max_abs_finite() * column_ * (weight_ + bound_.sum(rows));
+    if (c.softcap > 0) {  // the slope 1 - t^2 is off by as much as t, whose argument is the score
+      dq_ *= 4;
+      dk_ *= 4;
+    }
+    if (x.dbias.view.present()) {
+      const int64_t* own = x.dbias.view.shape;
+      double weights = 1;
+      if (own[3] < c.seqlen_kv)
+        weights = own[2] < c.seqlen_q ? static_cast<double>(c.seqlen_q) : 1;
+      else if (own[2] < c.seqlen_q)
+        weights = column_;
+      if (own[0] < c.batch) weights *= static_cast<double>(c.batch);
+      if (own[1] < c.heads) weights *= static_cast<double>(c.heads);
+      const double count = static_cast<double>(c.batch * c.heads * c.seqlen_q) * keys;
+      dbias_ = weights * (score_error + bound_.sum(count) * mean);
+    }
+    if (c.sinks)
+      dsinks_ = static_cast<double>(c.batch * c.seqlen_q) * (score_error + (weight_ + 8 * bound_.unit()) * mean);
+  }
+
+  double operator()(const std::string& name, double x) const {
+    if (name == "dbias") return dbias_ + 4 * bound_.unit() * std::fabs(x);
+    if (name == "dsinks") return dsinks_ + 4 * bound_.unit() * std::fabs(x);
+    return (name == "dq"   ? dq_
+            : name == "dk" ? dk_
+                           : dv_) *
+               (1 + bound_.rounding()) +
+           bound_.rounding(x) + 4 * bound_.unit() * std::fabs(x);
+  }
+
+ private:
+  static double longest(const Array& array, int64_t width) {
+    double most = 0, square = 0;
+    int64_t column = 0;
+    array.for_each([&](int64_t offset) {
+      const double x = foveal::load_element(array.view, offset);
+      if (std::isfinite(x)) square += x * x;
+      if (++column < width) return;
+      most = std::max(most, square);
+      square = 0;
+      column = 0;
+    });
+    return std::sqrt(most);
+  }
+
+  ErrorBound bound_;
+  double weight_ = 0, column_ = 0, dq_ = 0, dk_ = 0, dv_ = 0, dbias_ = 0, dsinks_ = 0;
+};
+
+void check(Gradients& x) {
+  const Truth truth = oracle(x);
+  for (const KernelTable* table : tables()) {
+    forward(x, *table);
+    backward(x, *table);
+    const GradientBound bound(x, truth);
+    const std::string where = std::string(table->name) + ' ' + text_of(x.problem.asked) + ": ";
+    x.for_each_result([&](const char* name, Array& found) {
+      const std::string which = name;
+      const Array& expected = which == "dq"      ? truth.dq
+                              : which == "dk"    ? truth.dk
+                              : which == "dv"    ? truth.dv
+                              : which == "dbias" ? truth.dbias
+                                                 : truth.dsinks;
+      compare(where + name, found, expected, [&](double want) { return bound(which, want); });
+      if (!found.gaps_untouched()) fail(__FILE__, __LINE__, where + "memory between the elements of " + which);
+    });
+  }
+}
+
+void check(const Case& c, bool with_dlse = false) {
+  Gradients x(c, with_dlse);
+  check(x);
+}
+
+// ---- values ---------------------------------------------------------------------------------------------------------
+
+void test_lengths() {
+  for (const DType dtype : kDTypes) {
+    Case c;
+    c.dtype = dtype;
+    c.head_dim = 9;
+    c.value_dim = 5;
+    for (const int64_t rows : {0, 1, 2, 3, 4, 7, 8, 12, 13, 16, 17, 24, 25, 31, 33, 47, 48, 49})
+      for (const int64_t keys : {0, 1, 2, 5, 6, 7, 63, 64, 65}) {
+        c.seqlen_q = rows;
+        c.seqlen_kv = keys;
+        c.causal = (rows + keys) % 2 == 0;
+        ++c.seed;
+        check(c, rows % 2 == 0);
+      }
+    for (const int64_t rows : around({kRowsABlock}))  // over several blocks of rows
+      for (const bool causal : {false, true}) {
+        c.seqlen_q = rows;
+        c.seqlen_kv = 2 * kGradientKeys + 3;
+        c.causal = causal;
+        check(c);
+      }
+  }
+}
+
+void test_head_dims() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t head_dim : around({1, 4, 8, 16, 32, 64, 128}))
+      for (const int64_t rows : {1, 20}) {
+        Case c;
+        c.dtype = dtype;
+        c.head_dim = std::max<int64_t>(head_dim, 1);
+        c.value_dim = 130 - head_dim;
+        c.seqlen_q = rows;
+        c.seqlen_kv = 41;
+        c.seed = static_cast<uint64_t>(head_dim);
+        check(c);
+        std::swap(c.head_dim, c.value_dim);
+        check(c);
+      }
+}
+
+Case with_options(DType dtype, int64_t rows) {
+  Case c;
+  c.dtype = dtype;
+  c.batch = 2;
+  c.heads = 4;
+  c.kv_heads = 2;
+  c.seqlen_q = rows;
+  c.seqlen_kv = 75;
+  c.head_dim = 10;
+  c.value_dim = 7;
+  return c;
+}
+
+void test_options() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {2, 29}) {
+      const Case base = with_options(dtype, rows);
+      std::vector<Case> cases;
+      const auto add = [&](auto change) {
+        Case c = base;
+        change(c);
+        c.seed = cases.size() + 1;
+        cases.push_back(c);
+      };
+      add([](Case&) {});
+      for (const std::vector<int64_t>& offset :
+           std::vector<std::vector<int64_t>>{{}, {0}, {-20}, {70}, {500}, {-500}, {3, 60}}) {
+        add([&](Case& c) { c.causal = true, c.q_offset = offset; });
+        add([&](Case& c) { c.window_left = 3, c.window_right = 5, c.q_offset = offset; });
+      }
+      for (int axes = 0; axes < 16; ++axes) {
+        add([&](Case& c) { c.mask = axes; });
+        add([&](Case& c) { c.bias = axes, c.bias_dtype = kDTypes[axes % 4], c.softcap = axes % 3 == 0 ? 4 : 0; });
+      }
+      for (const double density : {0.0, 0.02, 1.0}) add([&](Case& c) { c.mask = 15, c.mask_density = density; });
+      add([&](Case& c) { c.bias = 15, c.bias_hides = true; });
+      for (const double softcap : {0.5, 5.0, 50.0}) add([&](Case& c) { c.softcap = softcap, c.scale = 3; });
+      for (const double scale : {-0.7, 1e-3, 2.0}) add([&](Case& c) { c.scale = scale; });
+      for (const bool by_batch : {false, true}) add([&](Case& c) { c.alibi = true, c.alibi_by_batch = by_batch; });
+      add([](Case& c) { c.sinks = true; });
+      add([](Case& c) { c.sinks = true, c.mask = 12, c.mask_density = 0.01; });
+      for (const std::vector<int64_t>& lens : std::vector<std::vector<int64_t>>{{0, 75}, {74, 1}, {64, 65}}) {
+        add([&](Case& c) { c.kv_lens = lens; });
+        add([&](Case& c) { c.kv_lens = lens, c.causal = true, c.bias = 15; });
+      }
+      add([&](Case& c) { c.q_lens = {0, rows}; });
+      add([&](Case& c) {
+        c.q_lens = {rows, rows / 2}, c.kv_lens = {5, 70}, c.causal = true, c.bias = 12, c.sinks = true;
+      });
+      for (const int64_t kv_heads : {1, 4}) add([&](Case& c) { c.kv_heads = kv_heads; });
+      add([](Case& c) { c.seqlen_q = 0, c.bias = 0; });
+      add([](Case& c) { c.seqlen_kv = 0, c.bias = 4, c.sinks = true; });
+      add([](Case& c) { c.heads = c.kv_heads = 0; });
+      add([](Case& c) { c.batch = 0; });
+      for (const Case& c : cases) check(c, c.seed % 3 == 0);
+    }
+}
+
+void test_storage() {
+  for (const DType dtype : kDTypes) {
+    Case c = with_options(dtype, 23);
+    c.causal = true;
+    size_t x = 0;
+    for (const Storage input : kInputStorages)
+      for (Storage Case::* array : {&Case::q_storage, &Case::k_storage, &Case::v_storage}) {
+        Case one = c;
+        one.*array = input;
+        one.heads = x % 2 == 0 ? 4 : 2;
+        one.out_storage = kOutputStorages[x++ % std::size(kOutputStorages)];
+        check(one);
+        one.head_dim = 32;  // whole vectors, which are read in place
+        one.value_dim = 16;
+        check(one);
+      }
+  }
+}
+
+void test_mixtures() {
+  std::mt19937_64 random(20);
+  const auto chance = [&](int in) { return random() % static_cast<uint64_t>(in) == 0; };
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); };
+  for (int x = 0; x < 300; ++x) {
+    Case c;
+    c.seed = random();
+    c.dtype = kDTypes[x % 4];
+    c.batch = 1 + below(3);
+    c.kv_heads = 1 + below(2);
+    c.heads = c.kv_heads * pick<int64_t>(random, {1, 1, 2, 3, 8});
+    c.seqlen_q = 1 + below(chance(2) ? 4 : 60);
+    c.seqlen_kv = 1 + below(200);
+    c.head_dim = 1 + below(40);
+    c.value_dim = 1 + below(40);
+    for (Storage Case::* array : {&Case::q_storage, &Case::k_storage, &Case::v_storage})
+      c.*array = kInputStorages[random() % std::size(kInputStorages)];
+    c.out_storage = kOutputStorages[random() % std::size(kOutputStorages)];
+    c.causal = chance(2);
+    if (chance(3)) c.window_left = below(200);
+    if (chance(3)) c.window_right = below(100);
+    if (chance(3)) c.kv_lens.resize(static_cast<size_t>(c.batch));
+    for (int64_t& len : c.kv_lens) len = below(c.seqlen_kv + 1);
+    if (chance(4)) c.q_lens.resize(static_cast<size_t>(c.batch));
+    for (int64_t& len : c.q_lens) len = below(c.seqlen_q + 1);
+    if (chance(3)) c.q_offset.resize(chance(2) ? 1 : static_cast<size_t>(c.batch));
+    for (int64_t& offset : c.q_offset) offset = below(300) - 100;
+    if (chance(4)) c.softcap = pick(random, {1.0, 20.0});
+    if (chance(3)) c.mask = static_cast<int>(below(16));
+    c.mask_density = pick(random, {0.05, 0.5, 0.95});
+    if (chance(3)) c.bias = static_cast<int>(below(16));
+    c.bias_dtype = kDTypes[random() % 4];
+    c.bias_hides = chance(2);
+    c.alibi = chance(4);
+    c.alibi_by_batch = chance(2);
+    c.sinks = chance(4);
+    check(c, chance(3));
+  }
+}
+
+// ---- what must not be read ------------------------------------------------------------------------------------------
+
+// NaN and infinity where a pair is masked: in k and v, whose gradients and whose rows stay clean, and in q and dout,
+// beyond q_len and in rows that some keys are hidden from.
+void test_masked_garbage() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t rows : {5, 60})
+      for (const double garbage : {kNaN, kInfinity, -kInfinity}) {
+        Case c = with_options(dtype, rows);
+        c.softcap = rows == 60 ? 8 : 0;
+        c.causal = true;
+        c.q_offset = {70 - rows};  // the last row sees keys up to 69
+        Gradients causal(c);
+        for (const int64_t j : {70, 74}) {
+          causal.problem.k.set({1, 1, j, 3}, garbage);
+          causal.problem.v.set({1, 1, j, 2}, garbage);
+        }
+        check(causal);
+        if (std::isnan(garbage)) {  // seen by the last rows alone
+          causal.problem.k.set({0, 0, 68, 1}, garbage);
+          causal.problem.v.set({0, 1, 69, 2}, garbage);
+          causal.problem.q.set({1, 2, rows / 2, 1}, garbage);
+          causal.dout.set({1, 1, rows / 2, 1}, garbage);
+          check(causal);
+        }
+
+        c = with_options(dtype, rows);
+        c.mask = 12;
+        Gradients mask(c);
+        for (const int64_t j : {7, 70}) {
+          mask.problem.k.set({1, 1, j, 3}, garbage);
+          mask.problem.v.set({1, 1, j, 2}, garbage);
+          for (int64_t i = 0; i < rows; ++i)
+            static_cast<uint8_t*>(mask.problem.mask.view.data)[mask.problem.mask.offset({0, 0, i, j})] =
+                std::isnan(garbage) && i % 3 == 1 && j == 70;
+        }
+        check(mask);
+
+        c = with_options(dtype, rows);
+        c.kv_lens = {75, 66};
+        c.q_lens = {rows - 2, rows};
+        Gradients lens(c);
+        for (const int64_t j : {66, 74}) {
+          lens.problem.k.set({1, 1, j, 3}, garbage);
+          lens.problem.v.set({1, 1, j, 2}, garbage);
+        }
+        lens.problem.q.set({0, 1, rows - 1, 0}, garbage);
+        lens.dout.set({0, 1, rows - 2, 0}, garbage);
+        check(lens);
+      }
+}
+
+// ---- the same bits --------------------------------------------------------------------------------------------------
+
+// Few heads are cut into ranges of keys, by how many threads there are.
+void test_threads() {
+  for (const DType dtype : kDTypes)
+    for (const int64_t heads : {1, 3})
+      for (const KernelTable* table : tables()) {
+        Case c = with_options(dtype, 450);
+        c.batch = 1;
+        c.heads = c.kv_heads = heads;
+        c.seqlen_kv = 4 * kKeysWorthAnItem + 9;
+        c.causal = heads == 1;
+        c.window_left = heads == 1 ? 700 : foveal::kUnlimited;
+        c.sinks = true;
+        c.softcap = 10;
+        for (const int bias : {-1, 12, 4, 15}) {
+          c.bias = bias;
+          Gradients one(c, true), many(c, true);
+          forward(one, *table);
+          forward(many, *table);
+          backward(one, *table, 1);
+          for (const int threads : {2, 5, 16}) {
+            backward(many, *table, threads);
+            const std::string where =
+                std::string(table->name) + ' ' + text_of(c) + " by " + std::to_string(threads) + " threads: ";
+            expect_same(one.dq, many.dq, where + "dq");
+            expect_same(one.dk, many.dk, where + "dk");
+            expect_same(one.dv, many.dv, where + "dv");
+            expect_same(one.dsinks, many.dsinks, where + "dsinks");
+            if (bias >= 0) expect_same(one.dbias, many.dbias, where + "dbias");
+          }
+        }
+      }
+}
+
+// dq, dk and dv of a padded batch are those of each sequence and key/value head alone.
+void test_alone() {
+  for (const DType dtype : kDTypes)
+    for (const KernelTable* table : tables())
+      for (const bool causal : {false, true}) {
+        Case c = with_options(dtype, 230);
+        c.seqlen_kv = 300;
+        c.causal = causal;
+        c.q_lens = {230, 101};
+        c.kv_lens = {170, 300};
+        Gradients batch(c);
+        forward(batch, *table);
+        backward(batch, *table, 2);
+        for (int64_t b = 0; b < c.batch; ++b)
+          for (int64_t kv_head = 0; kv_head < c.kv_heads; ++kv_head) {
+            Case single = c;
+            single.batch = single.kv_heads = 1;
+            single.heads = c.heads / c.kv_heads;
+            single.seqlen_q = c.q_lens[static_cast<size_t>(b)];
+            single.seqlen_kv = c.kv_lens[static_cast<size_t>(b)];
+            single.q_lens.clear();
+            single.kv_lens.clear();
+            single.q_storage = Storage::kBshd;
+            Gradients alone(single);
+            const auto copy = [](const Array& from, Array& to, int64_t batch, int64_t head) {
+              for (int64_t h = 0; h < to.view.shape[1]; ++h)
+                for (int64_t i = 0; i < to.view.shape[2]; ++i)
+                  for (int64_t d = 0; d < to.view.shape[3]; ++d) to.set({0, h, i, d}, from.at({batch, head + h, i, d}));
+            };
+            const int64_t head = kv_head * single.heads;
+            copy(batch.problem.q, alone.problem.q, b, head);
+            copy(batch.problem.k, alone.problem.k, b, kv_head);
+            copy(batch.problem.v, alone.problem.v, b, kv_head);
+            copy(batch.dout, alone.dout, b, head);
+            forward(alone, *table);
+            backward(alone, *table);
+            const std::string where = std::string(table->name) + ' ' + text_of(c) + " sequence " + std::to_string(b);
+            Array dq(c.dtype, {1, single.heads, single.seqlen_q, c.head_dim});
+            Array dk(c.dtype, {1, 1, single.seqlen_kv, c.head_dim}), dv(c.dtype, {1, 1, single.seqlen_kv, c.value_dim});
+            copy(batch.dq, dq, b, head);
+            copy(batch.dk, dk, b, kv_head);
+            copy(batch.dv, dv, b, kv_head);
+            expect_same(dq, alone.dq, where + " dq");
+            expect_same(dk, alone.dk, where + " dk");
+            expect_same(dv, alone.dv, where + " dv");
+          }
+      }
+}
+
+// ---- what is refused ------------------------------------------------------------------------------------------------
+
+void test_refusals() {
+  const auto text = [](auto spoil) {
+    Gradients x(with_options(DType::kFloat32, 3), true);
+    AttentionGradients g = x.views();
+    Status status;
+    AttentionProblem p = x.problem.canonical(status);
+    spoil(p, g);
+    return canonicalize(p, g).text;
+  };
+  using P = AttentionProblem;
+  using G = AttentionGradients;
+  FOVEAL_CHECK_EQ(text([](P&, G&) {}), "");
+  FOVEAL_CHECK_EQ(text([](P& p, G&) { p.lse = {}; }), "attention: lse is absent, expected that of the forward pass");
+  FOVEAL_CHECK_EQ(text([](P&, G& g) { g.dout.dtype = DType::kFloat64; }),
+                  "attention: dout has dtype float64, expected float32");
+  FOVEAL_CHECK_EQ(text([](P&, G& g) { --g.dout.shape[3]; }),
+                  "attention: dout has shape (2, 4, 3, 6), expected (2, 4, 3, 7) in the order (B, H, S, D)");
+  FOVEAL_CHECK_EQ(text([](P&, G& g) { g.dk.stride[2] = 0; }),
+                  "attention: dk has elements that share memory, expected an array without overlap");
+  FOVEAL_CHECK_EQ(text([](P&, G& g) { --g.dlse.shape[2]; }),
+                  "attention: dlse has shape (2, 4, 2), expected (B, Hq, Sq) = (2, 4, 3)");
+}
+
+}  // namespace
+
+int main() {
+#if defined(__GLIBC__)
+  mallopt(M_PERTURB, 0x80);  // fresh memory holds 0x7f: scratch read before it is written would be huge or NaN
+#endif
+  for (const KernelTable* table : tables()) std::printf("%s ", table->name);
+  const auto timed = [](const char* name, auto test) {
+    const int64_t before = cases_run;
+    const double start = omp_get_wtime();
+    test();
+    std::printf("\n%-15s %6lld calls %6.2f s", name, static_cast<long long>(cases_run - before),
+                omp_get_wtime() - start);
+    std::fflush(stdout);
+  };
+  timed("lengths", test_lengths);
+  timed("head dims", test_head_dims);
+  timed("options", test_options);
+  timed("storage", test_storage);
+  timed("mixtures", test_mixtures);
+  timed("masked garbage", test_masked_garbage);
+  timed("threads", test_threads);
+  timed("alone", test_alone);
+  timed("refusals", test_refusals);
+  std::printf("\n");
+  return foveal_test::result();
+}
