@@ -195,7 +195,8 @@ static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile
   for (int64_t j = 0; j < n; ++j)
     for (int r = 0; r < NV; ++r) {
       T* x = p + (j * NV + r) * V::kLanes;
-      store(x, exp2_nonpositive(load(x) - load(tile.lse + r * V::kLanes)));
+      // Where scores are of the size of finfo.min, the rounding of the lse alone could make a weight infinite.
+      store(x, exp2_nonpositive(min(zero<V>(), load(x) - load(tile.lse + r * V::kLanes))));
     }
 }
 

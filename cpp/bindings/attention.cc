@@ -40,7 +40,14 @@ enum Argument {
   kOut,
   kReturnLse,
   kReturnWeights,
-  kNumArguments
+  kNumArguments,
+  // of attention_backward, whose `out` is that of the forward pass
+  kLse = kNumArguments,
+  kDout,
+  kDlse,
+  kBiasGrad,
+  kSinksGrad,
+  kNumBackwardArguments
 };
 
 // ---- scalars --------------------------------------------------------------------------------------------------------
@@ -184,7 +191,9 @@ py::object run(PyObject* const* arguments, Compute compute) {
 
 // ---- computing without the GIL --------------------------------------------------------------------------------------
 
-Status compute_forward(const AttentionProblem& problem) {
+// compute(options), interruptible.
+template <class Compute>
+Status compute_released(Compute compute) {
   Status status;
   ExecutionOptions options;
   options.num_threads = num_threads(0, status);
@@ -192,7 +201,11 @@ Status compute_forward(const AttentionProblem& problem) {
   ReleasedGil gil;
   options.interrupted = [](void* released) { return static_cast<ReleasedGil*>(released)->interrupted(); };
   options.interrupted_context = &gil;
-  return attention_forward(problem, options);
+  return compute(options);
+}
+
+Status compute_forward(const AttentionProblem& problem) {
+  return compute_released([&](const ExecutionOptions& options) { return attention_forward(problem, options); });
 }
 
 Status compute_reference(const AttentionProblem& problem) {
@@ -202,13 +215,38 @@ Status compute_reference(const AttentionProblem& problem) {
 
 Status compute_nothing(const AttentionProblem&) { return {}; }
 
+// (dq, dk, dv, dbias, dsinks), None where not asked for.
+py::object run_backward(PyObject* const* arguments) {
+  CallArrays arrays(arguments[kQ]);
+  AttentionProblem problem = read_problem(arguments, arrays);
+  const DType dtype = problem.q.dtype, accumulator = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  AttentionGradients g;
+  problem.lse = arrays.view("lse", arguments[kLse], Elements::kFloating);
+  g.dout = arrays.view("dout", arguments[kDout], Elements::kFloating);
+  if (arguments[kDlse] != Py_None) g.dlse = arrays.view("dlse", arguments[kDlse], Elements::kFloating);
+  py::object results[5];
+  const auto allocate = [&](size_t index, const TensorView& like, DType of, TensorView& gradient) {
+    results[index] = arrays.allocate(of, like.shape, like.rank, gradient);
+  };
+  allocate(0, problem.q, dtype, g.dq);
+  allocate(1, problem.k, dtype, g.dk);
+  allocate(2, problem.v, dtype, g.dv);
+  if (problem.bias.present() && is_true(arguments[kBiasGrad])) allocate(3, problem.bias, accumulator, g.dbias);
+  if (problem.sinks.present() && is_true(arguments[kSinksGrad])) allocate(4, problem.sinks, accumulator, g.dsinks);
+  throw_if_failed(canonicalize(problem, g));
+  throw_if_failed(
+      compute_released([&](const ExecutionOptions& options) { return attention_backward(problem, g, options); }));
+  for (py::object& result : results) result = result ? arrays.hand_over(std::move(result)) : py::none();
+  return py::make_tuple(results[0], results[1], results[2], results[3], results[4]);
+}
+
 // ---- entry points ---------------------------------------------------------------------------------------------------
 
-template <Compute compute>
-PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+template <int expected, class Run>
+PyObject* enter(PyObject* const* arguments, Py_ssize_t count, Run run) {
   try {
-    if (count == kNumArguments) return run(arguments, compute).release().ptr();
-    PyErr_Format(PyExc_TypeError, "attention: %zd positional arguments, expected %d", count, int{kNumArguments});
+    if (count == expected) return run(arguments).release().ptr();
+    PyErr_Format(PyExc_TypeError, "attention: %zd positional arguments, expected %d", count, expected);
   } catch (const Rejection& rejection) {
     PyErr_SetString(exception_class(rejection.kind), rejection.text.c_str());
   } catch (py::error_already_set& error) {
@@ -221,22 +259,34 @@ PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return nullptr;
 }
 
+template <Compute compute>
+PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return enter<kNumArguments>(arguments, count, [](PyObject* const* given) { return run(given, compute); });
+}
+
+PyObject* backward_entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return enter<kNumBackwardArguments>(arguments, count, run_backward);
+}
+
 #define FOVEAL_SIGNATURE                                                                                            \
   "($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lens, kv_lens, " \
   "layout, out, return_lse, return_weights, /)\n--\n\n"
 
-template <Compute compute>
-PyCFunction function() {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<compute>));
+PyCFunction function(PyObject* (*entry)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry));
 }
 
 PyMethodDef methods[] = {
-    {"attention", function<compute_forward>(), METH_FASTCALL,
+    {"attention", function(entry<compute_forward>), METH_FASTCALL,
      "attention" FOVEAL_SIGNATURE "foveal.attention on arrays that are no torch tensors."},
-    {"attention_reference", function<compute_reference>(), METH_FASTCALL,
+    {"attention_reference", function(entry<compute_reference>), METH_FASTCALL,
      "attention_reference" FOVEAL_SIGNATURE "The same by the plain float64 oracle."},
-    {"check_attention", function<compute_nothing>(), METH_FASTCALL,
+    {"check_attention", function(entry<compute_nothing>), METH_FASTCALL,
      "check_attention" FOVEAL_SIGNATURE "Raise what `attention` raises when it refuses its arguments."},
+    {"attention_backward", function(backward_entry), METH_FASTCALL,
+     "attention_backward($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, "
+     "q_lens, kv_lens, layout, out, return_lse, return_weights, lse, dout, dlse, bias_grad, sinks_grad, /)\n--\n\n"
+     "The gradients (dq, dk, dv, dbias, dsinks), from the out and lse of the forward pass."},
     {nullptr, nullptr, 0, nullptr},
 };
 

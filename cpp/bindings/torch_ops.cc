@@ -164,9 +164,10 @@ class ArgumentReader {
   const StableIValue* next_;
 };
 
-// All arguments of `attention_forward`, in the schema's order: initialisers run in the order of the members.
-struct ForwardArguments {
-  explicit ForwardArguments(ArgumentReader& read)
+// What every op but `attention_plain` has from q to bshd, in the schema's order: initialisers run in the order of the
+// members.
+struct ProblemArguments {
+  explicit ProblemArguments(ArgumentReader& read)
       : q(read.tensor()),
         k(read.tensor()),
         v(read.tensor()),
@@ -183,8 +184,7 @@ struct ForwardArguments {
         window_right(read.optional_integer()),
         scale(read.optional_real()),
         softcap(read.real()),
-        bshd(read.boolean()),
-        return_weights(read.boolean()) {}
+        bshd(read.boolean()) {}
 
   Tensor q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, q_offsets;
   bool causal;
@@ -192,7 +192,27 @@ struct ForwardArguments {
   std::optional<double> scale;
   double softcap;
   bool bshd;
+};
+
+struct ForwardArguments : ProblemArguments {
+  explicit ForwardArguments(ArgumentReader& read) : ProblemArguments(read), return_weights(read.boolean()) {}
+
   bool return_weights;
+};
+
+struct BackwardArguments {
+  explicit BackwardArguments(ArgumentReader& read)
+      : dout(read.tensor()),
+        dlse(read.optional_tensor()),
+        out(read.tensor()),
+        lse(read.tensor()),
+        problem(read),
+        bias_grad(read.boolean()),
+        sinks_grad(read.boolean()) {}
+
+  Tensor dout, dlse, out, lse;
+  ProblemArguments problem;
+  bool bias_grad, sinks_grad;
 };
 
 // None is unlimited, so the core's own sign for that is no number to accept.
@@ -205,7 +225,7 @@ int64_t window_side(const char* name, std::optional<int64_t> width) {
 }
 
 // Borrows from `arguments`.
-AttentionProblem problem_of(ForwardArguments& arguments) {
+AttentionProblem problem_of(ProblemArguments& arguments) {
   const auto optional_view = [](const char* name, const Tensor& tensor) {
     return tensor ? view_of(name, tensor) : TensorView{};
   };
@@ -259,6 +279,17 @@ bool run_signal_handlers(void*) {
 
 // --- kernels ---------------------------------------------------------------------------------------------------------
 
+ExecutionOptions execution_options() {
+  uint32_t torch_threads = 0;
+  require(torch.torch_get_num_threads(&torch_threads), "give its number of threads");
+  Status status;
+  ExecutionOptions options;
+  options.num_threads = num_threads(static_cast<int>(torch_threads), status);
+  options.interrupted = run_signal_handlers;
+  if (!status.ok()) fail(std::move(status));
+  return options;
+}
+
 struct Results {
   Tensor out, lse, weights;  // none where not asked for; `out` when it was given
 };
@@ -284,14 +315,7 @@ Results compute(AttentionProblem& problem, bool with_lse, bool with_weights) {
   }
   if (with_weights) results.weights = allocate(problem.q.dtype, scores, 4, dropped, problem.weights);
 
-  uint32_t torch_threads = 0;
-  require(torch.torch_get_num_threads(&torch_threads), "give its number of threads");
-  Status status;
-  ExecutionOptions options;
-  options.num_threads = num_threads(static_cast<int>(torch_threads), status);
-  options.interrupted = run_signal_handlers;
-  if (status.ok()) status = attention_forward(problem, options);
-  if (!status.ok()) fail(std::move(status));
+  if (Status status = attention_forward(problem, execution_options()); !status.ok()) fail(std::move(status));
   return results;
 }
 
@@ -343,6 +367,37 @@ void attention_forward_out_boxed(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = result(results.lse);
 }
 
+void attention_backward_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  ArgumentReader read(stack);
+  BackwardArguments arguments(read);
+  AttentionProblem problem = problem_of(arguments.problem);
+  problem.out = view_of("out", arguments.out);
+  problem.lse = view_of("lse", arguments.lse);
+  const DType dtype = problem.q.dtype, accumulator = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const auto allocate_like = [](const TensorView& view, DType of, TensorView& gradient) {
+    if (view.rank > kMaxRank) throw std::runtime_error("attention: too many dimensions");
+    return allocate(of, view.shape, view.rank, 0, gradient);
+  };
+  AttentionGradients gradients;
+  gradients.dout = view_of("dout", arguments.dout);
+  if (arguments.dlse) gradients.dlse = view_of("dlse", arguments.dlse);
+  Tensor dq = allocate_like(problem.q, dtype, gradients.dq);
+  Tensor dk = allocate_like(problem.k, dtype, gradients.dk);
+  Tensor dv = allocate_like(problem.v, dtype, gradients.dv);
+  Tensor dbias, dsinks;
+  if (arguments.bias_grad && problem.bias.present()) dbias = allocate_like(problem.bias, accumulator, gradients.dbias);
+  if (arguments.sinks_grad && problem.sinks.present())
+    dsinks = allocate_like(problem.sinks, accumulator, gradients.dsinks);
+  if (Status status = canonicalize(problem, gradients); !status.ok()) fail(std::move(status));
+  if (Status status = attention_backward(problem, gradients, execution_options()); !status.ok())
+    fail(std::move(status));
+  stack[4] = result_or_empty(dsinks, accumulator);
+  stack[3] = result_or_empty(dbias, accumulator);
+  stack[2] = result(dv);
+  stack[1] = result(dk);
+  stack[0] = result(dq);
+}
+
 // --- Python ----------------------------------------------------------------------------------------------------------
 
 // Returns what the ops still lack: "" or the library or symbol that is missing.
@@ -357,6 +412,7 @@ std::string register_torch_ops(const std::vector<std::string>& libraries) {
   implement("attention_plain", attention_plain);
   implement("attention_forward", attention_forward_boxed);
   implement("attention_forward_out", attention_forward_out_boxed);
+  implement("attention_backward", attention_backward_boxed);
   return "";
 }
 

@@ -86,6 +86,32 @@ def check_attention(
     return_weights: Any,
     /,
 ) -> Any: ...
+def attention_backward(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    bias: Any,
+    causal: Any,
+    q_offset: Any,
+    window: Any,
+    scale: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    q_lens: Any,
+    kv_lens: Any,
+    layout: Any,
+    out: Any,
+    return_lse: Any,
+    return_weights: Any,
+    lse: Any,
+    dout: Any,
+    dlse: Any,
+    bias_grad: Any,
+    sinks_grad: Any,
+    /,
+) -> Any: ...
 def set_num_threads(count: int, /) -> None: ...
 def get_num_threads() -> int: ...
 def isa() -> str: ...

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveal import _core
 from foveal.torch import _ops as _ops  # registers the ops
+from foveal.torch._autograd import differentiable_attention
 
 _plain = torch.ops.foveal.attention_plain.default
 _forward = torch.ops.foveal.attention_forward.default
@@ -24,6 +25,8 @@ _plain_eager = getattr(_plain, "_op", _plain)
 
 _is_grad_enabled = torch.is_grad_enabled
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 _UNLIMITED = (None, None)
 
@@ -51,10 +54,14 @@ def _attention(
 ) -> Any:
     """Take and return what ``_core.attention`` does, for tensors."""
     try:
-        if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            _refuse_gradient(q=q, k=k, v=v)
+        tracing = _is_dynamo_compiling()
+        # A tensor that torch.func has wrapped does not always know that it requires a gradient.
+        gradient = _is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad or (not tracing and _functorch_is_active())
+        )
         if (
-            mask is None
+            not gradient
+            and mask is None
             and bias is None
             and q_offset is None
             and alibi_slopes is None
@@ -68,12 +75,12 @@ def _attention(
             and not (return_lse or return_weights)
             and (causal is False or causal is True)
         ):
-            if _is_dynamo_compiling():
+            if tracing:
                 return _plain(q, k, v, causal, scale)
             return _plain_eager(q, k, v, causal, scale)
 
-        if _is_grad_enabled():
-            _refuse_gradient(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+        if _is_grad_enabled() and not gradient:
+            gradient = any(isinstance(x, Tensor) and x.requires_grad for x in (bias, alibi_slopes, sinks))
         window_left, window_right = window
         offset, offsets = _offset(q_offset, q.device)
         inputs = (
@@ -96,8 +103,18 @@ def _attention(
             _is_bshd(layout),
             bool(return_weights),
         )
-        if out is None:
+        if gradient:
+            if out is not None:
+                raise NotImplementedError(
+                    "attention: out is given with inputs that require grad, expected out=None: a result with a "
+                    "gradient is a new tensor"
+                )
+            result, lse, weights = differentiable_attention(*inputs)
+        elif out is None and tracing:
             result, lse, weights = _forward(*inputs)
+        elif out is None:
+            with _BelowAutograd():  # the op's autograd kernel is in Python
+                result, lse, weights = _forward(*inputs)
         else:
             lse, weights = _forward_out(out, *inputs)
             result = out
@@ -126,15 +143,6 @@ def _attention(
     if not (return_lse or return_weights):
         return result
     return result, lse if return_lse else None, weights if return_weights else None
-
-
-def _refuse_gradient(**arrays: Any) -> None:
-    for name, array in arrays.items():
-        if isinstance(array, Tensor) and array.requires_grad:
-            raise NotImplementedError(
-                f"attention: {name} requires grad, expected no gradient: there is no backward pass yet; "
-                "detach it or call under torch.no_grad()"
-            )
 
 
 # The options as an op takes them. What they cannot be made of raises anything; `_explained` finds the words.

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from foveal import _core
-from foveal.torch._ops import Options
+from foveal.torch._ops import Options, Problem
 
 
-def _compute(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None, *, return_lse: bool) -> Any:
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, options: Options | Problem, out: Tensor | None, *last: Any
+) -> list[Any]:
     arguments = (
         q,
         k,
@@ -32,11 +34,14 @@ def _compute(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | No
         options.kv_lens,
         "bshd" if options.bshd else "bhsd",
         out,
-        return_lse,
-        options.return_weights,
+        *last,
     )
     # Only a detached tensor lends its memory.
-    return _core.attention(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+    return [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+
+
+def _compute(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None, *, return_lse: bool) -> Any:
+    return _core.attention(*_arguments(q, k, v, options, out, return_lse, options.return_weights))
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Any:
@@ -53,8 +58,19 @@ def _forward_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> 
     return lse, q.new_empty(0) if weights is None else weights
 
 
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any
+) -> tuple[Tensor, ...]:
+    problem = Problem(*values)
+    last = (True, False, lse, dout, dlse, problem.bias_grad, problem.sinks_grad)
+    gradients = _core.attention_backward(*_arguments(q, k, v, problem, out, *last))
+    none = q.new_empty(0, dtype=lse.dtype)
+    return tuple(none.clone() if x is None else x for x in gradients)
+
+
 def register(library: torch.library.Library) -> None:
     """Give the ops of ``library`` their CPU kernels."""
     library.impl("attention_plain", _plain, "CPU")
     library.impl("attention_forward", _forward, "CPU")
     library.impl("attention_forward_out", _forward_out, "CPU")
+    library.impl("attention_backward", _backward, "CPU")

@@ -7,6 +7,7 @@ The kernels are in C++ (cpp/bindings/torch_ops.cc); ``_fallback`` stands in wher
                             make a call 1.6 microseconds cheaper
 ``attention_forward``       every option, and the log-sum-exp that a backward pass needs
 ``attention_forward_out``   the same into a given tensor
+``attention_backward``      the gradients of ``attention_forward``'s inputs from those of ``out`` and ``lse``
 ==========================  ==========================================================================================
 
 Arguments mean what they mean in :func:`foveal.attention`. ``q_offset`` is an integer and ``q_offsets`` a tensor, used
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,16 +29,21 @@ from torch.utils.flop_counter import register_flop_formula
 
 from foveal import _core
 
-_INPUTS = (
+_PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, "
     "Tensor? sinks=None, Tensor? q_lens=None, Tensor? kv_lens=None, Tensor? q_offsets=None, bool causal=False, "
     "SymInt? q_offset=None, SymInt? window_left=None, SymInt? window_right=None, float? scale=None, "
-    "float softcap=0.0, bool bshd=False, bool return_weights=False"
+    "float softcap=0.0, bool bshd=False"
 )
+_INPUTS = f"{_PROBLEM}, bool return_weights=False"
 _SCHEMAS = {
     "attention_plain": "(Tensor q, Tensor k, Tensor v, bool causal=False, float? scale=None) -> Tensor",
     "attention_forward": f"({_INPUTS}) -> (Tensor out, Tensor lse, Tensor weights)",
     "attention_forward_out": f"(Tensor(a!) out, {_INPUTS}) -> (Tensor lse, Tensor weights)",
+    "attention_backward": (
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}, bool bias_grad=False, bool sinks_grad=False)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+    ),
 }
 
 
@@ -59,6 +65,27 @@ class Options(NamedTuple):
     softcap: float = 0.0
     bshd: bool = False
     return_weights: bool = False
+
+
+class Problem(NamedTuple):
+    """What follows v in ``attention_backward``."""
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    q_lens: Tensor | None = None
+    kv_lens: Tensor | None = None
+    q_offsets: Tensor | None = None
+    causal: bool = False
+    q_offset: int | None = None
+    window_left: int | None = None
+    window_right: int | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+    bshd: bool = False
+    bias_grad: bool = False
+    sinks_grad: bool = False
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -113,6 +140,28 @@ def _forward_out_fake(
     options = Options(*values, **named)
     _check(q, k, v, out, *options)
     return _new_lse_and_weights(q, k, options)
+
+
+def _backward_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *values: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(*values, **named)
+    _check(q, k, v, dout, dlse, out, lse, *problem)
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    def of(asked: bool, x: Tensor | None) -> Tensor:
+        return q.new_empty(x.shape if asked and x is not None else (0,), dtype=accumulator)
+
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, of(problem.bias_grad, problem.bias), of(problem.sinks_grad, problem.sinks)
 
 
 # --- autocast --------------------------------------------------------------------------------------------------------
@@ -183,7 +232,7 @@ def _forward_vmap(info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *valu
     options = Options(*values)
     dim_of = dict(zip(Options._fields, dims[3:], strict=False))
     if dim_of.get("sinks") is not None:  # a head has one sink for the whole batch, so each example is a call
-        calls = [_example(n, dims, (q, k, v, *values)) for n in range(info.batch_size)]
+        calls = [torch.ops.foveal.attention_forward(*x) for x in _examples(info.batch_size, dims, (q, k, v, *values))]
         results = [torch.stack(result) for result in zip(*calls, strict=True)]
         return tuple(results), (0, 0, 0)
 
@@ -199,21 +248,30 @@ def _forward_vmap(info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *valu
     return (fold.unfold(out, fold.head_axis), fold.unfold(lse, 1), fold.unfold(weights, 1)), (0, 0, 0)
 
 
-def _example(n: int, dims: _Dims, values: tuple[Any, ...]) -> Any:
-    chosen = [x if dim is None else x.select(dim, n) for x, dim in zip(values, dims, strict=True)]
-    return torch.ops.foveal.attention_forward(*chosen)
+def _examples(count: int, dims: _Dims, values: tuple[Any, ...]) -> Iterator[list[Any]]:
+    for n in range(count):
+        yield [x if dim is None else x.select(dim, n) for x, dim in zip(values, dims, strict=True)]
+
+
+def _backward_vmap(info: Any, dims: _Dims, *values: Any) -> Any:
+    results = [torch.ops.foveal.attention_backward(*chosen) for chosen in _examples(info.batch_size, dims, values)]
+    return tuple(torch.stack(result) for result in zip(*results, strict=True)), (0, 0, 0, 0, 0)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
-def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], bshd: bool) -> int:
-    """Count the two matrix products in full, as torch counts its own attention, causal or not."""
+def _pairs(q: Sequence[int], k: Sequence[int], bshd: bool) -> int:
     num_keys = k[-3] if bshd and len(k) > 2 else k[-2]
     rows = 1
     for extent in q[:-1]:
         rows *= extent
-    return 2 * rows * num_keys * (q[-1] + v[-1])
+    return rows * num_keys
+
+
+def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], bshd: bool) -> int:
+    """Count the two matrix products in full, as torch counts its own attention, causal or not."""
+    return 2 * _pairs(q, k, bshd) * (q[-1] + v[-1])
 
 
 def _plain_flops(q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, **named: Any) -> int:
@@ -226,6 +284,14 @@ def _forward_flops(q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, 
 
 def _forward_out_flops(out: Any, q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, **named: Any) -> int:
     return _flops(q, k, v, Options(*values, **named).bshd)
+
+
+def _backward_flops(
+    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, **named: Any
+) -> int:
+    """Five products: scores, dP, dV, dK, dQ."""
+    products: int = 3 * q[-1] + 2 * v[-1]
+    return 2 * _pairs(q, k, Problem(*values, **named).bshd) * products
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
@@ -252,6 +318,7 @@ def _register() -> None:
         ("attention_plain", _plain_fake),
         ("attention_forward", _forward_fake),
         ("attention_forward_out", _forward_out_fake),
+        ("attention_backward", _backward_fake),
     ):
         torch.library.register_fake(f"foveal::{name}", fake, lib=_library)
     for op, first in (
@@ -262,9 +329,11 @@ def _register() -> None:
         _library.impl(op, _autocast(op, first), "AutocastCPU", with_keyset=True)
     torch.library.register_vmap("foveal::attention_plain", _plain_vmap, lib=_library)
     torch.library.register_vmap("foveal::attention_forward", _forward_vmap, lib=_library)
+    torch.library.register_vmap("foveal::attention_backward", _backward_vmap, lib=_library)
     register_flop_formula(ops.attention_plain)(_plain_flops)
     register_flop_formula(ops.attention_forward)(_forward_flops)
     register_flop_formula(ops.attention_forward_out)(_forward_out_flops)
+    register_flop_formula(ops.attention_backward)(_backward_flops)
 
 
 _register()

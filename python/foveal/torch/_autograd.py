@@ -1,0 +1,115 @@
+"""The gradient of ``attention_forward``: an autograd.Function, and the autograd kernels of the ops.
+
+``foveal.attention`` applies the Function before it comes to the dispatcher, which torch.func.grad and vmap need, and
+leaves it out where nothing requires a gradient. The kernels are for direct calls of the ops.
+
+There is no second derivative: the gradients can be computed with ``create_graph=True``, but using their graph raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.torch._ops import Options, _library
+
+_forward = torch.ops.foveal.attention_forward.default
+_backward = torch.ops.foveal.attention_backward.default
+
+_BIAS = 3 + Options._fields.index("bias")
+_SINKS = 3 + Options._fields.index("sinks")
+
+
+class Attention(torch.autograd.Function):
+    """(out, lse, weights) of ``attention_forward``; ``weights`` has no gradient, so it must not be asked for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, v, *values = inputs
+        options = Options(*values)
+        out, lse, weights = output
+        ctx.mark_non_differentiable(weights)
+        ctx.save_for_backward(q, k, v, out, lse, *options[:7])
+        ctx.scalars = options[7:-1]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor, _: Tensor) -> Any:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        bias_grad, sinks_grad = ctx.needs_input_grad[_BIAS], ctx.needs_input_grad[_SINKS]
+        differentiate: Any = _NoSecondDerivative.apply if torch.is_grad_enabled() else _backward
+        dq, dk, dv, dbias, dsinks = differentiate(
+            dout, dlse, out, lse, q, k, v, *tensors, *ctx.scalars, bias_grad, sinks_grad
+        )
+        gradients: list[Tensor | None] = [dq, dk, dv] + [None] * len(Options._fields)
+        if bias_grad:
+            gradients[_BIAS] = dbias.to(tensors[_BIAS - 3].dtype)
+        if sinks_grad:
+            gradients[_SINKS] = dsinks.to(tensors[_SINKS - 3].dtype)
+        return tuple(gradients)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The results of ``attention_backward``, whose own gradient raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("attention: there is no second derivative, expected a single backward pass")
+
+
+# --- the ops' own autograd kernels -----------------------------------------------------------------------------------
+
+
+def _differentiable(values: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+
+
+def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
+    """Call ``attention_forward`` on inputs that require a gradient."""
+    options = Options(*values)
+    if options.alibi_slopes is not None and options.alibi_slopes.requires_grad:
+        raise NotImplementedError(
+            "attention: alibi_slopes requires grad, expected no gradient: there is none for the slopes; detach them"
+        )
+    if options.return_weights:
+        raise NotImplementedError(
+            "attention: return_weights is asked of inputs that require grad, expected no gradient: there is none "
+            "through the weights; detach the inputs or call under torch.no_grad()"
+        )
+    if torch.is_autocast_enabled(q.device.type):  # here, so that what is saved has the dtype of the output
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return Attention.apply(q, k, v, *options)  # type: ignore[no-untyped-call]
+
+
+def _forward_kernel(keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
+    if not _differentiable((q, k, v, *values)):
+        return _forward.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, *values)
+    return differentiable_attention(q, k, v, *values)
+
+
+def _backward_kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
+    if not _differentiable(values):
+        return _backward.redispatch(keyset & torch._C._after_autograd_keyset, *values)
+    return _NoSecondDerivative.apply(*values)  # type: ignore[no-untyped-call]
+
+
+_library.impl(_forward, _forward_kernel, "Autograd", with_keyset=True)
+_library.impl(_backward, _backward_kernel, "Autograd", with_keyset=True)
