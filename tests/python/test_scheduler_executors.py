@@ -105,9 +105,11 @@ def test_a_worker_that_is_killed_loses_no_task_and_blames_nobody_else():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_a_task_whose_worker_was_killed_by_chance_is_run_again(tmp_path):
-    with Scheduler(processes, max_in_flight=3) as scheduler:
-        futures = [scheduler.submit(dies, str(tmp_path / "died")) for _ in range(6)]
-        assert [f.result(60) for f in futures] == ["alive"] * 6
+    scheduler = Scheduler(processes, max_in_flight=3)
+    futures = [scheduler.submit(dies, str(tmp_path / "died")) for _ in range(6)]
+    scheduler.start(retries=1)
+    assert [f.result(60) for f in futures] == ["alive"] * 6
+    scheduler.shutdown()
 
 
 # Pools that break or refuse

@@ -11,7 +11,9 @@ What comes next is decided by one of two servers:
   get service in the ratio of their weights up to one turn of each. "sample": key = V + charge*E/weight, E exponential:
   since those races have no memory, each turn is a fresh draw in proportion to the weights. "strict": key = -score.
   A weight that changes rescales what is left of a key, key - V, by old weight/new weight (Waldspurger & Weihl 1995),
-  which is exact for "sample". weight = exp((score - reference)/temperature), clipped to exp(-25) below the reference.
+  which is exact for "sample". weight = exp((score - reference)/temperature). The reference, the largest score, V and
+  the temperature are set anew in passes over all tasks, at most one for every 1/16 of them that came, went or changed.
+  Until then a weight may be cut off, at exp(-600), or too high to be told from others as high.
 - The **rotation** takes all tasks in turn, whatever their scores, and gets `floor` of the service. A task joins at its
   end, keeps its place while it is in flight or served by the proportional server, and goes to the end when the rotation
   serves it. So each task gets floor/n of the service here, and one that waits with at most n others waits for at most
@@ -40,9 +42,11 @@ from foveal._scheduler.shares import Floats, Policy, narrowed
 from foveal.queues import IndexedHeap
 
 _CAPACITY = 64  # of the smallest heap
-_DEEPEST = -25.0  # log of the smallest weight; exp(25) turns are more than the floor ever lets a task wait
-_HIGHEST = 1.0  # log weight above which the reference moves up; small, so that charge/weight is not lost beside V
-_LARGEST_V = 2.0**40  # beyond, charge/weight would lose digits beside V
+# Logs of weights, relative to the reference: where they are cut off; up to where the reference need not follow (beside
+# V of at most _LARGEST_V a key V + charge/weight still tells weights up to exp(20) apart); down to where V follows.
+_DEEPEST, _HIGHEST, _HIGH, _LOW = -600.0, 600.0, 20.0, -25.0
+_LARGEST_V = 2.0**20
+_PATIENCE = 16  # a pass over all tasks is due when changes times this exceed their number: about 1 us a change
 _RESOLVE = 1.125  # with `breadth` the temperature is solved anew when the number of tasks has changed by this factor
 
 
@@ -69,14 +73,17 @@ class Backlog:
     def _clear(self) -> None:
         self._count = 0
         self._slots: list[Task | None] = []
-        # By slot: what the task itself says of its score, the score, the log of its weight, its key in the heap.
-        self._own, self._scores, self._log_weights, self._keys = (array("d") for _ in range(4))
-        self._features: NDArray[np.float32] | None = None  # (capacity, d), zero for tasks without
+        # By slot: the score, and the key in the heap.
+        self._scores, self._keys = array("d"), array("d")
+        # By slot, from the first task with features on: these, or zeros, and the score less the scorer's part.
+        self._features: NDArray[np.float32] | None = None  # (capacity, d)
+        self._own: Floats = np.empty(0)
         self._heap = IndexedHeap(_CAPACITY)
         self._v = 0.0
         self._reference: float | None = None
+        self._is_stale = False  # a task as high as the reference has left
         self._solved_for = 0  # how many tasks there were when `temperature` was solved for
-        self._changes = 0  # pushes and pops since the last rebase
+        self._changes = 0  # since the last rebase
 
     def __len__(self) -> int:
         return self._count
@@ -99,7 +106,7 @@ class Backlog:
         """Add a task; `attention` is the scorer's part of its score."""
         if len(self._slots) == self._heap.capacity:
             self._make_room()
-        own = self._own_score(task)
+        own = task.urgency + task.importance - self._aging * task.queued
         score = own + attention
         log_weight = self._log_weight(score)
         if self._policy == "strict":
@@ -112,11 +119,9 @@ class Backlog:
         task.slot = len(self._slots)
         self._heap.push(task.slot, key)
         if task.features is not None or self._features is not None:
-            self._set_features(task)
+            self._set_features(task, own)
         self._slots.append(task)
-        self._own.append(own)
         self._scores.append(score)
-        self._log_weights.append(log_weight)
         self._keys.append(key)
         self._count += 1
         if not task.in_rotation and self._floor > 0.0 and self._policy != "strict":
@@ -129,8 +134,8 @@ class Backlog:
         if self._is_rotations_turn():
             return self.take(self._next_in_rotation(), rotation=True)
         slot = self._heap.peek()[0]
-        if self._log_weights[slot] <= _DEEPEST and self._changes > self._count and self._policy != "strict":
-            self._rebase()  # before V jumps by exp(25): the weights that were clipped are told apart again
+        if self._is_rebase_due() and self._policy != "strict" and self._weighed(self._scores[slot]) < _LOW:
+            self._rebase()  # those that the reference was the largest of are gone
             slot = self._heap.peek()[0]
         task = self._slots[slot]
         assert task is not None
@@ -145,19 +150,22 @@ class Backlog:
             self._rotation.remove(task)  # at the head, or behind tasks in flight
         self._rotation_credit += (self._floor - rotation) * task.charge
         if self._policy != "strict":
-            key, log_weight = self._keys[slot], self._log_weights[slot]
+            key, log_weight = self._keys[slot], self._weighed(self._scores[slot])
             if rotation:  # the proportional server did not serve it: it keeps its place there
                 task.residual = max(0.0, key - self._v) * math.exp(log_weight)
             else:
-                self._v = max(self._v, key)
                 task.residual = -1.0
-            if self._v > _LARGEST_V and self._changes > self._count:
+                if log_weight >= _LOW:  # else V would leave no digits for the others' keys
+                    self._v = max(self._v, key)
+            if self._v > _LARGEST_V and self._is_rebase_due():
                 self._rebase()
         self.remove(task)
         return task
 
     def remove(self, task: Task) -> None:
         """Take a task out without a turn."""
+        if not self._is_stale:
+            self._is_stale = self._weighed(self._scores[task.slot]) > -1.0
         self._heap.remove(task.slot)
         self._slots[task.slot] = None
         task.slot = -1
@@ -170,28 +178,27 @@ class Backlog:
 
     def update(self, task: Task) -> None:
         """Re-key one task after its urgency or importance has changed."""
-        slot = task.slot
-        own = self._own_score(task)
-        score = own + (self._scores[slot] - self._own[slot])
-        if score == self._scores[slot]:
+        score = own = task.urgency + task.importance - self._aging * task.queued
+        if self._features is not None:
+            score += self._scores[task.slot] - self._own[task.slot]
+            self._own[task.slot] = own
+        if score == self._scores[task.slot]:
             return
-        log_weight = self._log_weight(score)  # before anything of this slot is read: it may rebase
+        self._changes += 1
+        log_weight = self._log_weight(score)  # before anything of its slot is read: it may rebase
+        slot = task.slot
         if self._policy == "strict":
             key = -score
         else:
-            key = self._v + (self._keys[slot] - self._v) * math.exp(self._log_weights[slot] - log_weight)
-        self._own[slot] = own
+            left = (self._keys[slot] - self._v) * math.exp(self._weighed(self._scores[slot]))
+            key = self._v + left * math.exp(-log_weight)
         self._scores[slot] = score
-        self._log_weights[slot] = log_weight
         self._keys[slot] = key
         self._heap.update(slot, key)
 
     def update_all(self, attention: Floats) -> None:
         """Give every task, in the order of iteration, a new attention score, and re-key all with one update_many."""
-        self._rebase(np.frombuffer(self._own)[self._occupied()] + attention)
-
-    def _own_score(self, task: Task) -> float:
-        return task.urgency + task.importance - self._aging * task.queued
+        self._rebase(self._own[self._occupied()] + attention)
 
     def _is_rotations_turn(self) -> bool:
         if self._floor <= 0.0 or self._policy == "strict":
@@ -210,22 +217,27 @@ class Backlog:
         rotation.extendleft(reversed(passed))
         return task
 
+    def _is_rebase_due(self) -> bool:
+        return self._changes * _PATIENCE > self._count
+
     def _log_weight(self, score: float) -> float:
-        """Log of the weight for a score, clipped; first moves the reference where it would not serve this score."""
+        """Give the log of the weight for a score; first moves the reference where it would not serve this score."""
         if self._reference is None:
             self._reference = score
-        x = self._gap(score)
-        if x > _HIGHEST or (x < _DEEPEST and self._changes > self._count):
+        x = self._weighed(score)
+        if (x > _HIGH or (x <= _DEEPEST and self._is_stale)) and self._is_rebase_due():
             self._rebase(at_least=score)
-            x = self._gap(score)
-        return max(x, _DEEPEST)
+            x = self._weighed(score)
+        return x
 
-    def _gap(self, score: float) -> float:
-        assert self._reference is not None
-        gap = score - self._reference
+    def _weighed(self, score: float) -> float:
+        """Give the log of the weight for a score, cut off."""
+        x = score - self._reference  # type: ignore[operator]
         if self.temperature > 0.0:
-            return gap / self.temperature
-        return 0.0 if gap == 0.0 else math.copysign(math.inf, gap)
+            x /= self.temperature
+        elif x:
+            x = math.copysign(math.inf, x)
+        return x if _DEEPEST <= x <= _HIGHEST else _DEEPEST if x < 0 else _HIGHEST
 
     def _after_change(self) -> None:
         self._changes += 1
@@ -244,55 +256,69 @@ class Backlog:
             return np.arange(self._count)
         return np.fromiter((t.slot for t in self._slots if t is not None), np.int64, self._count)
 
-    def _set_features(self, task: Task) -> None:
+    def _set_features(self, task: Task, own: float) -> None:
         if self._features is None:
             assert task.features is not None
             self._features = np.zeros((self._heap.capacity, task.features.shape[-1]), np.float32)
+            self._own = np.zeros(self._heap.capacity)
+            self._own[: len(self._scores)] = self._scores  # nobody before had features
         self._features[task.slot] = 0.0 if task.features is None else task.features
+        self._own[task.slot] = own
 
     def _rebase(self, new_scores: Floats | None = None, at_least: float = -math.inf) -> None:
-        """Make V 0 and the largest score the reference, solve for the temperature; re-key with one update_many."""
+        """Make V 0 and the largest score the reference, solve for the temperature; re-key with one update_many.
+
+        May move tasks to other slots.
+        """
         self._changes = 0
+        self._is_stale = False
         self._solved_for = self._count
         if not self._count:
             self._reference = at_least
             return
+        if 4 * self._count < len(self._slots):
+            self._make_room()
         slots = self._occupied()
-        all_scores, all_log_weights, all_keys = map(np.frombuffer, (self._scores, self._log_weights, self._keys))
-        scores = all_scores[slots] if new_scores is None else new_scores
+        all_scores, all_keys = np.frombuffer(self._scores), np.frombuffer(self._keys)
+        old_scores = all_scores[slots]
+        scores = old_scores if new_scores is None else new_scores
+        old_log_weights = self._log_weights(old_scores)
         self._reference = max(float(scores.max()), at_least)
         if self._breadth is not None:
             self.temperature = narrowed(self._breadth, scores)
-        gaps = scores - self._reference
-        if self.temperature > 0.0:
-            gaps /= self.temperature
-        else:
-            gaps[gaps < 0.0] = -math.inf
-        log_weights = np.maximum(gaps, _DEEPEST)
         if self._policy == "strict":
             keys = -scores
         else:
             left = np.maximum(all_keys[slots] - self._v, 0.0)
-            keys = left * np.exp(all_log_weights[slots] - log_weights)
+            keys = left * np.exp(old_log_weights) * np.exp(-self._log_weights(scores))
             self._v = 0.0
         all_scores[slots] = scores
-        all_log_weights[slots] = log_weights
         all_keys[slots] = keys
         self._heap.update_many(slots, keys)
+
+    def _log_weights(self, scores: Floats) -> Floats:
+        gaps = scores - (0.0 if self._reference is None else self._reference)
+        if self.temperature > 0.0:
+            gaps /= self.temperature
+        else:
+            gaps[gaps != 0.0] *= math.inf
+        return np.clip(gaps, _DEEPEST, _HIGHEST)
 
     def _make_room(self) -> None:
         """Move the waiting tasks together, in order, into a heap of twice their number."""
         occupied = self._occupied()
-        for name in ("_own", "_scores", "_log_weights", "_keys"):
-            setattr(self, name, array("d", np.frombuffer(getattr(self, name))[occupied].tobytes()))
+        self._scores, self._keys = (
+            array("d", np.frombuffer(values)[occupied].tobytes()) for values in (self._scores, self._keys)
+        )
         self._slots = [task for task in self._slots if task is not None]
         for slot, task in enumerate(self._slots):
             assert task is not None
             task.slot = slot
-        self._heap = IndexedHeap.from_arrays(
-            np.arange(self._count), np.frombuffer(self._keys), max(_CAPACITY, 2 * self._count)
-        )
+        capacity = max(_CAPACITY, 2 * self._count)
+        self._heap = IndexedHeap.from_arrays(np.arange(self._count), np.frombuffer(self._keys), capacity)
         if self._features is not None:
-            features = np.zeros((self._heap.capacity, self._features.shape[1]), np.float32)
-            features[: self._count] = self._features[occupied]
-            self._features = features
+            features, own = self._features, self._own
+            self._features = np.zeros((capacity, features.shape[1]), np.float32)
+            self._features[: self._count] = features[occupied]
+            self._own = np.zeros(capacity)
+            self._own[: self._count] = own[occupied]

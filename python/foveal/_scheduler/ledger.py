@@ -29,6 +29,8 @@ class Ledger:
         self.backlog = backlog
         self.tasks: dict[Hashable, Task] = {}
         """By key, those that wait or are in flight."""
+        self.arrivals: deque[Task] = deque()
+        """New tasks, already in `tasks`, that :meth:`absorb` is still to take in; anybody may append."""
         self.replay: deque[Decision] = deque()
         self.in_flight = 0
         self.over: list[Task] = []
@@ -81,13 +83,15 @@ class Ledger:
 
     # Tasks come, change and go.
 
-    def add(self, task: Task) -> None:
-        """Take in a new task, whose key is free."""
-        attention = self._scorer.of_one(task.features)
-        self.tasks[task.key] = task
-        if task.deadline is not None:
-            self._deadlines.push(task, task.deadline)
-        self.backlog.push(task, attention)
+    def absorb(self) -> None:
+        """Take in the arrivals."""
+        while self.arrivals:
+            task = self.arrivals[0]
+            if task.slot < 0:  # else Ctrl-C came in between
+                if task.deadline is not None:
+                    self._deadlines[task] = task.deadline
+                self._queue(task, task.submitted)
+            self.arrivals.popleft()
 
     def feed_back(self, task: Task, feedback: float) -> None:
         """Move the task's urgency by the moving average."""
@@ -244,9 +248,13 @@ class Ledger:
     def _wait_again(self, task: Task, now: float) -> None:
         task.status = "waiting"
         task.queued = now
+        self._queue(task, now)
+
+    def _queue(self, task: Task, now: float) -> None:
         try:
             attention = self._scorer.of_one(task.features)
         except Exception as error:  # a scorer that is a user's callable
+            self._deadlines.discard(task)
             self._finish(task, "failed", error, now)
         else:
             self.backlog.push(task, attention)

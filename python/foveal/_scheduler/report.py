@@ -103,7 +103,7 @@ class Report:
         if ax is None:
             ax = Figure(figsize=(9, 1.2 + 0.22 * min(len(lines), 100)), layout="constrained").subplots()
         for y, bars in enumerate(lines.values()):
-            ax.broken_barh(bars, (y - 0.4, 0.8), color=f"C{y % 10}")
+            ax.broken_barh(bars, (y - 0.4, 0.8), facecolor=f"C{y % 10}", edgecolor="white", linewidth=0.4)
         if len(lines) <= 100:
             ax.set_yticks(range(len(lines)), [str(key) for key in lines])
         ax.invert_yaxis()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Executor
@@ -113,7 +114,7 @@ class Scheduler:
         self._temperature, self._breadth = 1.0 if temperature is None else temperature, breadth
         self._floor, self._policy = floor, policy
         self._max_in_flight = max_in_flight
-        self._made_up = 0  # keys
+        self._made_up = itertools.count(1)  # keys
         self._scorer = ScorerHandle(scorer)
         backlog = Backlog(policy, floor, self._temperature, breadth, aging, seed)
         self._ledger = Ledger(backlog, self._scorer, ema)
@@ -227,11 +228,16 @@ class Scheduler:
         KeyError
             There is no such task, or it is done.
         """
-        for name, value in (("urgency", urgency), ("importance", importance), ("feedback", feedback)):
-            if value is not None:
-                check_finite("Scheduler.update", name, value)
+        if urgency is not None:
+            check_finite("Scheduler.update", "urgency", urgency)
+        if importance is not None:
+            check_finite("Scheduler.update", "importance", importance)
+        if feedback is not None:
+            check_finite("Scheduler.update", "feedback", feedback)
         with self._engine.mutex:
-            task = self._find("update", key)
+            task = self._lookup(key)
+            if task is None:
+                raise KeyError(f"Scheduler.update: {key!r} is no task, or is done")
             if urgency is not None:
                 task.urgency = float(urgency)
             if importance is not None:
@@ -427,31 +433,21 @@ class Scheduler:
             check_finite(f"Scheduler.{method}", "importance", importance)
         row = None if features is None else self._scorer.row(f"Scheduler.{method}", features)
         engine = self._engine
-        with engine.mutex:
-            if engine.is_shut_down:
-                raise RuntimeError(f"Scheduler.{method}: the scheduler was shut down")
-            if key is None:
-                self._made_up += 1
-                key = f"task-{self._made_up}"
-            if key in self._ledger.tasks:
-                raise ValueError(f"Scheduler.{method}: key {key!r} is that of an unfinished task, expected a new one")
-            now = engine.now()
-            task = Task(key, fn, args, kwargs, float(urgency), float(importance), now)
-            task.future = future = Future(engine, task)
-            task.max_steps = max_steps
-            task.features = row
-            task.deadline = None if deadline is None else now + deadline
-            self._ledger.add(task)
-            is_news = deadline is not None or engine.needs_driver()
-        if is_news:
-            engine.look_again()
+        key = f"task-{next(self._made_up)}" if key is None else key
+        now = engine.now()
+        task = Task(key, fn, args, kwargs, float(urgency), float(importance), now)
+        task.future = future = Future(engine, task)
+        task.max_steps = max_steps
+        task.features = row
+        task.deadline = None if deadline is None else now + deadline
+        if engine.is_shut_down:
+            raise RuntimeError(f"Scheduler.{method}: the scheduler was shut down")
+        if self._ledger.tasks.setdefault(key, task) is not task:
+            raise ValueError(f"Scheduler.{method}: key {key!r} is that of an unfinished task, expected a new one")
+        engine.arrive(task)
+        if engine.is_shut_down and engine.cancel(task):  # at the same time
+            raise RuntimeError(f"Scheduler.{method}: the scheduler was shut down")
         return future
-
-    def _find(self, method: str, key: Hashable) -> Task:
-        task = self._lookup(key)
-        if task is None:
-            raise KeyError(f"Scheduler.{method}: {key!r} is no task, or is done")
-        return task
 
     def _lookup(self, key: Hashable) -> Task | None:
         if isinstance(key, Future):
