@@ -183,3 +183,21 @@ def test_search_says_what_is_wrong(arguments, text):
     result = search(*arguments)
     assert result.returncode != 0
     assert text in result.stderr
+
+
+def test_triage(tmp_path):
+    arguments = ["--limit-passages=48", "--orders=2", f"--cache={tmp_path / 'e.npz'}", "--png=picture.png"]
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "triage.py", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    assert "48 passages arrive, 16 are read; 2 orders of arrival" in result.stdout
+    counts = {}
+    for line in result.stdout.splitlines():
+        if "+-" in line:
+            counts[line[:22].strip()] = float(line[22:].split()[0])
+    assert list(counts) == ["first in, first out", "static priority", "attention", "attention, strict", "oracle"]
+    assert 0 < max(counts.values()) == counts["oracle"] <= 16
+    assert "reading" in result.stderr
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "picture.png").stat().st_size > 1000
