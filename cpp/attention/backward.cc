@@ -6,15 +6,14 @@
 // however keys are cut, so the cut may follow the number of threads and the bits do not.
 //
 // dbias has one owner too: heads and batches that share a slice of it are one item, done one after the other.
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -29,7 +28,6 @@
 namespace foveal {
 namespace {
 
-constexpr auto kPollEvery = std::chrono::milliseconds(50);
 constexpr int64_t kRowsSharingKeys = 192;  // rows for which a key block is read once, as in the forward pass
 constexpr int64_t kKeysWorthAnItem = 256;
 constexpr int64_t kItemsAThread = 4;  // enough to share out evenly
@@ -60,23 +58,15 @@ class BackwardRun {
     clear();
     if (p_.q.shape[0] == 0 || kv_heads() == 0) return {};
     cut();
-    const Team team(options_.num_threads, items(), flops());
+    Team& team = team_.emplace(options_, items(), flops());
     if (Status status = allocate(team.size()); !status.ok()) return status;
-    last_poll_ = std::chrono::steady_clock::now();
-    if (team.size() == 1) {
-      prepare_rows(true);
-      work(0);
-    } else {
-#pragma omp parallel num_threads(team.size())
-      {
-        prepare_rows(omp_get_thread_num() == 0);
-#pragma omp barrier
-        work(omp_get_thread_num());
-      }
-    }
-    if (stop_.load(std::memory_order_relaxed)) return {ErrorKind::kInterrupted, "attention: interrupted"};
-    add_up_sinks();
-    return {};
+    const Status status = team.run([&](int thread) {
+      prepare_rows(thread);
+      team.barrier();
+      work(thread);
+    });
+    if (status.ok()) add_up_sinks();
+    return status;
   }
 
  private:
@@ -211,13 +201,13 @@ class BackwardRun {
   // ---- first: lse and delta of every row, and the sums of the sinks' gradients
   // ------------------------------------------
 
-  void prepare_rows(bool polls) {
+  void prepare_rows(int thread) {
     const int64_t num_heads = p_.q.shape[0] * kv_heads();
     for (;;) {
       const int64_t index = next_head_.fetch_add(1, std::memory_order_relaxed);
-      if (index >= num_heads || stop_.load(std::memory_order_relaxed)) return;
+      if (index >= num_heads || team_->stopped()) return;
       prepare_rows(index / kv_heads(), index % kv_heads());
-      if (polls) poll();
+      team_->poll(thread);
     }
   }
 
@@ -261,18 +251,17 @@ class BackwardRun {
     std::byte* memory = thread_memory_.get() + thread * thread_nbytes_;
     for (;;) {
       const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
-      if (index >= items() || stop_.load(std::memory_order_relaxed)) return;
+      if (index >= items() || team_->stopped()) return;
       // Part by part: the parts of one head, which wait for each other, are far apart.
       const int64_t part = index / owners_, owner = index % owners_;
       const int64_t owners_a_batch = kv_heads() / heads_an_owner_;
       const int64_t batch = owner / owners_a_batch * batches_an_owner_, head = owner % owners_a_batch * heads_an_owner_;
       for (int64_t b = batch; b < batch + batches_an_owner_; ++b)
-        for (int64_t kv_head = head; kv_head < head + heads_an_owner_; ++kv_head)
-          run(b, kv_head, part, memory, thread == 0);
+        for (int64_t kv_head = head; kv_head < head + heads_an_owner_; ++kv_head) run(b, kv_head, part, memory, thread);
     }
   }
 
-  void run(int64_t b, int64_t kv_head, int64_t part, std::byte* memory, bool polls) {
+  void run(int64_t b, int64_t kv_head, int64_t part, std::byte* memory, int thread) {
     const HeadTask h = heads_.task(b, kv_head);
     const GradientHead g = gradient_head(h, b, kv_head);
     const int64_t length = part_length(h.kv_len), rows = rows_of(b), head_index = b * kv_heads() + kv_head;
@@ -298,35 +287,26 @@ class BackwardRun {
       if (parts_ > 1) {
         task.dq_sums = dq_memory_.get() + (head_index * row_blocks_ + block) * rows_a_block_ * p_.q.shape[3] *
                                               static_cast<int64_t>(sizeof(T));
-        if (!task.first && !wait_for_turn(head_index * row_blocks_ + block, part, polls)) return;
+        if (!task.first && !wait_for_turn(head_index * row_blocks_ + block, part, thread)) return;
       }
       kernels_.backward(task);
       // release: pairs with the acquire in wait_for_turn; the next part reads these sums.
       if (!task.last)
         turn_[static_cast<size_t>(head_index * row_blocks_ + block)].store(part + 1, std::memory_order_release);
-      if (polls) poll();
-      if (stop_.load(std::memory_order_relaxed)) return;
+      team_->poll(thread);
+      if (team_->stopped()) return;
     }
     kernels_.backward_keys(task);
   }
 
-  bool wait_for_turn(int64_t block, int64_t part, bool polls) {
+  bool wait_for_turn(int64_t block, int64_t part, int thread) {
     const std::atomic<int64_t>& turn = turn_[static_cast<size_t>(block)];
     while (turn.load(std::memory_order_acquire) != part) {
-      if (polls) poll();
-      if (stop_.load(std::memory_order_relaxed)) return false;
+      team_->poll(thread);
+      if (team_->stopped()) return false;
       std::this_thread::yield();
     }
     return true;
-  }
-
-  // On the calling thread. Each poll takes the GIL, which another Python thread may hold for milliseconds.
-  void poll() {
-    if (options_.interrupted == nullptr) return;
-    const auto now = std::chrono::steady_clock::now();
-    if (now - last_poll_ < kPollEvery) return;
-    last_poll_ = now;
-    if (options_.interrupted(options_.interrupted_context)) stop_.store(true, std::memory_order_relaxed);
   }
 
   const AttentionProblem& p_;
@@ -343,8 +323,7 @@ class BackwardRun {
   std::vector<double> sink_sums_;                 // (B, Hq)
   std::unique_ptr<std::atomic<int64_t>[]> turn_;  // (head, row block): the part that may add to dq next
   std::atomic<int64_t> next_head_{0}, next_{0};
-  std::atomic<bool> stop_{false};
-  std::chrono::steady_clock::time_point last_poll_;
+  std::optional<Team> team_;
 };
 
 }  // namespace

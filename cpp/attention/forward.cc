@@ -2,14 +2,13 @@
 //
 // The only OpenMP region of the forward pass. Threads take items from one counter; an item's result does not depend on
 // who computes it. The parts of a split row block are merged in order by whoever finishes the last of them.
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <memory>
 #include <new>
+#include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "attention/heads.h"
@@ -22,8 +21,6 @@
 
 namespace foveal {
 namespace {
-
-constexpr auto kPollEvery = std::chrono::milliseconds(50);
 
 void write_lse(const TensorView& lse, int64_t b, int64_t h, int64_t i, double max2, double sum) {
   const double value = sum == 0 ? -INFINITY : max2 * M_LN2 + std::log(sum);
@@ -60,7 +57,7 @@ class ForwardRun {
         finish_padding(p_, b, plan_.sequences[static_cast<size_t>(b)].q_len);
     if (plan_.items == 0) return {};
 
-    const Team team(options_.num_threads, plan_.items, plan_.flops);
+    Team& team = team_.emplace(options_, plan_.items, plan_.flops);
     measure_scratch();
     const int64_t partial_nbytes = plan_.partial_rows * (p_.v.shape[3] + 2) * accumulator_nbytes_;
     const Scratch scratch = allocate_scratch(scratch_nbytes_ * team.size());
@@ -72,17 +69,7 @@ class ForwardRun {
     partial_ = partial.get();
     if (plan_.groups > 0) pending_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(plan_.groups));
 
-    if (team.size() == 1) {
-      work(scratch.get(), true);
-    } else {
-#pragma omp parallel num_threads(team.size())
-      {
-        const int thread = omp_get_thread_num();
-        work(scratch.get() + scratch_nbytes_ * thread, thread == 0);
-      }
-    }
-    if (stop_.load(std::memory_order_relaxed)) return {ErrorKind::kInterrupted, "attention: interrupted"};
-    return {};
+    return team.run([&](int thread) { work(scratch.get() + scratch_nbytes_ * thread, thread); });
   }
 
  private:
@@ -102,14 +89,12 @@ class ForwardRun {
     scratch_nbytes_ = (total + 127) / 128 * 128;
   }
 
-  void work(std::byte* scratch, bool polls) {
-    polls = polls && options_.interrupted != nullptr && plan_.items > 1;
-    auto last_poll = polls ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
+  void work(std::byte* scratch, int thread) {
     HeadTask head;
     int64_t batch = -1, kv_head = -1;
     for (;;) {
       const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
-      if (index >= plan_.items || stop_.load(std::memory_order_relaxed)) return;
+      if (index >= plan_.items || team_->stopped()) return;
       const WorkItem item = item_at(plan_, index);
       if (item.batch != batch || item.kv_head != kv_head) {
         batch = item.batch;
@@ -117,12 +102,7 @@ class ForwardRun {
         head = heads_.task(batch, kv_head);
       }
       run(head, item, scratch);
-      if (!polls) continue;
-      // Each poll takes the GIL, which another Python thread may hold for milliseconds: not after every item.
-      const auto now = std::chrono::steady_clock::now();
-      if (now - last_poll < kPollEvery) continue;
-      last_poll = now;
-      if (options_.interrupted(options_.interrupted_context)) stop_.store(true, std::memory_order_relaxed);
+      team_->poll(thread);
     }
   }
 
@@ -191,7 +171,7 @@ class ForwardRun {
   std::byte* partial_ = nullptr;
   int64_t accumulator_nbytes_ = 4, rows_max_ = 0, kernel_nbytes_ = 0, scratch_nbytes_ = 0;
   std::atomic<int64_t> next_{0};
-  std::atomic<bool> stop_{false};
+  std::optional<Team> team_;
 };
 
 }  // namespace

@@ -16,6 +16,9 @@ namespace {
 constexpr int kMaxThreads = 4096;
 constexpr double kFlopsWorthAThread = 1e6;  // about 10 microseconds: what waking a sleeping team costs
 
+constexpr double kFlopsWorthAPoll = 1e7;  // what no machine takes kPollEvery for; to look at a clock takes time too
+constexpr auto kPollEvery = std::chrono::milliseconds(50);
+
 // relaxed: a count on its own, nothing is published with it.
 std::atomic<int> chosen_count{0};
 
@@ -63,7 +66,10 @@ int num_threads(int framework_count, Status& status) {
   return std::clamp(count, 1, kMaxThreads);
 }
 
-Team::Team(int wanted, int64_t items, double flops) {
+Team::Team(const ExecutionOptions& options, int64_t items, double flops)
+    : options_(options), polls_(options.interrupted != nullptr && flops >= kFlopsWorthAPoll) {
+  if (polls_) last_poll_ = std::chrono::steady_clock::now();
+  const int wanted = options.num_threads;
   const double worthwhile = std::min(static_cast<double>(items), flops / kFlopsWorthAThread);
   const int useful = worthwhile < 2 || fork_handler != 0 || in_forked_child.load(std::memory_order_relaxed)
                          ? 1
@@ -74,5 +80,15 @@ Team::Team(int wanted, int64_t items, double flops) {
 }
 
 Team::~Team() { busy_threads.fetch_sub(size_, std::memory_order_relaxed); }
+
+void Team::poll(int thread) {
+  if (thread != 0 || !polls_) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - last_poll_ < kPollEvery) return;
+  last_poll_ = now;
+  const bool stop = options_.interrupted(options_.interrupted_context);
+  if (size_ > 1 && in_forked_child.load(std::memory_order_relaxed)) _longjmp(outside_, 1);
+  if (stop) stop_.store(true, std::memory_order_relaxed);
+}
 
 }  // namespace foveal

@@ -19,6 +19,7 @@ inline PyObject* exception_class(ErrorKind kind) {
       return PyExc_MemoryError;
     case ErrorKind::kInterrupted:
       return PyExc_KeyboardInterrupt;
+    case ErrorKind::kForked:
     case ErrorKind::kNone:
       break;
   }

@@ -420,7 +420,7 @@ std::string register_torch_ops(const std::vector<std::string>& libraries) {
 py::object take_torch_failure(const std::string& message) {
   const Status failure = std::exchange(last_failure, {});
   if (failure.ok() || message.find(failure.text) == std::string::npos) return py::none();
-  if (failure.kind == ErrorKind::kInterrupted && interrupt != nullptr) {
+  if ((failure.kind == ErrorKind::kInterrupted || failure.kind == ErrorKind::kForked) && interrupt != nullptr) {
     const py::object raised = interrupt->value();
     delete std::exchange(interrupt, nullptr);
     return raised;

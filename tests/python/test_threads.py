@@ -265,6 +265,54 @@ def test_a_forked_child_computes() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    ("child_does", "child_gets"),
+    [("raise KeyboardInterrupt", "KeyboardInterrupt"), ("return", "RuntimeError")],
+    ids=["raises", "returns"],
+)
+def test_a_signal_handler_that_forks(child_does: str, child_gets: str) -> None:
+    # The child is in the middle of a parallel region, without the threads that it should wait for at its end.
+    done = run_python(
+        f"""
+        import os, signal, sys, warnings
+        import numpy as np
+        import foveal
+
+        warnings.simplefilter("ignore")
+        foveal.set_num_threads(2)
+        x = np.random.default_rng(0).standard_normal((1, 16, 20000, 64), dtype=np.float32)
+        small = x[:, :, :300]
+        expected = foveal.attention(small, small, small)
+        child = None
+
+        def fork(number, frame):
+            global child
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)  # a hanging child must not outlive the test
+                {child_does}
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, fork)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        try:
+            foveal.attention(x, x, x)
+        except BaseException as error:
+            caught = error
+        if child == 0:
+            same = (foveal.attention(small, small, small) == expected).all()
+            right = type(caught) is {child_gets} and (isinstance(caught, KeyboardInterrupt) or "forked" in str(caught))
+            os._exit(0 if same and right else 1)
+        assert type(caught) is KeyboardInterrupt
+        _, status = os.waitpid(child, 0)
+        assert (foveal.attention(small, small, small) == expected).all()
+        sys.exit(0 if status == 0 else f"the child ended with {{status}}")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_multiprocessing_by_fork_computes() -> None:
     done = run_python(
         """

@@ -19,7 +19,7 @@ namespace foveal {
 // Axis order of 4-D arrays. 3-D drops the batch axis; 2-D drops the head axis too.
 enum class Layout : uint8_t { kBhsd, kBshd };
 
-enum class ErrorKind : uint8_t { kNone, kType, kValue, kNotImplemented, kMemory, kInterrupted };
+enum class ErrorKind : uint8_t { kNone, kType, kValue, kNotImplemented, kMemory, kInterrupted, kForked };
 
 struct Status {
   ErrorKind kind = ErrorKind::kNone;
@@ -87,7 +87,9 @@ struct ExecutionOptions {
 };
 
 // Fills problem.out (and lse, weights when present). The problem is canonical. Bitwise the same for any num_threads and
-// any batch composition. kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true.
+// any batch composition. kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true,
+// kForked in a child that `interrupted` left behind: its outputs are undefined, and the call's other threads are not
+// there.
 Status attention_forward(const AttentionProblem& problem, const ExecutionOptions& options);
 
 // Fills gradients.dq, dk, dv (and dbias, dsinks when present) from dout and the out and lse of the forward pass. Memory
