@@ -231,7 +231,7 @@ class BackwardRun {
       lse[r] = natural == -INFINITY ? T{0} : static_cast<T>(natural * M_LOG2E);
       if (!sink_sums_.empty() && natural != -INFINITY)
         sink_sums_[static_cast<size_t>(b * p_.q.shape[1] + head)] -=
-            std::exp(h.sinks[r % group()] - natural) * static_cast<double>(delta[r]);
+            std::exp(std::min(h.sinks[r % group()] - natural, 0.0)) * static_cast<double>(delta[r]);
     }
   }
 

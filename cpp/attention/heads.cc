@@ -1,7 +1,11 @@
 #include "attention/heads.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <numbers>
 
 #include "attention/element.h"
 
@@ -18,14 +22,21 @@ Sequence sequence_at(const AttentionProblem& p, int64_t b) {
 
 Heads::Heads(const AttentionProblem& problem) : p_(problem) {
   if (p_.k.shape[1] > 0) group_ = p_.q.shape[1] / p_.k.shape[1];
+  // Kernels have scores in base 2: a sink, and a slope times any distance, must stay finite there.
+  const double most = (p_.q.dtype == DType::kFloat64 ? DBL_MAX : double{FLT_MAX}) / std::numbers::log2e * 0.999998;
+  const auto bounded = [](double x, double limit) { return std::isfinite(x) ? std::clamp(x, -limit, limit) : x; };
   if (p_.alibi_slopes.present()) {
     const TensorView& slopes = p_.alibi_slopes;
-    for (int64_t b = 0; b < p_.q.shape[0]; ++b)
+    for (int64_t b = 0; b < p_.q.shape[0]; ++b) {
+      const Sequence s = sequence_at(p_, b);
+      const auto longest = static_cast<double>(std::abs(s.q_offset) + s.q_len + s.kv_len + 1);
       for (int64_t h = 0; h < p_.q.shape[1]; ++h)
-        slopes_.push_back(load_element(slopes, b * slopes.stride[0] + h * slopes.stride[1]));
+        slopes_.push_back(bounded(load_element(slopes, b * slopes.stride[0] + h * slopes.stride[1]), most / longest));
+    }
   }
   if (p_.sinks.present())
-    for (int64_t h = 0; h < p_.q.shape[1]; ++h) sinks_.push_back(load_element(p_.sinks, h * p_.sinks.stride[0]));
+    for (int64_t h = 0; h < p_.q.shape[1]; ++h)
+      sinks_.push_back(bounded(load_element(p_.sinks, h * p_.sinks.stride[0]), most));
 }
 
 HeadTask Heads::task(int64_t b, int64_t kv_head) const {

@@ -115,3 +115,40 @@ def test_a_scale_beyond_the_accumulator_is_refused(dtype: Any, scale: float) -> 
     text = f"attention: scale is {scale:g}, expected a magnitude of at most 2.35866e+38 for {dtype}"
     with pytest.raises(ValueError, match=re.escape(text)):
         foveal.attention(q, k, v, scale=scale)
+
+
+# ---- sinks and slopes -----------------------------------------------------------------------------------------------
+
+
+LARGEST = np.array(np.finfo(np.float32).max, np.float32), np.array(np.finfo(np.float64).max)
+
+
+@each_dtype
+@each_seqlen
+def test_sinks_as_large_as_can_be(isa: str, seqlen_q: int, dtype: Any) -> None:
+    q, k, v = qkv(seqlen_q, dtype)
+    for largest in LARGEST:
+        above, below = (np.full(2, sign * largest, largest.dtype) for sign in (1, -1))
+        result = foveal.attention(q, k, v, sinks=above, return_lse=True)
+        assert (result.out == 0).all()
+        assert np.isfinite(result.lse).all()
+        assert (result.lse > 1e38).all()
+        np.testing.assert_array_equal(foveal.attention(q, k, v, sinks=below), foveal.attention(q, k, v))
+        nothing = np.zeros(1, bool)
+        for sinks, sign in ((above, 1), (below, -1)):
+            result = foveal.attention(q, k, v, sinks=sinks, mask=nothing, return_lse=True)
+            assert (result.out == 0).all()
+            assert np.isfinite(result.lse).all()
+            assert (sign * result.lse > 1e38).all()
+
+
+@each_dtype
+@each_seqlen
+def test_slopes_as_large_as_can_be(isa: str, seqlen_q: int, dtype: Any) -> None:
+    q, k, v = qkv(seqlen_q, dtype)
+    for largest in LARGEST:
+        for sign, seen in ((1, slice(0, seqlen_q)), (-1, slice(SKV - 1, SKV))):  # the nearest key, the farthest
+            slopes = np.full(2, sign * largest, largest.dtype)
+            result = foveal.attention(q, k, v, alibi_slopes=slopes, q_offset=0, return_lse=True)
+            np.testing.assert_array_equal(result.out, np.broadcast_to(v[:, :, seen], result.out.shape))
+            assert np.isfinite(result.lse).all()
