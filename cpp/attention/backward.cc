@@ -54,9 +54,11 @@ class BackwardRun {
       : p_(p), g_(g), kernels_(kernels), options_(options), heads_(p) {}
 
   Status operator()() {
-    for (int64_t b = 0; b < p_.q.shape[0]; ++b) sequences_.push_back(sequence_at(p_, b));
+    const bool empty = p_.q.shape[2] == 0 && p_.k.shape[2] == 0;  // whose batch may be larger than any list of it
+    if (!empty && kv_heads() > 0)
+      for (int64_t b = 0; b < p_.q.shape[0]; ++b) sequences_.push_back(sequence_at(p_, b));
     clear();
-    if (p_.q.shape[0] == 0 || kv_heads() == 0) return {};
+    if (sequences_.empty()) return {};
     cut();
     Team& team = team_.emplace(options_, items(), flops());
     if (Status status = allocate(team.size()); !status.ok()) return status;
@@ -78,7 +80,7 @@ class BackwardRun {
   // -------------------------------------------------------------------------------------
 
   void clear() {
-    for (int64_t b = 0; b < p_.q.shape[0]; ++b) {
+    for (int64_t b = 0; b < static_cast<int64_t>(sequences_.size()); ++b) {
       const Sequence& s = sequences_[static_cast<size_t>(b)];
       for (int64_t h = 0; h < p_.q.shape[1]; ++h) fill_zero(g_.dq, b, h, s.q_len, p_.q.shape[2]);
       for (int64_t h = 0; h < kv_heads(); ++h) {
@@ -337,6 +339,8 @@ Status attention_backward(const AttentionProblem& problem, const AttentionGradie
   if (problem.q.dtype == DType::kFloat64) return BackwardRun<double>(problem, gradients, kernels, options)();
   return BackwardRun<float>(problem, gradients, kernels, options)();
 } catch (const std::bad_alloc&) {
+  return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
+} catch (const std::length_error&) {
   return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
 }
 

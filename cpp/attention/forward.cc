@@ -1,7 +1,7 @@
 // Runs a forward plan: prepares the heads, spreads the work items over threads, merges split key ranges.
 //
-// The only OpenMP region of the forward pass. Threads take items from one counter; an item's result does not depend on
-// who computes it. The parts of a split row block are merged in order by whoever finishes the last of them.
+// Threads take items from one counter; an item's result does not depend on who computes it. The parts of a split row
+// block are merged in order by whoever finishes the last of them.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -180,9 +180,13 @@ Status attention_forward(const AttentionProblem& problem, const ExecutionOptions
   Status status;
   const KernelTable* table = options.table != nullptr ? options.table : active_table(status);
   if (!status.ok()) return status;
+  // A batch without rows may be larger than any plan of it.
+  if (problem.q.shape[0] == 0 || problem.q.shape[1] == 0 || problem.q.shape[2] == 0) return {};
   const Plan plan = make_plan(problem, *table);
   return ForwardRun(problem, plan, options)();
 } catch (const std::bad_alloc&) {
+  return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
+} catch (const std::length_error&) {
   return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
 }
 

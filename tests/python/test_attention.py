@@ -215,6 +215,16 @@ def test_empty_axes(isa: str, shape: Any) -> None:
     assert np.isneginf(result.lse).all()
 
 
+def test_an_empty_batch_of_any_size_is_done_at_once() -> None:
+    for batch in (2**28, 2**40, 2**59):
+        no_rows = np.empty((batch, 1, 0, 1), np.float32)
+        result = foveal.attention(no_rows, no_rows, no_rows, return_lse=True, return_weights=True)
+        assert result.out.shape == (batch, 1, 0, 1)
+        assert result.lse.shape == (batch, 1, 0)
+        one_key = np.broadcast_to(np.float32(1), (batch, 1, 1, 1))
+        assert foveal.attention(np.empty((batch, 0, 1, 1), np.float32), one_key, one_key).shape == (batch, 0, 1, 1)
+
+
 def test_large_scores(isa: str) -> None:
     # exp overflows without the running maximum, in either order of the keys.
     q, k, v = qkv((1, 1, 1, 33, 200, 64, 8))
