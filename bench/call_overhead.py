@@ -34,7 +34,8 @@ def contenders(batch_shape: tuple[int, ...], num_keys: int, head_dim: int) -> di
     k = rng.standard_normal((*batch_shape, num_keys, head_dim), dtype=np.float32)
     v = rng.standard_normal((*batch_shape, num_keys, head_dim), dtype=np.float32)
     out = np.empty_like(q)
-    defaults = (None, None, False, None, (None, None), None, 0.0, None, None, None, None, "bhsd", None, False, False)
+    options = (None, None, False, None, (None, None), None, 0.0, None, None, None, None, 0.0, None)
+    defaults = (*options, "bhsd", None, False, False)
 
     def naive() -> object:
         scores = q @ k.swapaxes(-1, -2) * (head_dim**-0.5)

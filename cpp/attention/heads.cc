@@ -73,6 +73,11 @@ HeadTask Heads::task(int64_t b, int64_t kv_head) const {
   h.softcap = p.softcap;
   if (!slopes_.empty()) h.slopes = slopes_.data() + b * p.q.shape[1] + q_head;
   if (!sinks_.empty()) h.sinks = sinks_.data() + q_head;
+  h.dropout_threshold = static_cast<uint64_t>(std::llround(p.dropout_p * 0x1p32));
+  h.dropout_scale = p.dropout_p < 1.0 ? 1.0 / (1.0 - p.dropout_p) : 0.0;
+  h.seed = p.seed;
+  h.batch = static_cast<uint32_t>(b);
+  h.q_head = static_cast<uint32_t>(q_head);
   if (p.mask.present()) {
     h.mask = static_cast<const uint8_t*>(at(p.mask, q_head));
     h.mask_stride_s = p.mask.stride[2];

@@ -50,7 +50,7 @@ Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
     SequencePlan s;
     static_cast<Sequence&>(s) = sequence_at(p, b);
     s.rows = s.q_len * plan.group;
-    s.decode = s.rows <= plan.kernels->decode_rows && !p.weights.present();
+    s.decode = s.rows <= plan.kernels->decode_rows && !p.weights.present() && p.dropout_p == 0.0;
     s.rows_per_block = s.decode ? std::max<int64_t>(s.rows, 1) : rows_per_item;
     s.row_blocks = divide_up(s.rows, s.rows_per_block);
     // Where keys are cut does enter the arithmetic: by this sequence's own rows and keys only.

@@ -299,6 +299,8 @@ class Canonicalizer {
     if (!std::isfinite(p_.softcap) || p_.softcap < 0.0) {
       reject_value("softcap is " + text_of(p_.softcap) + ", expected a finite number of at least 0");
     }
+    if (!(p_.dropout_p >= 0.0 && p_.dropout_p <= 1.0))
+      reject_value("dropout_p is " + text_of(p_.dropout_p) + ", expected 0 to 1");
     // Kernels have both in the accumulator type and in base 2.
     const bool in_double = p_.q.dtype == DType::kFloat64;
     const double most = (in_double ? DBL_MAX : double{FLT_MAX}) / std::numbers::log2e;

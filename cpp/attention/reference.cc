@@ -2,7 +2,7 @@
 //
 //   s_j = softcap(scale * q.k_j) + alibi + bias_j      for the keys j that this query sees
 //   p_j = exp(s_j - m),  m = max over j (and the sink)
-//   out = sum_j p_j v_j / l,  l = sum_j p_j (plus exp(sink - m)),  lse = m + log l
+//   out = sum_j f_j p_j v_j / l,  l = sum_j p_j (plus exp(sink - m)),  lse = m + log l,  f_j = 1 without dropout
 //
 // It defines what kernels must compute. A key that mask, causal, window or lengths hide is never read. A score of -inf
 // hides its key too: whatever v holds there adds nothing. Any other NaN or infinity takes the way of the formula, so a
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention/element.h"
+#include "attention/philox.h"
 #include "foveal/attention.h"
 
 namespace foveal {
@@ -62,6 +63,14 @@ double score(const AttentionProblem& p, const Row& row, int64_t j, double* slope
   return s;
 }
 
+// What dropout multiplies the weight of key j by.
+double kept(const AttentionProblem& p, const Row& row, int64_t j) {
+  if (p.dropout_p == 0.0) return 1.0;
+  const auto batch = static_cast<uint32_t>(row.b), head = static_cast<uint32_t>(row.h);
+  const double word = dropout_words(p.seed, batch, head, row.i, j).word[j % 4];
+  return word < std::round(p.dropout_p * 0x1p32) ? 0.0 : 1.0 / (1.0 - p.dropout_p);
+}
+
 // One query row; `scores` is scratch of kv_len elements.
 void attend(const AttentionProblem& p, const Row& row, std::vector<double>& scores) {
   const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
@@ -84,7 +93,7 @@ void attend(const AttentionProblem& p, const Row& row, std::vector<double>& scor
   std::vector<double> out(static_cast<size_t>(p.v.shape[3]), 0.0);
   for (size_t j = 0; j < scores.size(); ++j) {
     if (scores[j] == -kInfinity) continue;
-    const double weight = std::exp(scores[j] - max) / sum;
+    const double weight = kept(p, row, static_cast<int64_t>(j)) * std::exp(scores[j] - max) / sum;
     if (p.weights.present()) store_element(p.weights, offset_of(p.weights, row.b, row.h, row.i, j), weight);
     for (size_t d = 0; d < out.size(); ++d) {
       out[d] += weight * load_element(p.v, offset_of(p.v, row.b, row.kv_head, j, d));
@@ -111,19 +120,20 @@ void add(const TensorView& view, int64_t offset, double value) {
 //
 //   ds_j = p_j (dp_j - sum_i p_i dp_i + dlse)
 //
-// is the gradient of score j, and of bias j; the sink is a score whose dp is 0.
+// is the gradient of score j, and of bias j; the sink is a score whose dp is 0. Dropout is a factor of dp_j, and of p_j
+// where it meets dout.
 void differentiate(const AttentionProblem& p, const AttentionGradients& g, const Row& row) {
   const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
   const double dlse = g.dlse.present() ? load_element(g.dlse, offset_of(g.dlse, row.b, row.h, row.i)) : 0.0;
   struct Key {
     int64_t j;
-    double score, slope, p, dp;
+    double score, slope, factor, p, dp;
   };
   std::vector<Key> keys;
   double max = sink;
   for (int64_t j = 0; j < row.kv_len; ++j) {
     if (!sees(p, row, j)) continue;
-    Key key = {j, 0, 0, 0, 0};
+    Key key = {j, 0, 0, kept(p, row, j), 0, 0};
     key.score = score(p, row, j, &key.slope);
     if (key.score == -kInfinity) continue;
     if (key.score > max || std::isnan(key.score)) max = key.score;
@@ -138,12 +148,13 @@ void differentiate(const AttentionProblem& p, const AttentionGradients& g, const
       key.dp += load_element(g.dout, offset_of(g.dout, row.b, row.h, row.i, d)) *
                 load_element(p.v, offset_of(p.v, row.b, row.kv_head, key.j, d));
     }
+    key.dp *= key.factor;
     delta += key.p * key.dp;
   }
   for (const Key& key : keys) {
     for (int64_t d = 0; d < p.v.shape[3]; ++d) {
       add(g.dv, offset_of(g.dv, row.b, row.kv_head, key.j, d),
-          key.p * load_element(g.dout, offset_of(g.dout, row.b, row.h, row.i, d)));
+          key.factor * key.p * load_element(g.dout, offset_of(g.dout, row.b, row.h, row.i, d)));
     }
     const double ds = key.p * (key.dp - delta);
     if (g.dbias.present()) add(g.dbias, offset_of(g.dbias, row.b, row.h, row.i, key.j), ds);

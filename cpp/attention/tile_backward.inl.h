@@ -5,6 +5,8 @@
 //
 //   dP = dout V^T      dS = P * (dP - delta)      dV = P^T dout      dK = scale dS^T Q      dQ = scale dS K
 //
+// (with dropout, F of factors 0 or 1 / (1 - p):  dS = P * (F * dP - delta),  dV = (F * P)^T dout).
+//
 // As in the forward kernel, query rows are in the lanes: S^T = K Q^T and dP^T = V dout^T come out transposed, a block
 // is one pass over both, and dQ^T = K^T dS^T is summed in the same form. dV and dK have columns in the lanes.
 //
@@ -226,6 +228,12 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
                              const V w = load(p + j * width + r * V::kLanes);
                              store(ds + j * width + r * V::kLanes, w * (dp - load(tile.delta + r * V::kLanes)));
                            });
+  if (drops(h))  // p and dp times f, so ds = p (f dp - delta)
+    for_each_dropout<V, NV>(h, tile.row_begin, keys.begin, n, [&](int64_t x, V f) {
+      const V w = load(p + x), delta = load(tile.delta + x % width);
+      store(ds + x, fma(f, load(ds + x), (f - broadcast<V>(1)) * w * delta));
+      store(p + x, f * w);
+    });
   if (seen != nullptr) keep_seen<V, NV>(seen, n, ds);
   if (g.dbias != nullptr) add_to_bias<V, NV>(g, tile, keys.begin, n, ds);
   if (h.softcap > 0)

@@ -118,6 +118,7 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
   if (seen == Visibility::kNone) return;
   const bool guarded = seen == Visibility::kPartial && !all_finite<V>(block.v, block.v_stride, n, h.value_dim);
   softmax_step<V, NV>(tile, s, n, highest, rescale, guarded);
+  if (drops(h)) apply_dropout<V, NV>(h, tile.row_begin, block.begin, n, s);  // after the sums
   if (guarded)
     add_values_guarded<V, NV>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale, tile.untouched,
                               [s](int64_t j, int r) { return sign_mask(load(s + (j * NV + r) * V::kLanes)); });
@@ -195,14 +196,20 @@ static void write_weights(const RowTask& task, const Tile<V>& tile,
   for (int r = 0; r < NV; ++r) {
     const V base = or_zero_if_unseen(load(tile.max + r * V::kLanes));
     const V factor = inverse_or_zero(load(tile.sum + r * V::kLanes));
+    for (int64_t j = 0; j < n; ++j) {
+      typename V::T* x = s + (j * NV + r) * V::kLanes;
+      store(x, exp2_nonpositive(load(x) - base) * factor);
+    }
+  }
+  if (drops(h)) apply_dropout<V, NV>(h, tile.row_begin, block.begin, n, s);
+  for (int r = 0; r < NV; ++r) {
     S* rows[V::kLanes];
     row_pointers(h, tile, r, static_cast<S*>(h.weights), h.weights_stride_s, h.weights_stride_g, rows);
     for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
       const int64_t width = min64(V::kLanes, n - j0);
       V weights[V::kLanes];
       for (int lane = 0; lane < V::kLanes; ++lane)
-        weights[lane] =
-            lane < width ? exp2_nonpositive(load(s + ((j0 + lane) * NV + r) * V::kLanes) - base) * factor : zero<V>();
+        weights[lane] = lane < width ? load(s + ((j0 + lane) * NV + r) * V::kLanes) : zero<V>();
       transpose(weights);
       for (int lane = 0; lane < V::kLanes && rows[lane] != nullptr; ++lane)
         narrow_strided(rows[lane] + (block.begin + j0) * h.weights_stride_k, h.weights_stride_k, weights[lane], width);

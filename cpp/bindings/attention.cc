@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <new>
+#include <random>
 #include <string>
 #include <utility>
 
@@ -36,6 +37,8 @@ enum Argument {
   kSinks,
   kQLens,
   kKvLens,
+  kDropoutP,
+  kSeed,
   kLayout,
   kOut,
   kReturnLse,
@@ -77,6 +80,28 @@ double to_double(const char* name, py::handle value) {
   PyErr_Clear();
   if (overflow) reject_value(std::string(name) + " is beyond float64, expected a finite number");
   reject_type(std::string(name) + " has type " + type_text(value) + ", expected a number");
+}
+
+// Without a seed dropout takes one from the system.
+uint64_t to_seed(py::handle value, double dropout_p) {
+  if (dropout_p == 0.0) return 0;
+  if (value.is_none()) {
+    std::random_device entropy;
+    return uint64_t{entropy()} << 32 | entropy();
+  }
+  const auto index = PyIndex_Check(value.ptr()) && !PyBool_Check(value.ptr())
+                         ? py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()))
+                         : py::object();
+  if (!index) {
+    PyErr_Clear();
+    reject_type("seed has type " + type_text(value) + ", expected an integer or None");
+  }
+  int overflow = 0;
+  const int64_t seed = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow != 0 || seed < 0) {
+    reject_value("seed is " + py::str(index).cast<std::string>() + ", expected 0 to 2^63 - 1");
+  }
+  return static_cast<uint64_t>(seed);
 }
 
 // One side of a window: None is unlimited here, so the core's own sign for it is no number to accept.
@@ -132,6 +157,8 @@ AttentionProblem read_problem(PyObject* const* arguments, CallArrays& arrays) {
   problem.has_scale = !argument(kScale).is_none();
   if (problem.has_scale) problem.scale = to_double("scale", argument(kScale));
   problem.softcap = to_double("softcap", argument(kSoftcap));
+  problem.dropout_p = to_double("dropout_p", argument(kDropoutP));
+  problem.seed = to_seed(argument(kSeed), problem.dropout_p);
 
   problem.q = arrays.view("q", argument(kQ), Elements::kFloating);
   problem.k = arrays.view("k", argument(kK), Elements::kFloating);
@@ -270,7 +297,7 @@ PyObject* backward_entry(PyObject*, PyObject* const* arguments, Py_ssize_t count
 
 #define FOVEAL_SIGNATURE                                                                                            \
   "($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lens, kv_lens, " \
-  "layout, out, return_lse, return_weights, /)\n--\n\n"
+  "dropout_p, seed, layout, out, return_lse, return_weights, /)\n--\n\n"
 
 PyCFunction function(PyObject* (*entry)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry));
@@ -285,7 +312,8 @@ PyMethodDef methods[] = {
      "check_attention" FOVEAL_SIGNATURE "Raise what `attention` raises when it refuses its arguments."},
     {"attention_backward", function(backward_entry), METH_FASTCALL,
      "attention_backward($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, "
-     "q_lens, kv_lens, layout, out, return_lse, return_weights, lse, dout, dlse, bias_grad, sinks_grad, /)\n--\n\n"
+     "q_lens, kv_lens, dropout_p, seed, layout, out, return_lse, return_weights, lse, dout, dlse, bias_grad, "
+     "sinks_grad, /)\n--\n\n"
      "The gradients (dq, dk, dv, dbias, dsinks), from the out and lse of the forward pass."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -178,19 +178,21 @@ struct ProblemArguments {
         q_lens(read.optional_tensor()),
         kv_lens(read.optional_tensor()),
         q_offsets(read.optional_tensor()),
+        seed(read.optional_tensor()),
         causal(read.boolean()),
         q_offset(read.optional_integer()),
         window_left(read.optional_integer()),
         window_right(read.optional_integer()),
         scale(read.optional_real()),
         softcap(read.real()),
+        dropout_p(read.real()),
         bshd(read.boolean()) {}
 
-  Tensor q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, q_offsets;
+  Tensor q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, q_offsets, seed;
   bool causal;
   std::optional<int64_t> q_offset, window_left, window_right;
   std::optional<double> scale;
-  double softcap;
+  double softcap, dropout_p;
   bool bshd;
 };
 
@@ -224,6 +226,17 @@ int64_t window_side(const char* name, std::optional<int64_t> width) {
   return width.value_or(kUnlimited);
 }
 
+uint64_t seed_of(const Tensor& tensor, double dropout_p) {
+  if (!tensor) {
+    if (dropout_p != 0.0) fail({ErrorKind::kValue, "attention: seed is absent, expected one with dropout_p"});
+    return 0;
+  }
+  const TensorView seed = view_of("seed", tensor);
+  if (seed.rank != 0 || seed.dtype != DType::kInt64)
+    fail({ErrorKind::kType, "attention: seed is no int64 tensor of shape (), as the op expects it"});
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data));
+}
+
 // Borrows from `arguments`.
 AttentionProblem problem_of(ProblemArguments& arguments) {
   const auto optional_view = [](const char* name, const Tensor& tensor) {
@@ -252,6 +265,8 @@ AttentionProblem problem_of(ProblemArguments& arguments) {
   problem.has_scale = arguments.scale.has_value();
   problem.scale = arguments.scale.value_or(0.0);
   problem.softcap = arguments.softcap;
+  problem.dropout_p = arguments.dropout_p;
+  problem.seed = seed_of(arguments.seed, arguments.dropout_p);
   return problem;
 }
 

@@ -66,6 +66,7 @@ Status check_extents(const AttentionProblem& p) {
                                                     ", the CUDA backend takes at most " + std::to_string(e.limit));
     }
   }
+  if (p.dropout_p != 0.0) return refuse(ErrorKind::kNotImplemented, "dropout_p is not 0, which the CUDA backend lacks");
   return {};
 }
 

@@ -21,6 +21,7 @@
 #include "simd/scalar.h"
 #endif
 
+#include "attention/philox.h"
 #include "isa/kernel_table.h"
 // clang-format off: each builds on those before it
 #include "attention/elementary.inl.h"
@@ -29,6 +30,7 @@
 #include "attention/softmax.inl.h"
 #include "attention/dot.inl.h"
 #include "attention/score_policy.inl.h"
+#include "attention/dropout.inl.h"
 #include "attention/products.inl.h"
 #include "attention/rows.inl.h"
 #include "attention/tile_forward.inl.h"

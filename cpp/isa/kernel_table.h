@@ -40,6 +40,12 @@ struct HeadTask {
   DType bias_dtype;
   int64_t bias_stride_s, bias_stride_g, bias_stride_k;
 
+  // Dropout: a pair's weight becomes 0 where its word is below the threshold, else it is multiplied by the scale.
+  uint64_t dropout_threshold;  // of 2^32; 0: no dropout
+  double dropout_scale;        // 0 where all is dropped
+  uint64_t seed;
+  uint32_t batch, q_head;  // of the first head of the group
+
   void* weights;  // null: not asked for; (Sq, group, Skv)
   int64_t weights_stride_s, weights_stride_g, weights_stride_k;
 };

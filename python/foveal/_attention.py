@@ -132,7 +132,7 @@ def attention(
         s = scale * q k^T                          (Sq, Skv), never held
         s = softcap * tanh(s / softcap)            where softcap > 0
         s = s - slope * |q_offset + i - j| + bias  where given
-        out = softmax(s) v                         over the keys j that query i sees
+        out = dropout(softmax(s)) v                over the keys j that query i sees
 
     Symbols: B batch, Hq query heads, Hkv key/value heads (Hkv divides Hq; query head h reads key/value head
     h // (Hq / Hkv)), Sq and Skv sequence lengths, D query/key head dim, Dv value head dim.
@@ -166,7 +166,14 @@ def attention(
         One more logit per head in the denominator alone.
     q_lens, kv_lens : (B,) integers, optional
         Rows past q_len are 0; keys past kv_len are never read. Lists, NumPy arrays and tensors will do for all kinds.
-    dropout_p, seed, normalizer, return_stats
+    dropout_p : float
+        The chance of each weight to become 0 after the softmax; the others are multiplied by 1 / (1 - dropout_p).
+        ``return_weights`` gives the weights after it, ``return_lse`` knows nothing of it.
+    seed : int, optional
+        0 to 2^63 - 1 (for tensors also an int64 tensor of shape ()): with the places b, h, i, j of a pair all that
+        decides whether it is dropped, on any machine. Default: from torch's generator for tensors, else from the
+        system, anew at each call.
+    normalizer, return_stats
         Not built yet, except for the defaults.
     layout : "bhsd" or "bshd"
         "bshd": q, k, v and the output are (B, Sq, Hq, D) and so on, and (S, H, D) without B. Nothing is copied.
@@ -220,8 +227,8 @@ def attention(
     >>> bool((weights[1, :, :, 3:] == 0).all())
     True
     """
-    if dropout_p != 0.0 or normalizer != "softmax" or return_stats:
-        _refuse_unbuilt(dropout_p, normalizer)
+    if normalizer != "softmax" or return_stats:
+        _refuse_unbuilt(normalizer)
     call = _core.attention
     if not isinstance(q, ndarray) and hasattr(q, "__torch_function__"):
         call = _torch_attention or _load_torch_attention()
@@ -241,6 +248,8 @@ def attention(
         sinks,
         q_lens,
         kv_lens,
+        dropout_p,
+        seed,
         layout,
         out,
         return_lse,
@@ -249,13 +258,11 @@ def attention(
     return Attention(*result) if return_lse or return_weights else result
 
 
-def _refuse_unbuilt(dropout_p: float, normalizer: str) -> None:
+def _refuse_unbuilt(normalizer: str) -> None:
     if normalizer not in ("softmax", "sparsemax", "entmax15", "sigmoid", "relu"):
         raise ValueError(
             f"attention: normalizer is {normalizer!r}, expected 'softmax', 'sparsemax', 'entmax15', 'sigmoid' or 'relu'"
         )
     if normalizer != "softmax":
         raise NotImplementedError(f"attention: normalizer {normalizer!r} is not built yet, expected 'softmax'")
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"attention: dropout_p is {dropout_p}, expected 0.0: dropout is not built yet")
     raise NotImplementedError("attention: return_stats is not built yet, expected False")

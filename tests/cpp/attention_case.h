@@ -164,7 +164,7 @@ struct Case {
   int64_t window_left = foveal::kUnlimited, window_right = foveal::kUnlimited;
   std::vector<int64_t> q_offset, q_lens, kv_lens;  // empty: not given; q_offset may be one value for all
   double scale = 0;                                // 0: the default
-  double softcap = 0;
+  double softcap = 0, dropout_p = 0;
   int mask = -1, bias = -1;   // bit a set: axis a of (B,Hq,Sq,Skv) has its full extent, else 1; negative: none
   double mask_density = 0.7;  // of true
   DType bias_dtype = DType::kFloat32;
@@ -191,6 +191,7 @@ inline std::string text_of(const Case& c) {
   list("kv_lens", c.kv_lens);
   if (c.scale != 0) s << " scale " << c.scale;
   if (c.softcap != 0) s << " softcap " << c.softcap;
+  if (c.dropout_p != 0) s << " dropout " << c.dropout_p;
   if (c.mask >= 0) s << " mask " << c.mask;
   if (c.bias >= 0)
     s << " bias " << c.bias << ' ' << foveal::name_of(c.bias_dtype) << (c.bias_hides ? " with -inf" : "");
@@ -268,6 +269,8 @@ class Problem {
     p.has_scale = asked.scale != 0;
     p.scale = asked.scale;
     p.softcap = asked.softcap;
+    p.dropout_p = asked.dropout_p;
+    p.seed = asked.seed * 0x9E3779B97F4A7C15;
     status = foveal::canonicalize(p);
     return p;
   }
@@ -323,7 +326,7 @@ class ErrorBound {
     unit_ = u;
     lse_ = score + sums;
     weight_ = 2 * score + sums;
-    value_ = problem.v.max_abs_finite();
+    value_ = problem.v.max_abs_finite() * (c.dropout_p > 0 && c.dropout_p < 1 ? 1 / (1 - c.dropout_p) : 1);
     switch (c.dtype) {
       case DType::kFloat16:
         rounding_ = 0x1p-11;

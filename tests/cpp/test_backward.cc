@@ -153,7 +153,8 @@ class GradientBound {
     const double lse = x.problem.lse.max_abs_finite();
     weight_ = bound_.weight() + 8 * bound_.unit() * (1 + lse);
     const double terms = static_cast<double>(c.value_dim);
-    const double product = longest(x.dout, c.value_dim) * longest(x.problem.v, c.value_dim);
+    const double kept = c.dropout_p > 0 && c.dropout_p < 1 ? 1 / (1 - c.dropout_p) : 1;
+    const double product = kept * longest(x.dout, c.value_dim) * longest(x.problem.v, c.value_dim);
     const double mean = 2 * product + (x.dlse.view.present() ? 1 : 0);
     // The error of out enters delta: of its weights, which sum to at most 1 and may have been rounded, and its own.
     const double score_error = weight_ * mean + 2 * bound_.sum(terms) * product +
@@ -164,7 +165,7 @@ class GradientBound {
     column_ = truth.largest_column;
     dq_ = scale * x.problem.k.max_abs_finite() * (score_error + bound_.sum(keys) * mean);
     dk_ = scale * x.problem.q.max_abs_finite() * column_ * (score_error + bound_.sum(rows) * mean);
-    dv_ = x.dout.max_abs_finite() * column_ * (weight_ + bound_.sum(rows));
+    dv_ = kept * x.dout.max_abs_finite() * column_ * (weight_ + bound_.sum(rows));
     if (c.softcap > 0) {  // the slope 1 - t^2 is off by as much as t, whose argument is the score
       dq_ *= 4;
       dk_ *= 4;
@@ -321,6 +322,8 @@ void test_options() {
       for (const double softcap : {0.5, 5.0, 50.0}) add([&](Case& c) { c.softcap = softcap, c.scale = 3; });
       for (const double scale : {-0.7, 1e-3, 2.0}) add([&](Case& c) { c.scale = scale; });
       for (const bool by_batch : {false, true}) add([&](Case& c) { c.alibi = true, c.alibi_by_batch = by_batch; });
+      for (const double dropout_p : {0.1, 0.9, 1.0})
+        add([&](Case& c) { c.dropout_p = dropout_p, c.causal = true, c.bias = 15, c.sinks = true; });
       add([](Case& c) { c.sinks = true; });
       add([](Case& c) { c.sinks = true, c.mask = 12, c.mask_density = 0.01; });
       for (const std::vector<int64_t>& lens : std::vector<std::vector<int64_t>>{{0, 75}, {74, 1}, {64, 65}}) {
@@ -387,6 +390,7 @@ void test_mixtures() {
     if (chance(3)) c.q_offset.resize(chance(2) ? 1 : static_cast<size_t>(c.batch));
     for (int64_t& offset : c.q_offset) offset = below(300) - 100;
     if (chance(4)) c.softcap = pick(random, {1.0, 20.0});
+    if (chance(4)) c.dropout_p = 0.3;
     if (chance(3)) c.mask = static_cast<int>(below(16));
     c.mask_density = pick(random, {0.05, 0.5, 0.95});
     if (chance(3)) c.bias = static_cast<int>(below(16));
@@ -467,6 +471,7 @@ void test_threads() {
         c.window_left = heads == 1 ? 700 : foveal::kUnlimited;
         c.sinks = true;
         c.softcap = 10;
+        c.dropout_p = heads == 1 ? 0.2 : 0;
         for (const int bias : {-1, 12, 4, 15}) {
           c.bias = bias;
           Gradients one(c, true), many(c, true);

@@ -226,6 +226,7 @@ void test_options() {
       for (const DType bias_dtype : kDTypes)
         add([&](Case& c) { c.bias = 15, c.bias_dtype = bias_dtype, c.bias_hides = true; });
       for (const double softcap : {0.5, 5.0, 50.0}) add([&](Case& c) { c.softcap = softcap, c.scale = 3; });
+      for (const double dropout_p : {0.1, 0.9, 1.0}) add([&](Case& c) { c.dropout_p = dropout_p, c.weights = true; });
       for (const double scale : {-0.7, 1e-3, 2.0}) add([&](Case& c) { c.scale = scale; });
       for (const bool by_batch : {false, true}) add([&](Case& c) { c.alibi = true, c.alibi_by_batch = by_batch; });
       add([](Case& c) { c.sinks = true; });
@@ -294,6 +295,7 @@ void test_mixtures(int count) {
     if (chance(3)) c.q_offset.resize(chance(2) ? 1 : static_cast<size_t>(c.batch));
     for (int64_t& offset : c.q_offset) offset = below(400) - 100;
     if (chance(4)) c.softcap = pick(random, {1.0, 20.0});
+    if (chance(4)) c.dropout_p = 0.3;
     if (chance(3)) c.mask = static_cast<int>(below(16));
     c.mask_density = pick(random, {0.05, 0.5, 0.95});
     if (chance(3)) c.bias = static_cast<int>(below(16));

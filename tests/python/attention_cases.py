@@ -179,6 +179,8 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tu
         "sinks": None,
         "q_lens": None,
         "kv_lens": None,
+        "dropout_p": 0.0,
+        "seed": None,
         "layout": "bhsd",
     }
     assert options.keys() <= defaults.keys()

@@ -400,12 +400,21 @@ def test_flags() -> None:
 
 
 def test_what_is_not_built() -> None:
-    refuse(NotImplementedError, "dropout_p is 0.1", dropout_p=0.1)
     refuse(NotImplementedError, "return_stats", return_stats=True)
     for name in ("sparsemax", "entmax15", "sigmoid", "relu"):
         refuse(NotImplementedError, f"normalizer '{name}'", normalizer=name)
     refuse(ValueError, "normalizer is 'hardmax', expected 'softmax'", normalizer="hardmax")
+
+
+def test_dropout() -> None:
     foveal.attention(**arguments(), seed=3, dropout_p=0)
+    for bad in (-0.1, 1.1, np.nan, np.inf):
+        refuse(ValueError, f"dropout_p is {bad:g}, expected 0 to 1", dropout_p=bad)
+    refuse(TypeError, "dropout_p has type str, expected a number", dropout_p="a")
+    for seed in (-1, 2**63, 10**30):
+        refuse(ValueError, f"seed is {seed}, expected 0 to 2^63 - 1", dropout_p=0.1, seed=seed)
+    for seed, name in ((True, "bool"), (1.0, "float"), ("a", "str")):
+        refuse(TypeError, f"seed has type {name}, expected an integer or None", dropout_p=0.1, seed=seed)
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------

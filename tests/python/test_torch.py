@@ -1,5 +1,6 @@
 """foveal.attention on PyTorch CPU tensors: the kernel, and the refusals, that NumPy callers meet."""
 
+import math
 import sys
 
 import numpy as np
@@ -271,7 +272,13 @@ def bad_calls():
         "out int16": {"out": torch.empty(2, 6, 19, 16, dtype=torch.int16)},
         "out overlaps itself": {"out": torch.empty(2, 6, 1, 16).expand(2, 6, 19, 16)},
         "out list": {"out": [1.0]},
-        "dropout": {"dropout_p": 0.5},
+        "dropout": {"dropout_p": 1.5},
+        "dropout nan": {"dropout_p": math.nan},
+        "dropout text": {"dropout_p": "a"},
+        "seed float": {"dropout_p": 0.5, "seed": 1.5},
+        "seed bool": {"dropout_p": 0.5, "seed": True},
+        "seed negative": {"dropout_p": 0.5, "seed": -1},
+        "seed huge": {"dropout_p": 0.5, "seed": 2**63},
         "normalizer": {"normalizer": "sparsemax"},
         "normalizer unknown": {"normalizer": "x"},
         "stats": {"return_stats": True},

@@ -20,6 +20,7 @@ _backward = torch.ops.foveal.attention_backward.default
 
 _BIAS = 3 + Options._fields.index("bias")
 _SINKS = 3 + Options._fields.index("sinks")
+_TENSORS = Options._fields.index("causal")  # the options before it
 
 
 class Attention(torch.autograd.Function):
@@ -37,8 +38,8 @@ class Attention(torch.autograd.Function):
         options = Options(*values)
         out, lse, weights = output
         ctx.mark_non_differentiable(weights)
-        ctx.save_for_backward(q, k, v, out, lse, *options[:7])
-        ctx.scalars = options[7:-1]
+        ctx.save_for_backward(q, k, v, out, lse, *options[:_TENSORS])
+        ctx.scalars = options[_TENSORS:-1]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor, _: Tensor) -> Any:

@@ -6,6 +6,7 @@ something has been refused is it asked in what words NumPy callers would hear of
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ def _attention(
     sinks: Any,
     q_lens: Any,
     kv_lens: Any,
+    dropout_p: Any,
+    seed: Any,
     layout: Any,
     out: Any,
     return_lse: Any,
@@ -70,6 +73,7 @@ def _attention(
             and kv_lens is None
             and out is None
             and softcap == 0.0
+            and dropout_p == 0.0
             and window == _UNLIMITED
             and layout == "bhsd"
             and not (return_lse or return_weights)
@@ -94,12 +98,14 @@ def _attention(
             _integers(q_lens, q.device),
             _integers(kv_lens, q.device),
             offsets,
+            _seed(seed, dropout_p, q.device),
             _flag(causal),
             offset,
             _side(window_left),
             _side(window_right),
             scale,
             softcap,
+            dropout_p,
             _is_bshd(layout),
             bool(return_weights),
         )
@@ -134,6 +140,8 @@ def _attention(
             "sinks": sinks,
             "q_lens": q_lens,
             "kv_lens": kv_lens,
+            "dropout_p": dropout_p,
+            "seed": seed if seed is None or not isinstance(seed, Tensor) else 0,
             "layout": layout,
             "out": out,
             "return_lse": return_lse,
@@ -173,6 +181,19 @@ def _integers(values: Any, device: torch.device) -> Tensor | None:
         raise TypeError
     integers: Tensor = values if values.dtype in _INTEGERS else values.to(torch.int64)
     return integers
+
+
+def _seed(seed: Any, dropout_p: Any, device: torch.device) -> Tensor | None:
+    """Make the seed of dropout, from torch's generator where none is given."""
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed
+    if isinstance(seed, (bool, np.bool_)) or seed < 0:
+        raise TypeError
+    return torch.full((), operator.index(seed), dtype=torch.int64, device=device)
 
 
 def _side(width: Any) -> int | None:

@@ -32,12 +32,24 @@ def _arguments(
         options.sinks,
         options.q_lens,
         options.kv_lens,
+        options.dropout_p,
+        _seed(options),
         "bshd" if options.bshd else "bhsd",
         out,
         *last,
     )
     # Only a detached tensor lends its memory.
     return [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+
+
+def _seed(options: Options | Problem) -> int | None:
+    if options.dropout_p == 0.0:
+        return None
+    if options.seed is None:
+        raise ValueError("attention: seed is absent, expected one with dropout_p")
+    if options.seed.ndim or options.seed.dtype != torch.int64:
+        raise TypeError("attention: seed is no int64 tensor of shape (), as the op expects it")
+    return int(options.seed)
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None, *, return_lse: bool) -> Any:

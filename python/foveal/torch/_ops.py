@@ -11,9 +11,10 @@ The kernels are in C++ (cpp/bindings/torch_ops.cc); ``_fallback`` stands in wher
 ==========================  ==========================================================================================
 
 Arguments mean what they mean in :func:`foveal.attention`. ``q_offset`` is an integer and ``q_offsets`` a tensor, used
-when there is no ``q_offset``. ``bshd`` is ``layout="bshd"``. ``weights`` is an empty tensor unless ``return_weights``.
-Every result is contiguous. A refused argument raises RuntimeError here, as it does in any op of torch;
-``foveal.attention`` gives it the class that NumPy callers get.
+when there is no ``q_offset``. ``seed`` is an int64 tensor of shape (), so that a compiled graph can draw it; dropout
+needs one. ``bshd`` is ``layout="bshd"``. ``weights`` is an empty tensor unless ``return_weights``. Every result is
+contiguous. A refused argument raises RuntimeError here, as it does in any op of torch; ``foveal.attention`` gives it
+the class that NumPy callers get.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from foveal import _core
 
 _PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, "
-    "Tensor? sinks=None, Tensor? q_lens=None, Tensor? kv_lens=None, Tensor? q_offsets=None, bool causal=False, "
-    "SymInt? q_offset=None, SymInt? window_left=None, SymInt? window_right=None, float? scale=None, "
-    "float softcap=0.0, bool bshd=False"
+    "Tensor? sinks=None, Tensor? q_lens=None, Tensor? kv_lens=None, Tensor? q_offsets=None, Tensor? seed=None, "
+    "bool causal=False, SymInt? q_offset=None, SymInt? window_left=None, SymInt? window_right=None, "
+    "float? scale=None, float softcap=0.0, float dropout_p=0.0, bool bshd=False"
 )
 _INPUTS = f"{_PROBLEM}, bool return_weights=False"
 _SCHEMAS = {
@@ -57,12 +58,14 @@ class Options(NamedTuple):
     q_lens: Tensor | None = None
     kv_lens: Tensor | None = None
     q_offsets: Tensor | None = None
+    seed: Tensor | None = None
     causal: bool = False
     q_offset: int | None = None
     window_left: int | None = None
     window_right: int | None = None
     scale: float | None = None
     softcap: float = 0.0
+    dropout_p: float = 0.0
     bshd: bool = False
     return_weights: bool = False
 
@@ -77,12 +80,14 @@ class Problem(NamedTuple):
     q_lens: Tensor | None = None
     kv_lens: Tensor | None = None
     q_offsets: Tensor | None = None
+    seed: Tensor | None = None
     causal: bool = False
     q_offset: int | None = None
     window_left: int | None = None
     window_right: int | None = None
     scale: float | None = None
     softcap: float = 0.0
+    dropout_p: float = 0.0
     bshd: bool = False
     bias_grad: bool = False
     sinks_grad: bool = False
@@ -231,7 +236,8 @@ def _plain_vmap(info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *scalar
 def _forward_vmap(info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
     options = Options(*values)
     dim_of = dict(zip(Options._fields, dims[3:], strict=False))
-    if dim_of.get("sinks") is not None:  # a head has one sink for the whole batch, so each example is a call
+    # A head has one sink for the whole batch, and dropout depends on the place in it; so each example is a call.
+    if dim_of.get("sinks") is not None or options.dropout_p:
         calls = [torch.ops.foveal.attention_forward(*x) for x in _examples(info.batch_size, dims, (q, k, v, *values))]
         results = [torch.stack(result) for result in zip(*calls, strict=True)]
         return tuple(results), (0, 0, 0)
