@@ -1,11 +1,13 @@
 """foveal.attention on PyTorch CPU tensors: the kernel, and the refusals, that NumPy callers meet."""
 
+import decimal
 import math
 import sys
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_cases import DTYPES, FALLBACK, OPTIONS, assert_same_bits, ops, qkv, to_numpy
 
 import foveal
@@ -215,6 +217,113 @@ def test_without_a_gradient_inputs_that_require_one_change_nothing(name):
             foveal.attention(**arguments, causal=1)
 
 
+def test_out_is_seen_to_change():
+    q, k, v = qkv()
+    w, out = torch.randn(2, 6, 19, 16, requires_grad=True), torch.ones(2, 6, 19, 16)
+    loss = (w * out).sum()
+    foveal.attention(q, k, v, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    version = out._version
+    ops.attention_forward_out(out, q, k, v)
+    assert out._version > version
+    with torch.inference_mode():
+        foveal.attention(q, k, v, out=torch.empty_like(out))
+
+
+def test_an_out_that_requires_grad_is_refused():
+    q, k, v = qkv()
+    leaf = torch.ones(2, 6, 19, 16, requires_grad=True)
+    for out in (leaf, leaf * 1):
+        with pytest.raises(NotImplementedError, match=r"^attention: out is given with inputs that require grad"):
+            foveal.attention(q, k, v, out=out)
+        with pytest.raises(NotImplementedError, match="attention: out is given with inputs that require grad"):
+            ops.attention_forward_out(out, q, k, v)
+    with torch.no_grad():
+        foveal.attention(q, k, v, out=leaf)
+    with pytest.raises(TypeError, match=r"^attention: out is a negated view"):
+        foveal.attention(q, k, v, out=torch._neg_view(torch.empty(2, 6, 19, 16)))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "sinks"])
+def test_forward_mode_is_refused(name):
+    q, k, v = qkv()
+    arrays = {"q": q, "k": k, "v": v, "bias": torch.zeros(19, 35), "sinks": torch.zeros(6)}
+
+    def call(x):
+        return foveal.attention(**{**arrays, name: x})
+
+    x = arrays[name]
+    with pytest.raises(NotImplementedError, match=r"^attention: there is no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match=r"^attention: there is no forward-mode derivative"):
+            call(dual)
+        if name in "qkv":
+            given = [dual if n == name else arrays[n] for n in "qkv"]
+            for op in (ops.attention_plain, ops.attention_forward):
+                with pytest.raises(NotImplementedError, match="jvp"):
+                    op(*given)
+        call(x)
+
+
+def test_the_plain_op_is_differentiable():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    found = torch.autograd.grad(ops.attention_plain(q, k, v, True).sum(), (q, k, v))
+    expected = torch.autograd.grad(foveal.attention(q, k, v, causal=True).sum(), (q, k, v))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_vmap_knows_what_requires_grad():
+    q, k, v = qkv()
+    stack = torch.stack([q, 2 * q])
+    weights = torch.func.vmap(lambda x: foveal.attention(x, k, v, return_weights=True).weights)(stack)
+    assert torch.equal(weights[1], foveal.attention(2 * q, k, v, return_weights=True).weights)
+    stack.requires_grad_()
+    (found,) = torch.autograd.grad(torch.func.vmap(lambda x: foveal.attention(x, k, v))(stack).sin().sum(), stack)
+    (expected,) = torch.autograd.grad(sum(foveal.attention(x, k, v).sin().sum() for x in stack), stack)
+    torch.testing.assert_close(found, expected)
+
+
+def test_vmap_tells_what_was_wrong():
+    q, k, v = qkv()
+    lens = torch.ones(3, 7, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="expanded size of the tensor"):
+        torch.func.vmap(lambda n: foveal.attention(q, k, v, q_lens=n))(lens)
+    with pytest.raises(RuntimeError, match="attention_forward_out"):
+        torch.func.vmap(lambda x: foveal.attention(x, k, v, out=torch.empty(2, 6, 19, 16)))(torch.stack([q, q]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"k": (2, 2, 34, 24)},
+        {"k": (1, 2, 35, 24)},
+        {"v": (1, 2, 35, 16)},
+        {"v": (2, 1, 35, 16)},
+        {"k": (2, 4, 35, 24), "v": (2, 4, 35, 16)},
+        {"mask": (7,)},
+        {"mask": (1, 1, 2, 6, 19, 35)},
+        {"bias": (5, 19, 35)},
+    ],
+    ids=str,
+)
+def test_fake_tensors_are_refused_as_real_ones(change):
+    arrays = dict(zip("qkv", qkv(), strict=True))
+    arrays.update(
+        {n: torch.zeros(shape, dtype=torch.bool if n == "mask" else torch.float32) for n, shape in change.items()}
+    )
+    with pytest.raises(ValueError, match=r"^attention: ") as expected:
+        foveal.attention(**arrays)
+    with FakeTensorMode() as mode:
+        fakes = {n: mode.from_tensor(x) for n, x in arrays.items()}
+        with pytest.raises(ValueError, match=r"^attention: ") as found:
+            foveal.attention(**fakes)
+    if not {"mask", "bias"} & change.keys():
+        assert str(found.value) == str(expected.value)
+
+
 # --- refused arguments -----------------------------------------------------------------------------------------------
 
 
@@ -272,6 +381,14 @@ def bad_calls():
         "out int16": {"out": torch.empty(2, 6, 19, 16, dtype=torch.int16)},
         "out overlaps itself": {"out": torch.empty(2, 6, 1, 16).expand(2, 6, 19, 16)},
         "out list": {"out": [1.0]},
+        "window numpy float": {"window": (np.float32(2.7), None)},
+        "window decimal": {"window": (None, decimal.Decimal("2.7"))},
+        "window numpy bool": {"window": (np.bool_(True), None)},
+        "offset bool": {"q_offset": True},
+        "offset numpy bool": {"q_offset": np.bool_(True)},
+        "lens some bool": {"q_lens": [True, 2]},
+        "lens set": {"q_lens": {1, 2}},
+        "lens dict": {"q_lens": {1: 1, 2: 2}},
         "dropout": {"dropout_p": 1.5},
         "dropout nan": {"dropout_p": math.nan},
         "dropout text": {"dropout_p": "a"},

@@ -12,11 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from foveal.torch._ops import Options, _library
 
+_plain = torch.ops.foveal.attention_plain.default
+_forward_out = torch.ops.foveal.attention_forward_out.default
 _forward = torch.ops.foveal.attention_forward.default
 _backward = torch.ops.foveal.attention_backward.default
+
+_functorch = torch._C._functorch
+
+OUT_HAS_NO_GRADIENT = (
+    "attention: out is given with inputs that require grad, expected out=None: a result with a gradient is a new tensor"
+)
 
 _BIAS = 3 + Options._fields.index("bias")
 _SINKS = 3 + Options._fields.index("sinks")
@@ -78,8 +87,19 @@ class _NoSecondDerivative(torch.autograd.Function):
 # --- the ops' own autograd kernels -----------------------------------------------------------------------------------
 
 
-def _differentiable(values: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+def is_differentiated(*values: Any) -> bool:
+    """Whether autograd follows a tensor among the values, under whatever torch.func has wrapped it in."""
+    grad, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    for x in values:
+        if not isinstance(x, Tensor):
+            continue
+        while _functorch.is_functorch_wrapped_tensor(x):
+            if _functorch.is_gradtrackingtensor(x):
+                return True
+            x = _functorch.get_unwrapped(x)
+        if (grad and x.requires_grad) or (forward and forward_ad.unpack_dual(x).tangent is not None):
+            return True
+    return False
 
 
 def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
@@ -101,16 +121,40 @@ def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> A
 
 
 def _forward_kernel(keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
-    if not _differentiable((q, k, v, *values)):
+    if not is_differentiated(q, k, v, *values):
         return _forward.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, *values)
     return differentiable_attention(q, k, v, *values)
 
 
 def _backward_kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
-    if not _differentiable(values):
+    if not is_differentiated(*values):
         return _backward.redispatch(keyset & torch._C._after_autograd_keyset, *values)
     return _NoSecondDerivative.apply(*values)  # type: ignore[no-untyped-call]
 
 
+def _plain_kernel(
+    keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None
+) -> Any:
+    if not is_differentiated(q, k, v):
+        return _plain.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, causal, scale)
+    return differentiable_attention(q, k, v, *Options(causal=causal, scale=scale))[0]
+
+
+def _forward_out_kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
+    if is_differentiated(*values):
+        raise NotImplementedError(OUT_HAS_NO_GRADIENT)
+    return _forward_out.redispatch(keyset & torch._C._after_autograd_keyset, *values)
+
+
+def _forward_out_version_kernel(keyset: torch._C.DispatchKeySet, out: Tensor, *values: Any) -> Any:
+    """Let autograd see that ``out`` was written to: what saved it for its own backward pass then raises."""
+    results = _forward_out.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, out, *values)
+    torch.autograd.graph.increment_version(out)
+    return results
+
+
+_library.impl(_plain, _plain_kernel, "Autograd", with_keyset=True)
 _library.impl(_forward, _forward_kernel, "Autograd", with_keyset=True)
+_library.impl(_forward_out, _forward_out_kernel, "Autograd", with_keyset=True)
+_library.impl(_forward_out, _forward_out_version_kernel, "ADInplaceOrView", with_keyset=True)
 _library.impl(_backward, _backward_kernel, "Autograd", with_keyset=True)

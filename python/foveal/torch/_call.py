@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 from foveal import _core
 from foveal.torch import _ops as _ops  # registers the ops
-from foveal.torch._autograd import differentiable_attention
+from foveal.torch._autograd import OUT_HAS_NO_GRADIENT, differentiable_attention, is_differentiated
 
 _plain = torch.ops.foveal.attention_plain.default
 _forward = torch.ops.foveal.attention_forward.default
@@ -25,6 +26,7 @@ _forward_out = torch.ops.foveal.attention_forward_out.default
 _plain_eager = getattr(_plain, "_op", _plain)
 
 _is_grad_enabled = torch.is_grad_enabled
+_is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _functorch_is_active = torch._C._are_functorch_transforms_active
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -58,10 +60,9 @@ def _attention(
     """Take and return what ``_core.attention`` does, for tensors."""
     try:
         tracing = _is_dynamo_compiling()
-        # A tensor that torch.func has wrapped does not always know that it requires a gradient.
-        gradient = _is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad or (not tracing and _functorch_is_active())
-        )
+        gradient = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if not tracing and (_functorch_is_active() or _forward_ad._current_level >= 0):
+            gradient = is_differentiated(q, k, v, bias, alibi_slopes, sinks)
         if (
             not gradient
             and mask is None
@@ -81,7 +82,8 @@ def _attention(
         ):
             if tracing:
                 return _plain(q, k, v, causal, scale)
-            return _plain_eager(q, k, v, causal, scale)
+            with _BelowAutograd():  # the op's autograd kernel is in Python
+                return _plain_eager(q, k, v, causal, scale)
 
         if _is_grad_enabled() and not gradient:
             gradient = any(isinstance(x, Tensor) and x.requires_grad for x in (bias, alibi_slopes, sinks))
@@ -111,15 +113,12 @@ def _attention(
         )
         if gradient:
             if out is not None:
-                raise NotImplementedError(
-                    "attention: out is given with inputs that require grad, expected out=None: a result with a "
-                    "gradient is a new tensor"
-                )
+                raise NotImplementedError(OUT_HAS_NO_GRADIENT)
             result, lse, weights = differentiable_attention(*inputs)
         elif out is None and tracing:
             result, lse, weights = _forward(*inputs)
         elif out is None:
-            with _BelowAutograd():  # the op's autograd kernel is in Python
+            with _BelowAutograd():
                 result, lse, weights = _forward(*inputs)
         else:
             lse, weights = _forward_out(out, *inputs)
@@ -157,6 +156,8 @@ def _attention(
 
 
 def _offset(q_offset: Any, device: torch.device) -> tuple[int | None, Tensor | None]:
+    if isinstance(q_offset, bool):
+        raise TypeError
     if isinstance(q_offset, int):
         return q_offset, None
     if isinstance(q_offset, np.integer):
@@ -172,10 +173,14 @@ def _integers(values: Any, device: torch.device) -> Tensor | None:
     if values is None:
         return None
     if isinstance(values, (list, tuple)):
+        if any(isinstance(x, (bool, np.bool_)) for x in values):
+            raise TypeError
         values = torch.tensor(values, dtype=None if values else torch.int64, device=device)
         if values.ndim != 1:
             raise TypeError
     elif not isinstance(values, Tensor):
+        if not hasattr(values, "__dlpack__"):
+            raise TypeError
         values = torch.as_tensor(values, device=device)
     if values.dtype not in _INTEGERS + _NARROW_INTEGERS:
         raise TypeError
@@ -198,9 +203,13 @@ def _seed(seed: Any, dropout_p: Any, device: torch.device) -> Tensor | None:
 
 def _side(width: Any) -> int | None:
     """Make a side of the window; a negative one is for the kernel to refuse."""
-    if isinstance(width, bool):
+    if width is None:
+        return None
+    if isinstance(width, (bool, np.bool_)):
         raise TypeError
-    return None if width is None or width >= 2**62 else width
+    if not isinstance(width, int):
+        width = operator.index(width)
+    return None if width >= 2**62 else width
 
 
 def _flag(value: Any) -> bool:
@@ -219,6 +228,8 @@ def _explained(error: Exception, arguments: dict[str, Any]) -> BaseException:
     """Find the exception that NumPy callers would get for what made the call raise ``error``."""
     if isinstance(error, NotImplementedError) and str(error).startswith("attention: "):
         return error
+    if isinstance(error, NotImplementedError) and "jvp" in str(error):  # Dynamo allows our Function none to say it in
+        return NotImplementedError("attention: there is no forward-mode derivative, expected reverse mode")
     failure: BaseException | None = _core.take_torch_failure(str(error))
     if failure is not None:
         return failure
@@ -231,6 +242,12 @@ def _explained(error: Exception, arguments: dict[str, Any]) -> BaseException:
             kind = "nested" if array.is_nested else "quantized" if array.is_quantized else str(array.layout)
             kind = kind.removeprefix("torch.").removeprefix("_")
             return TypeError(f"attention: {name} is a {kind} tensor, expected a plain dense one")
+        if name == "out" and (array.is_neg() or array.is_conj()):
+            return TypeError(
+                "attention: out is a negated view, expected a tensor that owns its sign: out.resolve_neg()"
+            )
+        if _is_functorch_wrapped(array) or hasattr(array, "fake_mode"):
+            return error  # there is no memory to look at
     try:
         _core.check_attention(*(x.detach() if isinstance(x, Tensor) else x for x in arguments.values()))
     except (TypeError, ValueError) as refusal:

@@ -114,6 +114,52 @@ def _check(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> None:
     )
 
 
+def _place(axis: int, rank: int, bshd: bool) -> int:
+    """Where a tensor of this rank holds an axis of (B,H,S,D); negative where it lacks it."""
+    return ((0, 2, 1, 3) if bshd and rank > 2 else (0, 1, 2, 3))[axis] - (4 - rank)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, bshd: bool, *masks: Tensor | None) -> None:
+    """Refuse shapes that do not belong together, in the kernel's words, before a graph is made of them."""
+
+    def extent(x: Tensor, axis: int) -> int:
+        place = _place(axis, x.ndim, bshd)
+        return 1 if place < 0 else x.shape[place]
+
+    def require(name: str, x: Tensor, axis: int, what: str, source: str, y: Tensor) -> None:
+        found, expected = extent(x, axis), extent(y, axis)
+        torch._check_value(
+            found == expected,
+            lambda: (
+                f"attention: {name}.shape[{_place(axis, x.ndim, bshd)}] is {found}, expected {what} {expected} "
+                f"(from {source})"
+            ),
+        )
+
+    require("k", k, 0, "batch", "q", q)
+    require("v", v, 0, "batch", "q", q)
+    require("v", v, 1, "num_kv_heads", "k", k)
+    require("v", v, 2, "seqlen_kv", "k", k)
+    heads, kv_heads = extent(q, 1), extent(k, 1)
+    known = isinstance(heads, int) and isinstance(kv_heads, int)
+    if known and (heads % kv_heads if kv_heads else heads):
+        raise ValueError(
+            f"attention: k.shape[{_place(1, k.ndim, bshd)}] is {kv_heads}, expected a divisor of num_heads {heads} "
+            "(from q)"
+        )
+    scores = (extent(q, 0), heads, extent(q, 2), extent(k, 2))
+    for name, x in zip(("mask", "bias"), masks, strict=False):
+        if x is None:
+            continue
+        pairs = zip(x.shape[::-1], scores[::-1], strict=False)  # of the extents that are numbers, not symbols
+        wrong = any(isinstance(n, int) and isinstance(m, int) and n not in (1, m) for n, m in pairs)
+        if x.ndim > 4 or wrong:
+            raise ValueError(
+                f"attention: {name} has shape {tuple(x.shape)}, expected an array that broadcasts to "
+                f"(B, Hq, Sq, Skv) = {scores}"
+            )
+
+
 def _new_out(q: Tensor, v: Tensor) -> Tensor:
     """Make a contiguous output; the same formula serves every rank and layout."""
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -130,12 +176,14 @@ def _new_lse_and_weights(q: Tensor, k: Tensor, options: Options) -> tuple[Tensor
 
 def _plain_fake(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
     _check(q, k, v)
+    _check_shapes(q, k, v, False)
     return _new_out(q, v)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *values: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(*values, **named)
     _check(q, k, v, *options)
+    _check_shapes(q, k, v, options.bshd, options.mask, options.bias)
     return _new_out(q, v), *_new_lse_and_weights(q, k, options)
 
 
@@ -144,6 +192,7 @@ def _forward_out_fake(
 ) -> tuple[Tensor, Tensor]:
     options = Options(*values, **named)
     _check(q, k, v, out, *options)
+    _check_shapes(q, k, v, options.bshd, options.mask, options.bias)
     return _new_lse_and_weights(q, k, options)
 
 
@@ -160,6 +209,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(*values, **named)
     _check(q, k, v, dout, dlse, out, lse, *problem)
+    _check_shapes(q, k, v, problem.bshd, problem.mask, problem.bias)
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
 
     def of(asked: bool, x: Tensor | None) -> Tensor:
