@@ -211,7 +211,7 @@ void test_options() {
         cases.push_back(c);
       };
       for (const std::vector<int64_t>& offset : std::vector<std::vector<int64_t>>{
-               {}, {0}, {-1}, {-20}, {140}, {500}, {-500}, {3, 120}, {int64_t{1} << 60}, {-(int64_t{1} << 60)}}) {
+               {}, {0}, {-1}, {-20}, {140}, {500}, {-500}, {3, 120}, {int64_t{1} << 59}, {-(int64_t{1} << 59)}}) {
         add([&](Case& c) { c.causal = true, c.q_offset = offset; });
         add([&](Case& c) { c.window_left = 3, c.window_right = 5, c.q_offset = offset; });
       }
