@@ -14,7 +14,7 @@
 #include "attention/threads.h"
 #include "bindings/array_in_out.h"
 #include "bindings/errors.h"
-#include "bindings/released_gil.h"
+#include "bindings/gil.h"
 #include "foveal/attention.h"
 
 namespace py = pybind11;

@@ -21,6 +21,7 @@
 #include "attention/threads.h"
 #include "bindings/dlpack.h"
 #include "bindings/errors.h"
+#include "bindings/gil.h"
 #include "bindings/torch_shim.h"
 #include "foveal/attention.h"
 
@@ -285,7 +286,7 @@ int raise_interrupt(void*) {
 // The exception cannot pass through the dispatcher. foveal.attention fetches it; after a direct or compiled call of the
 // op the interpreter raises it as soon as it is back in Python.
 bool run_signal_handlers(void*) {
-  const py::gil_scoped_acquire gil;
+  const TakenGil gil;
   if (PyErr_CheckSignals() == 0) return false;
   delete std::exchange(interrupt, new py::error_already_set());
   Py_AddPendingCall(raise_interrupt, nullptr);
@@ -303,6 +304,13 @@ ExecutionOptions execution_options() {
   options.interrupted = run_signal_handlers;
   if (!status.ok()) fail(std::move(status));
   return options;
+}
+
+template <class Pass>
+void execute(Pass pass) {
+  Status status = pass(execution_options());
+  stay_if_finalizing();
+  if (!status.ok()) fail(std::move(status));
 }
 
 struct Results {
@@ -330,7 +338,7 @@ Results compute(AttentionProblem& problem, bool with_lse, bool with_weights) {
   }
   if (with_weights) results.weights = allocate(problem.q.dtype, scores, 4, dropped, problem.weights);
 
-  if (Status status = attention_forward(problem, execution_options()); !status.ok()) fail(std::move(status));
+  execute([&](const ExecutionOptions& options) { return attention_forward(problem, options); });
   return results;
 }
 
@@ -404,8 +412,7 @@ void attention_backward_boxed(StableIValue* stack, uint64_t, uint64_t) {
   if (arguments.sinks_grad && problem.sinks.present())
     dsinks = allocate_like(problem.sinks, accumulator, gradients.dsinks);
   if (Status status = canonicalize(problem, gradients); !status.ok()) fail(std::move(status));
-  if (Status status = attention_backward(problem, gradients, execution_options()); !status.ok())
-    fail(std::move(status));
+  execute([&](const ExecutionOptions& options) { return attention_backward(problem, gradients, options); });
   stack[4] = result_or_empty(dsinks, accumulator);
   stack[3] = result_or_empty(dbias, accumulator);
   stack[2] = result(dv);

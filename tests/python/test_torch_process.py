@@ -46,6 +46,17 @@ def test_threads_follow_torch_after_our_own_settings():
     assert run_python(COUNT_THREADS + "    foveal.set_num_threads(2); print(started(1))") == ["1"]
 
 
+def test_a_daemon_thread_may_be_computing_when_the_program_ends():
+    code = """
+        import threading, time, torch, foveal
+        q = torch.ones(1, 16, 20000, 64)
+        threading.Thread(target=lambda: foveal.attention(q, q, q), daemon=True).start()
+        time.sleep(0.5)
+        print("done")
+    """
+    assert run_python(code) == ["done"]
+
+
 def test_many_threads_call_at_once():
     inputs = [qkv(seqlen_q=64, seqlen_kv=64, seed=seed) for seed in range(8)]
     expected = [foveal.attention(*x, causal=True) for x in inputs]
