@@ -1,0 +1,70 @@
+"""Reports of the scheduler as table, dict, DataFrame and chart, and its progress bar."""
+
+import sys
+
+import pytest
+from scheduler_cases import Clock, endless
+
+from foveal import Scheduler
+
+
+def report_of_three():
+    scheduler = Scheduler(clock=Clock(), max_in_flight=1)
+    scheduler.submit(int, key="good", urgency=2.0)
+    scheduler.submit(lambda: 1 / 0, key="bad")
+    scheduler.add_stepper(endless, key="long", max_steps=3)
+    return scheduler.run()
+
+
+def test_report_as_table_dict_and_rows():
+    report = report_of_three()
+    text = str(report)
+    for word in ("good", "bad", "long", "failed", "ZeroDivisionError", "2 done, 1 failed"):
+        assert word in text
+    data = report.to_dict()
+    assert data["counts"] == {"done": 2, "failed": 1}
+    assert {task["key"]: task["turns"] for task in data["tasks"]} == {"good": 1, "bad": 1, "long": 3}
+    assert len(data["decisions"]) == len(data["spans"]) == 5
+    assert all(span["start"] < span["stop"] for span in data["spans"])
+
+
+def test_report_without_rich(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    lines = str(report_of_three()).splitlines()
+    assert lines[1].split() == ["task", "status", "urgency", "importance", "waited", "took", "turns", "cost", "error"]
+    assert len(lines) == 6
+
+
+def test_a_long_report_is_cut():
+    scheduler = Scheduler()
+    for _ in range(100):
+        scheduler.submit(int)
+    assert "..." in str(scheduler.run())
+
+
+def test_report_to_pandas():
+    pd = pytest.importorskip("pandas")
+    frame = report_of_three().to_pandas()
+    assert isinstance(frame, pd.DataFrame)
+    assert frame.set_index("key").loc["long", "cost"] == 3.0
+
+
+def test_gantt_chart(tmp_path):
+    pytest.importorskip("matplotlib")
+    ax = report_of_three().plot(tmp_path / "gantt.png")
+    assert (tmp_path / "gantt.png").stat().st_size > 1000
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["good", "bad", "long"]
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_progress(capsys, monkeypatch, has_tqdm):
+    if has_tqdm:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    scheduler = Scheduler()
+    for _ in range(10):
+        scheduler.submit(int)
+    scheduler.run(progress=True)
+    shown = capsys.readouterr().err
+    assert ("10/10" if has_tqdm else "10 of 10 tasks") in shown
