@@ -13,6 +13,7 @@ from scheduler_cases import Clock, endless
 
 from foveal import Scheduler, Step
 from foveal._scheduler import backlog
+from foveal._scheduler.future import Task
 from foveal.scheduler import Decision
 
 
@@ -156,9 +157,7 @@ def test_scores_that_run_away_cost_no_pass_over_all_tasks_each(step, monkeypatch
     for i in range(n):
         scheduler.update(i, urgency=step * (n + i))
     assert scheduler.run().counts == {"done": n}
-    assert (
-        passes["work"] <= 3 * 16 * 3 * n
-    )  # thrice a change of each task, and some
+    assert passes["work"] <= 3 * 16 * 3 * n  # thrice a change of each task, and some
 
 
 @pytest.mark.parametrize("gap", [5.0, 100.0])
@@ -306,3 +305,33 @@ def test_allocate_by_hand():
     assert scheduler.allocate(5) == {"a": 2, "b": 2, "c": 1}
     assert scheduler.allocate(1) == {"a": 1, "b": 0, "c": 0}
     assert Scheduler().allocate(3) == {}
+
+
+# The backlog by itself
+
+
+def tasks_of(scores):
+    return [Task(key, None, (), None, float(score), 0.0, 0.0) for key, score in enumerate(scores)]
+
+
+def test_a_task_in_flight_keeps_its_place_in_the_rotation():
+    queue = backlog.Backlog("credit", 1.0, 1.0, None, 0.0, None)
+    tasks = tasks_of([0.0] * 5)
+    for task in tasks:
+        queue.push(task)
+    first = queue.pop()
+    queue.push(first)  # now behind the others
+    absent = queue.take(tasks[1])  # in flight, though the rotation has not served it
+    assert [queue.pop().key for _ in range(2)] == [2, 3]
+    queue.push(absent)
+    assert [queue.pop().key for _ in range(3)] == [1, 4, 0]
+
+
+def test_serving_those_far_below_leaves_digits_for_the_others():
+    queue = backlog.Backlog("credit", 0.0, 1.0, None, 0.0, None)
+    tasks = tasks_of([0.0, -30.0, *[-60.0] * 2000, -58.0])
+    for task in tasks[:-1]:
+        queue.push(task)
+    assert [queue.pop().key for _ in range(3)] == [0, 1, 2]
+    queue.push(tasks[-1])  # higher than the 1999 that wait
+    assert [queue.pop().key for _ in range(3)] == [2002, 3, 4]
