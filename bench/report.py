@@ -29,6 +29,7 @@ from foveal._bench.compare import cache_nbytes, compare, fma_peak, read_bandwidt
 from foveal._bench.show import Row, markdown, plot
 from foveal._bench.work import Work
 from process_rows import call_overhead, import_time, peak_memory, window_against_full
+from training_rows import train
 from whole_model import continue_prompt, encode_passages
 
 Progress = Callable[[float], object]
@@ -67,6 +68,13 @@ def attention(
     return Measurement(group, str(work), measure, {} if times is None else {"torch": times}, limit)
 
 
+def training(work: Work, times: float) -> Measurement:
+    def measure(budget: float, progress: Progress) -> Row:
+        return train(work, budget, progress)
+
+    return Measurement("training", f"{work}, forward and backward", measure, {"torch": times})
+
+
 def measurements() -> list[Measurement]:
     half = itertools.product(("bfloat16", "float16"), ((1024, 64), (4096, 128)), (False, True))
     one_thread = itertools.product((64, 128), (False, True))
@@ -92,6 +100,10 @@ def measurements() -> list[Measurement]:
         attention("decode", Work(1, 32, 1, 128, "bfloat16", seqlen_kv=4096), 6.0, 0.80),
         attention("decode", Work(1, 32, 1, 128, "float16", seqlen_kv=4096), 1.7, 0.80),
         attention("decode", Work(1, 32, 1, 128, "bfloat16", seqlen_kv=16384, kv_heads=4), 6.0, 0.80),
+        *(training(Work(1, 8, s, 64, causal=c), 1.5 if c else 1.25) for s in (1024, 4096) for c in (False, True)),
+        training(Work(8, 12, 128, 64), 1.3),
+        *(training(Work(1, 8, 1024, 64, "bfloat16", causal), 2.0) for causal in (False, True)),
+        *(training(Work(1, 8, 1024, 64, "float16", causal), 20.0) for causal in (False, True)),
         Measurement("window", "window", window_against_full, {"own full causal": 10.0}),
         dataclasses.replace(
             attention("numpy", Work(1, 8, 1024, 64), peers=["numpy", "numpy textbook"]), times={"numpy textbook": 5.0}

@@ -32,6 +32,18 @@ _SINKS = 3 + Options._fields.index("sinks")
 _TENSORS = Options._fields.index("causal")  # the options before it
 
 
+def _is_plain_eager() -> bool:
+    return not torch.compiler.is_dynamo_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def _without_autograd(op: Any, inputs: Any) -> Any:
+    """Call an op where autograd has been taken care of: past its kernel in Python, unless a transform looks on."""
+    if not _is_plain_eager():
+        return op(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
 class Attention(torch.autograd.Function):
     """(out, lse, weights) of ``attention_forward``; ``weights`` has no gradient, so it must not be asked for."""
 
@@ -39,7 +51,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return _forward(*inputs)
+        return _without_autograd(_forward, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -54,16 +66,21 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, dlse: Tensor, _: Tensor) -> Any:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         bias_grad, sinks_grad = ctx.needs_input_grad[_BIAS], ctx.needs_input_grad[_SINKS]
-        differentiate: Any = _NoSecondDerivative.apply if torch.is_grad_enabled() else _backward
-        dq, dk, dv, dbias, dsinks = differentiate(
-            dout, dlse, out, lse, q, k, v, *tensors, *ctx.scalars, bias_grad, sinks_grad
-        )
+        inputs = (dout, dlse, out, lse, q, k, v, *tensors, *ctx.scalars, bias_grad, sinks_grad)
+        if torch.is_grad_enabled():
+            dq, dk, dv, dbias, dsinks = _NoSecondDerivative.apply(*inputs)  # type: ignore[no-untyped-call]
+        else:
+            dq, dk, dv, dbias, dsinks = _without_autograd(_backward, inputs)
         gradients: list[Tensor | None] = [dq, dk, dv] + [None] * len(Options._fields)
         if bias_grad:
             gradients[_BIAS] = dbias.to(tensors[_BIAS - 3].dtype)
         if sinks_grad:
             gradients[_SINKS] = dsinks.to(tensors[_SINKS - 3].dtype)
         return tuple(gradients)
+
+
+# Function.apply binds the arguments to the signature of `forward` first, which takes half of its time.
+_apply_directly: Any = super(torch.autograd.Function, Attention).apply
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -117,7 +134,8 @@ def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> A
     if torch.is_autocast_enabled(q.device.type):  # here, so that what is saved has the dtype of the output
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    return Attention.apply(q, k, v, *options)  # type: ignore[no-untyped-call]
+    apply = _apply_directly if _is_plain_eager() else Attention.apply
+    return apply(q, k, v, *options)
 
 
 def _forward_kernel(keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
