@@ -1,4 +1,4 @@
-"""Forward and backward against PyTorch's scaled_dot_product_attention: first the gradients are compared, then the times.
+"""Forward and backward against PyTorch's scaled_dot_product_attention: gradients are compared first, then times.
 
 A call is what a training step asks of an attention layer: the output with its graph, then the gradients of q, k and v.
 """
@@ -61,7 +61,9 @@ def step(
 
 def _torch_ways(work: Work, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Iterator[Contender]:
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    backends = (None, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    backends = [None, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if work.batch * work.heads * work.seqlen**2 <= 1 << 25:  # it holds all scores; beyond, nobody would wait for it
+        backends.append(SDPBackend.MATH)
     for backend, layout in itertools.product(backends, ("bhsd", "bshd")):
         stored = [x if layout == "bhsd" else x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)]
         context = contextlib.nullcontext if backend is None else lambda backend=backend: sdpa_kernel(backend)
