@@ -72,15 +72,15 @@ def course(
     new_waiter: Callable[[], Waiter],
     ready: Callable[[], bool],
     act: Callable[[], ResultT],
-    block: bool = True,
-    error: type[Exception] = TimeoutError,
+    error: type[Exception],
 ) -> Generator[Waiter, bool, ResultT]:
-    """The course of a call that acts as soon as it is possible, or fails when it may not or no longer wait.
+    """The course of a call that acts as soon as it is possible, or fails with `error` when it may no longer wait.
 
     It yields a waiter to sleep on, without the mutex, and is sent whether that was woken in time. Whoever drives it
     closes it: when an exception ends the sleep, a permit that came meanwhile goes to the next in line.
     """
     waiter = None
+    may_wait = True
     try:
         while True:
             with mutex:
@@ -94,10 +94,10 @@ def course(
                     if permit:
                         line.grant()
                     raise
-                if not block:
+                if not may_wait:
                     raise error
                 waiter = line.join(new_waiter(), in_front=came_back)
-            block = yield waiter
+            may_wait = yield waiter
     finally:
         if waiter is not None:
             with mutex:

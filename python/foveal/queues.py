@@ -8,11 +8,12 @@ priorities can change, and items be cancelled, up to then.
 from __future__ import annotations
 
 import contextlib
+import enum
 import queue
 import threading
 import time
 from collections.abc import Generator, Hashable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from foveal._core import Empty, IndexedHeap
 from foveal._priority_map import PriorityMap
@@ -39,6 +40,13 @@ else:
 
     class ShutDown(Exception):
         """The queue was shut down: ``queue.ShutDown`` from Python 3.13 on."""
+
+
+class _Nothing(enum.Enum):
+    NOTHING = enum.auto()
+
+
+_NOTHING: Final = _Nothing.NOTHING
 
 
 class _Entry:
@@ -137,6 +145,8 @@ class _Queue(Generic[ItemT]):
         raise NotImplementedError
 
     def _checked(self, method: str, priority: float) -> float:
+        if type(priority) is float and priority == priority:
+            return priority
         try:
             number = None if isinstance(priority, str | bytes) else float(priority)
         except TypeError:
@@ -176,36 +186,48 @@ class _Queue(Generic[ItemT]):
         if self._is_shutdown and not self._entries:
             self._getters.release_all()
 
-    def _put(self, item: ItemT, priority: float, key: Hashable, block: bool) -> Generator[Waiter, bool, None]:
-        priority = self._checked("put", priority)
+    def _may_put(self, key: Hashable) -> bool:
+        if self._is_shutdown:
+            raise ShutDown(f"{type(self).__name__}.put: the queue was shut down")
+        if key is not None and key in self._by_key:
+            raise ValueError(f"{type(self).__name__}.put: key {key!r} is waiting already, expected another key")
+        return self.maxsize <= 0 or len(self._entries) + self._putters.granted < self.maxsize
 
-        def ready() -> bool:
-            if self._is_shutdown:
-                raise ShutDown(f"{type(self).__name__}.put: the queue was shut down")
-            if key is not None and key in self._by_key:
-                raise ValueError(f"{type(self).__name__}.put: key {key!r} is waiting already, expected another key")
-            return self.maxsize <= 0 or len(self._entries) + self._putters.granted < self.maxsize
+    def _may_get(self) -> bool:
+        if self._is_shutdown and not self._entries:
+            raise ShutDown(f"{type(self).__name__}.get: the queue was shut down")
+        return len(self._entries) > self._getters.granted
 
+    # Without the mutex again: what costs least where nobody needs to wait, and what may wait.
+
+    def _try_put(self, item: ItemT, priority: float, key: Hashable) -> bool:
+        with self._mutex:
+            if not self._may_put(key):
+                return False
+            self._insert(item, priority, key)
+            return True
+
+    def _try_get(self) -> ItemT | Literal[_Nothing.NOTHING]:
+        with self._mutex:
+            return self._take() if self._may_get() else _NOTHING
+
+    def _put(self, item: ItemT, priority: float, key: Hashable) -> Generator[Waiter, bool, None]:
         return course(
             self._mutex,
             self._putters,
             self._new_waiter,
-            ready,
+            lambda: self._may_put(key),
             lambda: self._insert(item, priority, key),
-            block,
             queue.Full,
         )
 
-    def _get(self, block: bool) -> Generator[Waiter, bool, ItemT]:
-        def ready() -> bool:
-            if self._is_shutdown and not self._entries:
-                raise ShutDown(f"{type(self).__name__}.get: the queue was shut down")
-            return len(self._entries) > self._getters.granted
-
-        return course(self._mutex, self._getters, self._new_waiter, ready, self._take, block, Empty)
+    def _get(self) -> Generator[Waiter, bool, ItemT]:
+        return course(self._mutex, self._getters, self._new_waiter, self._may_get, self._take, Empty)
 
     def _join(self) -> Generator[Waiter, bool, None]:
-        return course(self._mutex, self._joiners, self._new_waiter, lambda: self._unfinished == 0, lambda: None)
+        return course(
+            self._mutex, self._joiners, self._new_waiter, lambda: self._unfinished == 0, lambda: None, TimeoutError
+        )
 
 
 def _check_timeout(name: str, block: bool, timeout: float | None) -> None:
@@ -275,8 +297,13 @@ class PriorityQueue(_Queue[ItemT]):
         ValueError
             An item with this key is waiting; the priority is NaN; the timeout is negative.
         """
+        priority = self._checked("put", priority)
         _check_timeout("PriorityQueue.put", block, timeout)
-        self._drive(self._put(item, priority, key, block), timeout)
+        if self._try_put(item, priority, key):
+            return
+        if not block:
+            raise queue.Full
+        self._drive(self._put(item, priority, key), timeout)
 
     def get(self, block: bool = True, timeout: float | None = None) -> ItemT:
         """Take the first item out, waiting for one if need be.
@@ -294,7 +321,11 @@ class PriorityQueue(_Queue[ItemT]):
             The queue was shut down and is empty.
         """
         _check_timeout("PriorityQueue.get", block, timeout)
-        return self._drive(self._get(block), timeout)
+        if (item := self._try_get()) is not _NOTHING:
+            return item
+        if not block:
+            raise Empty
+        return self._drive(self._get(), timeout)
 
     def put_nowait(self, item: ItemT, priority: float, *, key: Hashable = None) -> None:
         """Put an item in, or raise ``queue.Full`` at once."""
@@ -361,21 +392,33 @@ class AsyncPriorityQueue(_Queue[ItemT]):
         timeout: float | None = None,
     ) -> None:
         """Put an item in, waiting for room if need be; see :meth:`PriorityQueue.put`."""
+        priority = self._checked("put", priority)
         _check_timeout("AsyncPriorityQueue.put", block, timeout)
-        await self._drive(self._put(item, priority, key, block), timeout)
+        if self._try_put(item, priority, key):
+            return
+        if not block:
+            raise queue.Full
+        await self._drive(self._put(item, priority, key), timeout)
 
     async def get(self, block: bool = True, timeout: float | None = None) -> ItemT:
         """Take the first item out, waiting for one if need be; see :meth:`PriorityQueue.get`."""
         _check_timeout("AsyncPriorityQueue.get", block, timeout)
-        return await self._drive(self._get(block), timeout)
+        if (item := self._try_get()) is not _NOTHING:
+            return item
+        if not block:
+            raise Empty
+        return await self._drive(self._get(), timeout)
 
     def put_nowait(self, item: ItemT, priority: float, *, key: Hashable = None) -> None:
         """Put an item in, or raise ``queue.Full`` at once."""
-        self._at_once(self._put(item, priority, key, False))
+        if not self._try_put(item, self._checked("put", priority), key):
+            raise queue.Full
 
     def get_nowait(self) -> ItemT:
         """Take the first item out, or raise ``Empty`` at once."""
-        return self._at_once(self._get(False))
+        if (item := self._try_get()) is _NOTHING:
+            raise Empty
+        return item
 
     async def join(self) -> None:
         """Wait until `task_done` was called for every item that was put."""
@@ -391,15 +434,6 @@ class AsyncPriorityQueue(_Queue[ItemT]):
                 future.set_result(None)
 
         return Waiter(future, wake)
-
-    @staticmethod
-    def _at_once(course: Generator[Waiter, bool, ResultT]) -> ResultT:
-        try:
-            next(course)
-        except StopIteration as end:
-            result: ResultT = end.value
-            return result
-        raise AssertionError("a course that may not block has blocked")
 
     @staticmethod
     async def _drive(course: Generator[Waiter, bool, ResultT], timeout: float | None) -> ResultT:

@@ -355,27 +355,60 @@ def test_shutdown_wakes_getters():
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
-@pytest.mark.parametrize("timeout", [None, LONG])
-def test_ctrl_c(timeout):
-    jobs = PriorityQueue()
+@pytest.mark.parametrize("timeout", [{}, {"timeout": LONG}])
+@pytest.mark.parametrize("method", ["get", "put", "join"])
+def test_ctrl_c(method, timeout):
+    jobs = PriorityQueue(maxsize=1)
+    if method != "get":
+        jobs.put("here", 0.0)
+    call = {
+        "get": lambda: jobs.get(**timeout),
+        "put": lambda: jobs.put("b", 1.0, **timeout),
+        "join": jobs.join,
+    }[method]
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, SHORT)
         begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            jobs.get(timeout=timeout)
+            call()
         assert time.monotonic() - begin < LONG / 2
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert not jobs._getters.waiting
+    assert not any(line.waiting or line.granted for line in (jobs._getters, jobs._putters, jobs._joiners))
     later = Call(jobs.get)
-    jobs.put("a", 1.0)
-    assert later.result() == "a"
+    if method == "get":
+        jobs.put("here", 1.0)
+    assert later.result() == "here"
+    jobs.put("still works", 1.0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_ctrl_c_in_a_terminal():
+    program = """if True:
+        import foveal, signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
+        jobs = foveal.PriorityQueue()
+        print("waiting", flush=True)
+        try:
+            jobs.get()
+        except KeyboardInterrupt:
+            print("interrupted")
+        """
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "waiting\n"
+            time.sleep(SHORT)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=LONG)[0] == "interrupted\n"
+        finally:
+            process.kill()
+    assert process.returncode == 0
 
 
 def test_an_interrupted_getter_gives_its_permit_on():
     jobs = PriorityQueue()
-    course = jobs._get(True)
+    course = jobs._get()
     next(course)  # waits, first in line
     later = Call(jobs.get)
     jobs.put("a", 1.0)  # promised to the course
@@ -389,7 +422,7 @@ def test_an_interrupted_getter_gives_its_permit_on():
 
 def test_a_getter_whose_time_is_up_takes_what_was_promised():
     jobs = PriorityQueue()
-    course = jobs._get(True)
+    course = jobs._get()
     next(course)
     jobs.put("a", 1.0)
     with pytest.raises(StopIteration) as end:
