@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -56,7 +57,7 @@ void check_shape(const char* function, const char* name, const py::array& array,
 }
 
 void check_byte_order(const char* function, const char* name, const py::array& array) {
-  if (!array.dtype().attr("isnative").cast<bool>()) {
+  if (array.dtype().byteorder() == (std::endian::native == std::endian::little ? '>' : '<')) {
     fail(PyExc_ValueError, "%s: %s has dtype %s, expected the native byte order", function, name,
          dtype_text(array).c_str());
   }

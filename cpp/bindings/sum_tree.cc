@@ -60,7 +60,7 @@ int64_t to_id(const char* function, PyObject* object, const SumTree& sums) {
   return id;
 }
 
-bool is_weight(double number, const SumTree& sums) { return 0 <= number && number <= sums.max_weight(); }
+bool is_weight(double number, double most) { return 0 <= number && number <= most; }
 
 [[noreturn]] void refuse_weight(const char* function, const std::string& name, double found, const SumTree& sums) {
   const py::float_ found_text(found), most_text(sums.max_weight());
@@ -106,8 +106,9 @@ PyObject* update_many(TreeObject& self, Call call) {
   const SumTree& sums = self.tree->sums;
   const Batch<int64_t> ids = read_ids(kSignature.function, "ids", bound[0], sums.capacity());
   const Batch<double> weights = read_numbers(kSignature.function, "weights", bound[1], ids.count);
+  const double most = sums.max_weight();
   for (size_t i = 0; i < weights.count; ++i) {
-    if (is_weight(weights[i], sums)) continue;
+    if (is_weight(weights[i], most)) continue;
     refuse_weight(kSignature.function, "weights[" + std::to_string(i) + "]", weights[i], sums);
   }
   alone(self, ids.count, [&](SumTree& tree) { tree.set_many(ids.span(), weights.span()); });
@@ -217,7 +218,7 @@ int set_item(PyObject* self, PyObject* key, PyObject* value) {
     const int64_t id = to_id(kFunction, key, sums);
     if (value == nullptr) fail(PyExc_TypeError, "SumTree: an id cannot be deleted, expected a weight of 0");
     const double weight = to_number(kFunction, "weight", value);
-    if (!is_weight(weight, sums)) refuse_weight(kFunction, "weight", weight, sums);
+    if (!is_weight(weight, sums.max_weight())) refuse_weight(kFunction, "weight", weight, sums);
     alone(tree_of(self), 1, [&](SumTree& tree) { tree.set(id, weight); });
     return 0;
   });

@@ -80,10 +80,13 @@ class SumTree {
     int shift = kLogFanout;
     // Up to where there are fewer sums than elements.
     for (; level <= top_ && size_[level] > static_cast<int64_t>(ids.size()); ++level, shift += kLogFanout) {
-      for (size_t i = 0; i < ids.size(); ++i) {
-        const int64_t index = ids[i] >> shift;
-        if (i > 0 && index == ids[i - 1] >> shift) continue;
-        level_[level][index] = sum_of_children(level, index);
+      double* const sums = level_[level];  // not read anew after each store
+      const double* const children = level_[level - 1];
+      int64_t last = -1;
+      for (const int64_t id : ids) {
+        const int64_t index = id >> shift;
+        if (index != last) sums[index] = sum_of(children + (index << kLogFanout));
+        last = index;
       }
     }
     add_up_from(level);
@@ -148,9 +151,10 @@ class SumTree {
     leaf = weight + 0.0;  // -0.0 becomes 0.0
   }
 
+  double sum_of_children(int level, int64_t index) const { return sum_of(level_[level - 1] + (index << kLogFanout)); }
+
   // In a fixed order, by halves.
-  double sum_of_children(int level, int64_t index) const {
-    const double* child = level_[level - 1] + (index << kLogFanout);
+  static double sum_of(const double* child) {
     double sum[8];
     for (int i = 0; i < 8; ++i) sum[i] = child[i] + child[i + 8];
     for (int i = 0; i < 4; ++i) sum[i] += sum[i + 4];
@@ -163,25 +167,28 @@ class SumTree {
     }
   }
 
-  // From the node `index` at `level` to the child in whose share `point` lies, and to the point within that.
+  // From the node `index` at `level` to the child in whose share `point` lies, and to the point within that: first to
+  // one of four fours, then within that. No branch depends on the point, and no chain of additions is longer than four.
   void go_down(int level, int64_t& index, double& point) const {
     const double* child = level_[level - 1] + (index << kLogFanout);
-    double passed = 0, end = 0;
-    int64_t place = 0;
-    for (int64_t i = 0; i < kFanout; ++i) {
-      end += child[i];
-      const bool beyond = point >= end;
-      place += beyond;
-      passed = beyond ? end : passed;
-    }
-    if (place == kFanout) {  // sums in another order round differently: the last child, then, that has a share
-      do --place;
-      while (child[place] == 0);
-      passed = 0;
+    double sum[4];
+    for (int i = 0; i < 4; ++i) sum[i] = (child[4 * i] + child[4 * i + 1]) + (child[4 * i + 2] + child[4 * i + 3]);
+    int64_t place = 4 * pass(sum, point);
+    place += pass(child + place, point);
+    if (child[place] == 0) {  // sums in another order round differently: a neighbour, then, that has a share
+      while (place > 0 && child[place] == 0) --place;
+      while (child[place] == 0) ++place;
       point = child[place];
     }
-    point -= passed;
     index = (index << kLogFanout) + place;
+  }
+
+  // Which of four shares in a row `point` lies in, the last if beyond; takes those before it off the point.
+  static int64_t pass(const double* share, double& point) {
+    const double begin[4] = {0.0, share[0], share[0] + share[1], share[0] + share[1] + share[2]};
+    const int64_t place = (point >= begin[1]) + (point >= begin[2]) + (point >= begin[3]);
+    point -= begin[place];
+    return place;
   }
 
   struct AlignedDelete {
