@@ -35,7 +35,7 @@ void alone(TreeObject& self, size_t work, Body&& body) {
     tree.lock.wait();
     PyEval_RestoreThread(state);
   }
-  // The weights of a writer that was cut off are whole, one by one; the sums need not be.
+  // The weights are whole, one by one, or noted; the sums need not be.
   if (taken == ForkAwareLock::Taken::kOrphaned) tree.sums.rebuild();
   try {
     // Unlocked before the GIL is asked for: where the interpreter has ended, that does not return.
@@ -88,11 +88,7 @@ Batch<double> draw_points(const char* function, PyObject* rng, int64_t k) {
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
   static constexpr Signature<1> kSignature = {"SumTree", {"capacity"}};
   return guarded<PyObject*>(nullptr, [&] {
-    const int64_t capacity = to_int64("SumTree", "capacity", bind(kSignature, arguments, keywords)[0]);
-    if (capacity < 1 || capacity > SumTree::kMaxCapacity) {
-      fail(PyExc_ValueError, "SumTree: capacity is %lld, expected 1 to %lld", static_cast<long long>(capacity),
-           static_cast<long long>(SumTree::kMaxCapacity));
-    }
+    const int64_t capacity = to_capacity("SumTree", bind(kSignature, arguments, keywords)[0], SumTree::kMaxCapacity);
     auto tree = std::unique_ptr<Tree>(new Tree{SumTree(capacity), {}});
     PyObject* object = checked(type->tp_alloc(type, 0));
     reinterpret_cast<TreeObject*>(object)->tree = tree.release();
@@ -155,8 +151,7 @@ PyObject* sample(TreeObject& self, Call call) {
   const Sample sample(points.count);
   int64_t positive = 0;
   bool enough = false;
-  // Without replacement, drawn elements are out of the tree for a moment, in which nobody may fork.
-  alone(self, replace ? points.count : 0, [&](SumTree& sums) {
+  alone(self, points.count, [&](SumTree& sums) {
     positive = sums.num_positive();
     enough = replace ? k == 0 || sums.total() > 0 : k <= positive;
     if (!enough) return;

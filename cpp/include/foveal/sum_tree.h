@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cassert>
 #include <cmath>
 #include <cstddef>
@@ -92,8 +93,11 @@ class SumTree {
     add_up_from(level);
   }
 
-  // Computes all sums, and the number of positive weights, anew.
+  // Makes the tree whole again where a call was cut off, as by a fork in another thread: puts back what was drawn and
+  // computes all sums, and the number of positive weights, anew.
   void rebuild() {
+    for (const auto& [id, weight] : drawn_) level_[0][id] = weight;
+    drawn_.clear();
     num_positive_ = std::count_if(level_[0], level_[0] + capacity_, [](double weight) { return weight > 0; });
     add_up_from(1);
   }
@@ -126,14 +130,19 @@ class SumTree {
   void draw_without_replacement(std::span<const double> points, std::span<int64_t> ids,
                                 std::span<double> probabilities) {
     assert(static_cast<int64_t>(points.size()) <= num_positive_);
-    std::vector<double> weights(points.size());
+    drawn_.reserve(points.size());
     for (size_t i = 0; i < points.size(); ++i) {
-      ids[i] = find(points[i] * total());
-      weights[i] = (*this)[ids[i]];
-      probabilities[i] = weights[i] / total();
-      set(ids[i], 0.0);
+      const int64_t id = find(points[i] * total());
+      const double weight = (*this)[id];
+      ids[i] = id;
+      probabilities[i] = weight / total();
+      drawn_.push_back({id, weight});
+      std::atomic_signal_fence(std::memory_order_seq_cst);  // noted before it is taken out
+      set(id, 0.0);
     }
-    set_many(ids, weights);
+    for (const auto& [id, weight] : drawn_) set(id, weight);
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    drawn_.clear();
   }
 
  private:
@@ -191,6 +200,11 @@ class SumTree {
     return place;
   }
 
+  struct Drawn {
+    int64_t id;
+    double weight;
+  };
+
   struct AlignedDelete {
     void operator()(double* sums) const { ::operator delete[](sums, std::align_val_t{kAlignment}); }
   };
@@ -201,6 +215,7 @@ class SumTree {
   int64_t capacity_;
   int64_t num_positive_ = 0;
   int64_t nbytes_ = 0;
+  std::vector<Drawn> drawn_;  // without replacement, and not put back yet
   int top_ = 0;
 };
 
