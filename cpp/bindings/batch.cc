@@ -42,7 +42,13 @@ py::array to_numpy(const char* function, const char* name, py::handle object) {
     fail(PyExc_TypeError, "%s: %s has type %s, expected an array, a tensor or a list", function, name,
          Py_TYPE(object.ptr())->tp_name);
   }
-  return numpy.attr("asarray")(object).cast<py::array>();
+  try {
+    return numpy.attr("asarray")(object).cast<py::array>();
+  } catch (py::error_already_set& error) {  // lists of different lengths, or whatever an element raises
+    const std::string text = std::string(function) + ": " + name + " is no array";
+    py::raise_from(error, PyExc_ValueError, text.c_str());
+    throw PythonError{};
+  }
 }
 
 void check_shape(const char* function, const char* name, const py::array& array, const char* expected) {

@@ -58,11 +58,7 @@ PyObject* new_object(PyTypeObject* type, std::unique_ptr<IndexedHeap> heap) {
   return object;
 }
 
-std::unique_ptr<IndexedHeap> make_heap(const char* function, int64_t capacity, bool max) {
-  if (capacity < 1 || capacity > IndexedHeap::kMaxCapacity) {
-    fail(PyExc_ValueError, "%s: capacity is %lld, expected 1 to %lld", function, static_cast<long long>(capacity),
-         static_cast<long long>(IndexedHeap::kMaxCapacity));
-  }
+std::unique_ptr<IndexedHeap> make_heap(int64_t capacity, bool max) {
   return std::make_unique<IndexedHeap>(capacity, max ? Order::kMax : Order::kMin);
 }
 
@@ -299,9 +295,20 @@ std::unique_ptr<IndexedHeap> copy_of(IndexedHeap& heap) {
   return copy;
 }
 
+// The attributes of an object whose class was derived in Python, or None.
+py::object attributes_of(HeapObject& self) {
+  return py::getattr(reinterpret_cast<PyObject*>(&self), "__dict__", py::none());
+}
+
+void set_attributes(py::handle object, const py::object& attributes) {
+  if (!attributes.is_none()) object.attr("__dict__").attr("update")(attributes);
+}
+
 PyObject* copy(HeapObject& self, Call call) {
   no_arguments("IndexedHeap.copy", call);
-  return new_object(Py_TYPE(&self), copy_of(*self.heap));
+  auto object = py::reinterpret_steal<py::object>(new_object(Py_TYPE(&self), copy_of(*self.heap)));
+  set_attributes(object, attributes_of(self));
+  return object.release().ptr();
 }
 
 PyObject* clear(HeapObject& self, Call call) {
@@ -314,7 +321,7 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
   static constexpr Signature<2> kSignature = {"IndexedHeap", {"capacity", "max"}, 1, 1};
   return guarded<PyObject*>(nullptr, [&] {
     const auto [capacity, max] = bind(kSignature, arguments, keywords);
-    return new_object(type, make_heap(kSignature.function, to_int64(kSignature.function, "capacity", capacity),
+    return new_object(type, make_heap(to_capacity(kSignature.function, capacity, IndexedHeap::kMaxCapacity),
                                       max != nullptr && to_bool(kSignature.function, "max", max)));
   });
 }
@@ -326,7 +333,7 @@ PyObject* from_arrays(PyTypeObject& type, Call call) {
   const bool max = max_argument != nullptr && to_bool(kSignature.function, "max", max_argument);
   std::unique_ptr<IndexedHeap> heap;
   if (capacity_argument != nullptr && capacity_argument != Py_None) {
-    heap = make_heap(kSignature.function, to_int64(kSignature.function, "capacity", capacity_argument), max);
+    heap = make_heap(to_capacity(kSignature.function, capacity_argument, IndexedHeap::kMaxCapacity), max);
   }
   const Writes writes(kSignature.function, ids, priorities, heap ? heap->capacity() : IndexedHeap::kMaxCapacity);
   if (!heap) {
@@ -334,7 +341,7 @@ PyObject* from_arrays(PyTypeObject& type, Call call) {
       fail(PyExc_ValueError, "%s: ids is empty, expected ids or a capacity", kSignature.function);
     }
     const std::span<const int64_t> span = writes.ids.span();
-    heap = make_heap(kSignature.function, *std::max_element(span.begin(), span.end()) + 1, max);
+    heap = make_heap(*std::max_element(span.begin(), span.end()) + 1, max);
   }
   without_gil(static_cast<size_t>(heap->capacity()),
               [&] { heap->assign(writes.ids.span(), writes.priorities.span()); });
@@ -346,25 +353,26 @@ PyObject* reduce(HeapObject& self, Call call) {
   no_arguments("IndexedHeap.__reduce__", call);
   IndexedHeap& heap = *self.heap;
   const Contents contents(heap);
-  const auto arrays = py::reinterpret_steal<py::object>(pair_of(to_array(contents.ids), to_array(contents.priorities)));
+  const auto ids = py::reinterpret_steal<py::object>(to_array(contents.ids));
+  const auto priorities = py::reinterpret_steal<py::object>(to_array(contents.priorities));
   py::dict keywords;
   keywords["max"] = heap.order() == Order::kMax;
   const auto type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(&self)));
   const py::object remake = py::module_::import("copyreg").attr("__newobj_ex__");
-  return py::make_tuple(remake, py::make_tuple(type, py::make_tuple(heap.capacity()), keywords), arrays)
-      .release()
-      .ptr();
+  const py::tuple state = py::make_tuple(ids, priorities, attributes_of(self));
+  return py::make_tuple(remake, py::make_tuple(type, py::make_tuple(heap.capacity()), keywords), state).release().ptr();
 }
 
 PyObject* set_state(HeapObject& self, Call call) {
   static constexpr Signature<1> kSignature = {"IndexedHeap.__setstate__", {"state"}};
   PyObject* state = bind(kSignature, call)[0];
-  if (!PyTuple_Check(state) || PyTuple_GET_SIZE(state) != 2) {
-    fail(PyExc_TypeError, "%s: state is %R, expected (ids, priorities)", kSignature.function, state);
+  if (!PyTuple_Check(state) || PyTuple_GET_SIZE(state) != 3) {
+    fail(PyExc_TypeError, "%s: state is %R, expected (ids, priorities, attributes)", kSignature.function, state);
   }
   const Writes writes(kSignature.function, PyTuple_GET_ITEM(state, 0), PyTuple_GET_ITEM(state, 1),
                       self.heap->capacity());
   self.heap->assign(writes.ids.span(), writes.priorities.span());
+  set_attributes(reinterpret_cast<PyObject*>(&self), py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state, 2)));
   Py_RETURN_NONE;
 }
 

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "bindings/native_type.h"
@@ -45,22 +46,8 @@ class KeyTable {
 
   // The id of a key that is equal to `key`, or kNone.
   Id find(PyObject* key, Py_hash_t hash) const {
-    if (slots_.empty()) return kNone;
-    const uint32_t mixed = mix(hash);
-    for (size_t place = home(mixed);; place = next(place)) {
-      const Slot slot = slots_[place];
-      if (slot.id == kNone) return kNone;
-      if (slot.mixed != mixed) continue;
-      const Node& node = nodes_[slot.id];
-      if (node.key == key) return slot.id;
-      if (node.hash != hash) continue;
-      const uint64_t changes = changes_;
-      PyObject* found = Py_NewRef(node.key);
-      const int equal = PyObject_RichCompareBool(found, key, Py_EQ);
-      Py_DECREF(found);
-      if (equal < 0) throw PythonError{};
-      if (changes_ != changes) return find(key, hash);
-      if (equal > 0) return slot.id;
+    for (;;) {
+      if (const std::optional<Id> found = find_undisturbed(key, hash)) return *found;
     }
   }
 
@@ -135,6 +122,27 @@ class KeyTable {
   }
   size_t home(uint32_t mixed) const { return static_cast<size_t>(uint64_t{mixed} * slots_.size() >> 32); }
   size_t next(size_t place) const { return (place + 1) & (slots_.size() - 1); }
+
+  // None: a comparison changed the table.
+  std::optional<Id> find_undisturbed(PyObject* key, Py_hash_t hash) const {
+    if (slots_.empty()) return kNone;
+    const uint32_t mixed = mix(hash);
+    for (size_t place = home(mixed);; place = next(place)) {
+      const Slot slot = slots_[place];
+      if (slot.id == kNone) return kNone;
+      if (slot.mixed != mixed) continue;
+      const Node& node = nodes_[slot.id];
+      if (node.key == key) return slot.id;
+      if (node.hash != hash) continue;
+      const uint64_t changes = changes_;
+      PyObject* found = Py_NewRef(node.key);
+      const int equal = PyObject_RichCompareBool(found, key, Py_EQ);
+      Py_DECREF(found);
+      if (equal < 0) throw PythonError{};
+      if (changes_ != changes) return std::nullopt;
+      if (equal > 0) return slot.id;
+    }
+  }
 
   void occupy(Slot slot) {
     size_t place = home(slot.mixed);

@@ -44,13 +44,24 @@ double to_double_slowly(const char* function, const char* name, PyObject* object
     fail(PyExc_TypeError, "%s: %s has type %s, expected a real number", function, name, Py_TYPE(object)->tp_name);
   }
   const double value = PyFloat_AsDouble(object);
-  if (value == -1.0 && PyErr_Occurred() != nullptr) throw PythonError{};
+  if (value == -1.0 && PyErr_Occurred() != nullptr) {
+    if (PyLong_Check(object)) fail(PyExc_OverflowError, "%s: %s is beyond float64", function, name);
+    throw PythonError{};
+  }
   return value;
 }
 
 bool to_bool(const char* function, const char* name, PyObject* object) {
   if (!PyBool_Check(object)) fail(PyExc_TypeError, "%s: %s is %R, expected a bool", function, name, object);
   return object == Py_True;
+}
+
+int64_t to_capacity(const char* function, PyObject* object, int64_t most) {
+  const int64_t capacity = to_int64(function, "capacity", object);
+  if (capacity < 1 || capacity > most) {
+    fail(PyExc_ValueError, "%s: capacity is %S, expected 1 to %lld", function, object, static_cast<long long>(most));
+  }
+  return capacity;
 }
 
 PyTypeObject* add_type(py::module_& module, PyType_Spec& spec) {

@@ -134,6 +134,9 @@ inline double to_number(const char* function, const char* name, PyObject* object
 
 bool to_bool(const char* function, const char* name, PyObject* object);
 
+// An integer of 1 to `most`.
+int64_t to_capacity(const char* function, PyObject* object, int64_t most);
+
 // ---- results --------------------------------------------------------------------------------------------------------
 
 // (first, second); takes the references over.

@@ -1,6 +1,7 @@
 #include "bindings/priority_map.h"
 
 #include <utility>
+#include <vector>
 
 #include "bindings/heap.h"
 #include "bindings/key_table.h"
@@ -165,6 +166,17 @@ PyObject* get(Map& map, Call call) {
   return PyFloat_FromDouble(map.heap.priority(found.id));
 }
 
+PyObject* set_default(Map& map, Call call) {
+  static constexpr Signature<2> kSignature = {"PriorityMap.setdefault", {"key", "default"}, 1};
+  const auto [key, otherwise] = bind(kSignature, call);
+  if (const Found found(map, key); found.id != kNone) return PyFloat_FromDouble(map.heap.priority(found.id));
+  const double priority = to_number(kSignature.function, "default", otherwise == nullptr ? Py_None : otherwise);
+  const Found found(map, key);  // anew: __float__ can have inserted it
+  if (found.id != kNone) return PyFloat_FromDouble(map.heap.priority(found.id));
+  map.insert(key, found.hash, priority);
+  return PyFloat_FromDouble(priority + 0.0);
+}
+
 PyObject* pop(Map& map, Call call) {
   static constexpr Signature<2> kSignature = {"PriorityMap.pop", {"key", "default"}, 1};
   const auto [key, otherwise] = bind(kSignature, call);
@@ -203,13 +215,22 @@ PyObject* pushpop(Map& map, Call call) {
 
 // ---- all of it ------------------------------------------------------------------------------------------------------
 
+// What dict() would iterate over: the items of a mapping, else `data`.
+py::object pairs_of(PyObject* data) {
+  if (PyObject_HasAttrString(data, "keys") == 0) return py::reinterpret_borrow<py::object>(data);
+  if (PyObject_HasAttrString(data, "items") != 0) {
+    return py::reinterpret_steal<py::object>(checked(PyObject_CallMethod(data, "items", nullptr)));
+  }
+  return py::reinterpret_steal<py::object>(
+             checked(PyObject_CallOneArg(reinterpret_cast<PyObject*>(&PyDict_Type), data)))
+      .attr("items")();
+}
+
 // Makes the map what `data` says, as dict() would: a mapping, or pairs. Nothing has changed when it fails.
 void fill(PyObject* self, const char* function, PyObject* data, bool max) {
   Map fresh{{}, FifoHeap(max)};
   if (data != nullptr) {
-    const bool mapping = PyObject_HasAttrString(data, "keys") != 0;
-    const auto items = py::reinterpret_steal<py::object>(
-        checked(mapping ? PyObject_CallMethod(data, "items", nullptr) : Py_NewRef(data)));
+    const py::object items = pairs_of(data);
     const auto iterator = py::reinterpret_steal<py::object>(checked(PyObject_GetIter(items.ptr())));
     while (const auto item = py::reinterpret_steal<py::object>(PyIter_Next(iterator.ptr()))) {
       const auto pair = py::reinterpret_steal<py::object>(PySequence_Tuple(item.ptr()));
@@ -264,15 +285,36 @@ PyObject* copy(MapObject& self, Call call) {
   return object;
 }
 
-// (max, [(key, priority), ...]) by age, so that equals keep their order.
+// [(key, priority), ...] by age, so that equals keep their order. Wherever a tuple or a list is made, the garbage
+// collector can run Python code, which can change the map: so all is taken out of it first.
+py::list list_items(const Map& map) {
+  const std::vector<Id> ids = map.heap.by_age();
+  std::vector<py::object> keys;
+  std::vector<double> priorities;
+  keys.reserve(ids.size());
+  priorities.reserve(ids.size());
+  for (const Id id : ids) {
+    keys.push_back(py::reinterpret_borrow<py::object>(map.keys.key(id)));
+    priorities.push_back(map.heap.priority(id));
+  }
+  py::list items;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    items.append(
+        py::reinterpret_steal<py::object>(pair_of(keys[i].release().ptr(), PyFloat_FromDouble(priorities[i]))));
+  }
+  return items;
+}
+
+PyObject* items(Map& map, Call call) {
+  no_arguments("PriorityMap._items", call);
+  return list_items(map).release().ptr();
+}
+
+// (max, items)
 PyObject* get_state(Map& map, Call call) {
   no_arguments("PriorityMap.__getstate__", call);
-  py::list items;
-  for (const Id id : map.heap.by_age()) {
-    items.append(py::reinterpret_steal<py::object>(
-        pair_of(Py_NewRef(map.keys.key(id)), PyFloat_FromDouble(map.heap.priority(id)))));
-  }
-  return pair_of(PyBool_FromLong(map.heap.max()), items.release().ptr());
+  const bool max = map.heap.max();
+  return pair_of(PyBool_FromLong(max), list_items(map).release().ptr());
 }
 
 PyObject* set_state(MapObject& self, Call call) {
@@ -392,6 +434,10 @@ Remove the key if it is present; return whether it was.)"),
 --
 
 Return the priority of the key, or the default when it is absent.)"),
+    entry<set_default>("setdefault", R"(setdefault($self, key, default=None)
+--
+
+Return the priority of the key, which is inserted with the default when it is absent.)"),
     entry<pop>("pop", R"(pop($self, key, default=<unrepresentable>)
 --
 
@@ -417,6 +463,7 @@ Remove all keys.)"),
 
 Return another map with the same contents in the same order.)"),
     method_entry<MapObject, copy>("__copy__", "__copy__($self)\n--\n\n"),
+    entry<items>("_items", "_items($self)\n--\n\nReturn a list of (key, priority), by age."),
     entry<get_state>("__getstate__", "__getstate__($self)\n--\n\n"),
     method_entry<MapObject, set_state>("__setstate__", "__setstate__($self, state)\n--\n\n"),
     entry<size_of>("__sizeof__", "__sizeof__($self)\n--\n\n"),

@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Hashable, Iterator, MutableMapping
+import reprlib
+from collections.abc import Hashable, ItemsView, Iterator, MutableMapping, ValuesView
 from typing import Any, TypeVar
 
 from foveal import _core
 
 KeyT = TypeVar("KeyT", bound=Hashable)
+MapT = TypeVar("MapT", bound="PriorityMap[Any]")
+
+
+class _Items(ItemsView[KeyT, float]):
+    """Iterates over a list made when it begins, as keys do: another thread may remove one meanwhile."""
+
+    __slots__ = ()
+    _mapping: PriorityMap[KeyT]
+
+    def __iter__(self) -> Iterator[tuple[KeyT, float]]:
+        return iter(self._mapping._items())
+
+
+class _Values(ValuesView[float]):
+    __slots__ = ()
+    _mapping: PriorityMap[Any]
+
+    def __iter__(self) -> Iterator[float]:
+        return (priority for _, priority in self._mapping._items())
+
+    def __contains__(self, value: object) -> bool:
+        return value in list(self)
 
 
 class PriorityMap(_core.PriorityMap[KeyT], MutableMapping[KeyT, float]):
@@ -20,8 +43,8 @@ class PriorityMap(_core.PriorityMap[KeyT], MutableMapping[KeyT, float]):
 
     All that a ``MutableMapping`` does, it does by key: ``m[key] = priority`` inserts or changes, ``del m[key]``,
     ``m.pop(key)`` and ``m.update(...)`` are those of a dict; ``popitem`` and ``peekitem`` are about the first key.
-    Iteration is over a list of the keys made when it begins, in no order. It may be used by several threads: each call
-    is atomic as a dict's is.
+    Iteration is over a list of the keys (or items, or values) made when it begins, in no order. It may be used by
+    several threads: each call is atomic as a dict's is.
 
     Parameters
     ----------
@@ -57,10 +80,28 @@ class PriorityMap(_core.PriorityMap[KeyT], MutableMapping[KeyT, float]):
 
     __slots__ = ()
 
+    def items(self) -> ItemsView[KeyT, float]:
+        """Return the (key, priority) pairs, a view."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[float]:
+        """Return the priorities, a view."""
+        return _Values(self)
+
     def iter_sorted(self) -> Iterator[tuple[KeyT, float]]:
         """Iterate over a copy as (key, priority), first to last."""
-        return _drain(self.copy())
+        return _drain(super().copy())
 
+    def copy(self: MapT) -> MapT:
+        """Return another map with the same contents in the same order."""
+        other = super().copy()
+        if attributes := getattr(self, "__dict__", None):  # of a subclass
+            other.__dict__.update(attributes)
+        return other
+
+    __copy__ = copy
+
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
         """Show the contents in order."""
         return f"{type(self).__name__}({dict(self.iter_sorted())!r}{', max=True' if self.max else ''})"
@@ -68,7 +109,18 @@ class PriorityMap(_core.PriorityMap[KeyT], MutableMapping[KeyT, float]):
     def __reduce__(self) -> tuple[Any, ...]:
         return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
 
+    def __getstate__(self) -> tuple[Any, ...]:
+        return (*super().__getstate__(), getattr(self, "__dict__", None))
 
-def _drain(rest: PriorityMap[KeyT]) -> Iterator[tuple[KeyT, float]]:
-    while rest:
-        yield rest.popitem()
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if not (isinstance(state, tuple) and len(state) == 3):
+            raise TypeError(f"PriorityMap.__setstate__: state is {state!r}, expected (max, items, attributes)")
+        *contents, attributes = state
+        super().__setstate__(tuple(contents))
+        if attributes:
+            self.__dict__.update(attributes)
+
+
+def _drain(rest: _core.PriorityMap[KeyT]) -> Iterator[tuple[KeyT, float]]:
+    while len(rest):
+        yield _core.PriorityMap.popitem(rest)

@@ -26,8 +26,7 @@ class SumTree(_core.SumTree):
     computed anew from what it is the sum of, so that rounding does not accumulate, however many updates there are: the
     tree is bit for bit the one that would be built from its weights at once.
 
-    Any number of threads may use it; one at a time does. Batches release the GIL, from 128 elements on, save those
-    drawn without replacement.
+    Any number of threads may use it; one at a time does. Batches release the GIL, from 128 elements on.
 
     Parameters
     ----------
@@ -105,7 +104,8 @@ class SumTree(_core.SumTree):
         """
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"SumTree.update_scores: temperature is {temperature}, expected a positive number")
-        new = np.asarray(scores, np.float64) / temperature
+        with np.errstate(over="ignore"):
+            new = np.asarray(scores, np.float64) / temperature
         if not (new < math.inf).all():
             raise ValueError("SumTree.update_scores: scores hold nan or inf, expected numbers")
         with self._lock:
@@ -123,7 +123,9 @@ class SumTree(_core.SumTree):
             self._logs[np.asarray(ids, np.int64)] = new
             if first or rises or self.total < math.exp(-_HEADROOM):
                 self._offset = float(np.nan_to_num(self._logs.max(), neginf=0.0))
-                super().update_many(np.arange(self.capacity), np.exp(self._logs - self._offset))
+                with np.errstate(over="ignore"):  # to -infinity: the weight is 0
+                    weights = np.exp(self._logs - self._offset)
+                super().update_many(np.arange(self.capacity), weights)
 
     def copy(self: TreeT) -> TreeT:
         """Return another tree with the same weights."""
@@ -142,10 +144,15 @@ class SumTree(_core.SumTree):
 
     def __getstate__(self) -> tuple[Any, ...]:
         with self._lock:
-            return self.weights(), self._logs, self._offset, self._temperature
+            attributes = getattr(self, "__dict__", None)  # of a subclass
+            return self.weights(), self._logs, self._offset, self._temperature, attributes
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        weights, logs, self._offset, self._temperature = state
+        if not (isinstance(state, tuple) and len(state) == 5):
+            raise TypeError(f"SumTree.__setstate__: state is {state!r}, expected five parts")
+        weights, logs, self._offset, self._temperature, attributes = state
         self._logs = None if logs is None else logs.copy()
         self._lock = threading.Lock()
         super().update_many(np.arange(self.capacity), weights)
+        if attributes:
+            self.__dict__.update(attributes)

@@ -261,7 +261,23 @@ def test_subclasses():
 
     heap = Named("a")
     heap.push(1, 2.0)
-    assert (heap.name, heap.capacity, type(heap.copy()), heap.copy().pop()) == ("a", 10, Named, (1, 2.0))
+    for other in (heap.copy(), copy.copy(heap)):
+        assert (other.name, other.capacity, type(other), other.pop()) == ("a", 10, Named, (1, 2.0))
+
+
+class Labelled(IndexedHeap):
+    pass
+
+
+def test_attributes_of_subclasses_are_copied_too():
+    heap = Labelled(10, max=True)
+    heap.labels = ["a"]
+    heap.push(1, 2.0)
+    for make in (IndexedHeap.copy, copy.copy, copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h))):
+        other = make(heap)
+        assert (type(other), other.labels, other.max, other.pop()) == (Labelled, ["a"], True, (1, 2.0))
+    assert copy.copy(heap).labels is heap.labels
+    assert copy.deepcopy(heap).labels is not heap.labels
 
 
 def test_relaxed_pop_stays_near_the_front():
@@ -298,6 +314,9 @@ NAN = float("nan")
         (lambda h: IndexedHeap(0), ValueError, "IndexedHeap: capacity is 0, expected 1 to 268435456"),
         (lambda h: IndexedHeap(-1), ValueError, "IndexedHeap: capacity is -1"),
         (lambda h: IndexedHeap(2**28 + 1), ValueError, "IndexedHeap: capacity is 268435457"),
+        (lambda h: IndexedHeap(2**100), ValueError, f"IndexedHeap: capacity is {2**100}, expected 1 to 268435456"),
+        (lambda h: h.push(0, 10**400), OverflowError, "IndexedHeap.push: priority is beyond float64"),
+        (lambda h: h.push_many([[0], [1, 2]], [1.0, 2.0]), ValueError, "IndexedHeap.push_many: ids is no array"),
         (lambda h: IndexedHeap(1.5), TypeError, "IndexedHeap: capacity has type float, expected an integer"),
         (lambda h: IndexedHeap(), TypeError, "IndexedHeap: capacity is missing"),
         (lambda h: IndexedHeap(3, True), TypeError, "IndexedHeap: 2 positional arguments given, expected at most 1"),
@@ -322,7 +341,7 @@ NAN = float("nan")
             "IndexedHeap.update_many: missing is 'skip', expected 'raise', 'insert' or 'ignore'",
         ),
         (lambda h: "a" in h, TypeError, "IndexedHeap.__contains__: id has type str, expected an integer"),
-        (lambda h: h.__setstate__(3), TypeError, "IndexedHeap.__setstate__: state is 3, expected (ids, priorities)"),
+        (lambda h: h.__setstate__(3), TypeError, "IndexedHeap.__setstate__: state is 3, expected (ids, "),
     ],
 )
 def test_refused(call, error, text):
@@ -365,7 +384,9 @@ def test_a_bad_batch_changes_nothing(method, ids, priorities, error, text):
         heap.clear()
     before = list(heap.iter_sorted())
     with pytest.raises(error) as raised:
-        heap.__setstate__((ids, priorities)) if method == "__setstate__" else getattr(heap, method)(ids, priorities)
+        heap.__setstate__((ids, priorities, None)) if method == "__setstate__" else getattr(heap, method)(
+            ids, priorities
+        )
     assert f"IndexedHeap.{method}: {text}" in str(raised.value)
     assert list(heap.iter_sorted()) == before
 

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import doctest
 import gc
+import itertools
 import pickle
 import threading
 import weakref
@@ -239,6 +240,68 @@ def test_made_from():
     assert PriorityMap({"a": 1, "b": 2}, max=True).popitem() == ("b", 2.0)
     assert PriorityMap().max is False
 
+    class KeysOnly:
+        def keys(self):
+            return ["a", "b"]
+
+        def __getitem__(self, key):
+            return {"a": 2, "b": 1}[key]
+
+    assert PriorityMap(KeysOnly()) == dict(KeysOnly()) == {"a": 2, "b": 1}
+
+
+def test_setdefault_takes_what_the_default_inserts_meanwhile():
+    order = PriorityMap()
+
+    class Number:
+        def __float__(self):
+            order["a"] = 5.0
+            return 1.0
+
+    assert order.setdefault("a", Number()) == 5.0
+    assert dict(order) == {"a": 5.0}
+    with pytest.raises(TypeError, match="setdefault: default has type NoneType"):
+        order.setdefault("b")
+    assert order.setdefault("a") == 5.0
+
+
+def test_views_are_of_one_moment():
+    order = PriorityMap({"a": 1.0, "b": 2.0})
+    assert [(key, order.clear()) for key, _ in order.items()] == [("a", None), ("b", None)]
+    order.update(a=1.0, b=2.0)
+    assert [(priority, order.clear()) for priority in order.values()] == [(1.0, None), (2.0, None)]
+    order["a"] = 1.0
+    assert 1.0 in order.values()
+    assert 2.0 not in order.values()
+    assert ("a", 1.0) in order.items()
+    assert order.items() & {("a", 1.0), ("b", 1.0)} == {("a", 1.0)}
+    assert len(order.items()) == len(order.values()) == 1
+
+
+class Labelled(PriorityMap):
+    def __init__(self, data=(), *, label, max=False):
+        super().__init__(data, max=max)
+        self.label = label
+
+
+def test_attributes_of_subclasses_are_copied_too():
+    order = Labelled({"a": 1.0, "b": 2.0}, label=["x"], max=True)
+    for make in (PriorityMap.copy, copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        other = make(order)
+        assert (type(other), other.label, other.max, other.popitem()) == (Labelled, ["x"], True, ("b", 2.0))
+    assert copy.copy(order).label is order.label
+    assert copy.deepcopy(order).label is not order.label
+    assert list(order.iter_sorted()) == [("b", 2.0), ("a", 1.0)]
+
+
+def test_a_repr_that_comes_back():
+    class Key:
+        def __repr__(self):
+            return repr(order)
+
+    order = PriorityMap({Key(): 1.0})
+    assert repr(order) == "PriorityMap({...: 1.0})"
+
 
 def test_repr_and_pickle():
     order = PriorityMap({"a": 1.0, "b": 0.5}, max=True)
@@ -283,7 +346,7 @@ def test_zero_and_infinity():
         (lambda m: m.__init__({"b": float("nan")}), ValueError, "PriorityMap: priority is nan"),
         (lambda m: PriorityMap({}, max=1), TypeError, "PriorityMap: max is 1, expected a bool"),
         (lambda m: PriorityMap({}, True), TypeError, "PriorityMap: 2 positional arguments given, expected at most 1"),
-        (lambda m: m.__setstate__([]), TypeError, "PriorityMap.__setstate__: state is [], expected (max, items)"),
+        (lambda m: m.__setstate__([]), TypeError, "PriorityMap.__setstate__: state is [], expected (max, "),
     ],
 )
 def test_refused(call, error, text):
@@ -379,6 +442,48 @@ def test_a_removed_key_that_uses_the_map_as_it_goes():
     order[Key()] = 0.0
     order.popitem()
     assert (seen, list(order)) == ([0, 1], ["last words"])
+
+
+def test_a_collection_of_garbage_that_changes_the_map_while_it_is_listed():
+    order = PriorityMap()
+
+    class Garbage:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            while len(order) > 3:
+                order.popitem()
+
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(20)
+        for listed in (lambda m: list(m.items()), list, repr, pickle.dumps, PriorityMap.copy) * 4:
+            order.update((i, i) for i in range(300))
+            Garbage()
+            listed(order)
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_a_comparison_that_always_changes_the_map():
+    changes = itertools.count()
+
+    class Key:
+        def __hash__(self):
+            return 1
+
+        def __eq__(self, other):
+            if next(changes) < 5000:  # each time the search begins anew
+                order.push(Key2(), 0.0)
+            return self is other
+
+    class Key2:
+        pass
+
+    order = PriorityMap({Key(): 0.0})
+    assert Key() not in order
+    assert len(order) == 5001
 
 
 def test_references_are_given_back():

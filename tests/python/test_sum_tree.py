@@ -320,6 +320,31 @@ def test_copies():
     assert sys.getsizeof(SumTree(1_000_000)) < 9_000_000
 
 
+class Buffer(SumTree):
+    def __init__(self, capacity):
+        super().__init__(capacity)
+        self.stored = [None] * capacity
+
+
+def test_attributes_of_subclasses_are_copied_too():
+    buffer = Buffer(3)
+    buffer[1] = 2.0
+    for make in (SumTree.copy, copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))):
+        other = make(buffer)
+        assert (type(other), other.stored, other.total) == (Buffer, [None] * 3, 2.0)
+    with pytest.raises(TypeError, match=r"SumTree\.__setstate__: state is 3"):
+        buffer.__setstate__(3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_scores_as_far_apart_as_can_be():
+    tree = SumTree(3)
+    tree.update_scores([0, 1], [sys.float_info.max, -sys.float_info.max])
+    assert tree.weights().tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="hold nan or inf"):
+        SumTree(3).update_scores([0], [1e300], temperature=1e-300)
+
+
 def test_docstrings():
     failed, tried = doctest.testmod(_sum_tree)
     assert tried > 10
