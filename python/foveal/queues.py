@@ -7,7 +7,6 @@ priorities can change, and items be cancelled, up to then.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import queue
 import threading
@@ -65,6 +64,9 @@ class _Queue(Generic[ItemT]):
     _mutex: AbstractContextManager[Any]
 
     def __init__(self, maxsize: int = 0, *, max: bool = False) -> None:
+        if not hasattr(maxsize, "__index__"):
+            name = type(self).__name__
+            raise TypeError(f"{name}: maxsize has type {type(maxsize).__name__}, expected an integer")
         self.maxsize = maxsize
         """How many items fit; 0 or less: no limit."""
         self._entries: PriorityMap[_Entry] = PriorityMap(max=max)
@@ -122,10 +124,10 @@ class _Queue(Generic[ItemT]):
         with self._mutex:
             self._is_shutdown = True
             if immediate:
-                count = len(self._entries)
+                dropped = list(self._entries)  # until the mutex is free: an item's __del__ may use the queue
                 self._entries.clear()
                 self._by_key.clear()
-                self._finish(count)
+                self._finish(len(dropped))
             self._getters.release_all()
             self._putters.release_all()
 
@@ -174,9 +176,10 @@ class _Queue(Generic[ItemT]):
         self._getters.grant()
 
     def _take(self) -> ItemT:
-        entry, _ = self._entries.popitem()
+        entry, _ = self._entries.peekitem()
         if entry.key is not None:
-            del self._by_key[entry.key]
+            del self._by_key[entry.key]  # first: if comparing the key fails, the item stays
+        self._entries.popitem()
         self._after_leaving()
         item: ItemT = entry.item
         return item
@@ -231,7 +234,7 @@ class _Queue(Generic[ItemT]):
 
 
 def _check_timeout(name: str, block: bool, timeout: float | None) -> None:
-    if block and timeout is not None and timeout < 0:
+    if block and timeout is not None and not timeout >= 0:
         raise ValueError(f"{name}: timeout is {timeout!r}, expected at least 0, or None")
 
 
@@ -380,7 +383,7 @@ class AsyncPriorityQueue(_Queue[ItemT]):
 
     def __init__(self, maxsize: int = 0, *, max: bool = False) -> None:
         super().__init__(maxsize, max=max)
-        self._mutex = contextlib.nullcontext()
+        self._mutex = threading.RLock()  # excludes nobody from one thread, and costs less than contextlib.nullcontext
 
     async def put(
         self,

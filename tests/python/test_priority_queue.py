@@ -172,6 +172,9 @@ def test_get_waits_for_put_and_put_for_get():
 
 
 def test_timeouts():
+    for timeout in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"get: timeout is {timeout}, expected at least 0, or None"):
+            PriorityQueue().get(timeout=timeout)
     jobs = PriorityQueue(1)
     begin = time.monotonic()
     with pytest.raises(Empty):
@@ -291,6 +294,44 @@ def test_refused(make):
     with pytest.raises(ValueError, match="update_priority: priority is nan"):
         jobs.update_priority("a", float("nan"))
     assert jobs.get_nowait() == "a"
+    with pytest.raises(TypeError, match=f"{name}: maxsize has type float, expected an integer"):
+        make(float("nan"))
+
+
+def test_a_key_that_fails_leaves_the_item_where_it_is():
+    class Key:
+        broken = False
+
+        def __hash__(self):
+            if self.broken:
+                raise ZeroDivisionError
+            return 1
+
+    key = Key()
+    jobs = PriorityQueue()
+    jobs.put("a", 1.0, key=key)
+    jobs.put("b", 1.0)
+    key.broken = True
+    with pytest.raises(ZeroDivisionError):
+        jobs.get()
+    key.broken = False
+    assert (jobs.get(), jobs.get(), jobs.qsize()) == ("a", "b", 0)
+
+
+def test_an_item_that_uses_the_queue_as_it_goes():
+    sizes = []
+
+    class Item:
+        def __del__(self):
+            jobs.cancel("key")  # takes the mutex
+            sizes.append(jobs.qsize())
+
+    jobs = PriorityQueue()
+    jobs.put(Item(), 1.0)
+    jobs.put("b", 2.0, key="key")
+    call = Call(lambda: jobs.shutdown(immediate=True))
+    call.result()
+    assert sizes == [0]
 
 
 def test_join():
