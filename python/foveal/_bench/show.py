@@ -25,13 +25,14 @@ class Row:
         return f"{self.value:.{1 if self.value >= 10 else 2}f} {self.unit}"
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table, aligned for reading as it is."""
+def markdown(rows: Sequence[Row], work: str = "work (B,H,S,D)") -> str:
+    """The rows as a table, aligned for reading as it is; `work` heads their labels."""
     peers = list(dict.fromkeys(peer for row in rows for peer in row.ratios))
-    table = [["work (B,H,S,D)", "foveal", "of the machine", *(f"times {peer}" for peer in peers)]]
+    limited = any(row.limit is not None for row in rows)
+    table = [[work, "foveal", *["of the machine"] * limited, *(f"times {peer}" for peer in peers)]]
     for row in rows:
-        limit = "" if row.limit is None else f"{row.limit:.0%}"
-        table.append([row.label, row.figure, limit, *(_shown(row.ratios.get(peer)) for peer in peers)])
+        limit = ["" if row.limit is None else f"{row.limit:.0%}"] * limited
+        table.append([row.label, row.figure, *limit, *(_shown(row.ratios.get(peer)) for peer in peers)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"

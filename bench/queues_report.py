@@ -1,0 +1,355 @@
+"""Measures the rows on the queues in docs/benchmarks.md: python bench/queues_report.py [--rows TEXT ...] [--quick].
+
+Each row first checks that foveal and its peers (queue_peers.py), after the same calls, hand out the same in the same
+order; then they take turns within this process (foveal/_bench/measure.py). Peers that are not installed are left out.
+With --out, writes queues.md and queues.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import functools
+import gc
+import itertools
+import json
+import os
+import platform
+import queue
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import foveal
+from foveal._bench.measure import Contender, Times, take_turns
+from foveal._bench.show import Row, markdown
+from queue_peers import PEERS, CppLoop, IndexedHeap, PriorityMap, Queue, installed, torchrl_tree
+
+CALLS = 2000  # operations of one timed call, one by one
+BATCH = 10_000
+SAMPLE = 256
+
+
+def fresh(n: int, count: int, rounds: int = 16) -> Iterator[tuple[Any, Any]]:
+    """Indices and numbers for one call after the other, for ever; the same for whoever asks.
+
+    What an index is given differs from what it was given last: the numbers come round in another rhythm.
+    """
+    rng = np.random.default_rng(n)
+    indices = [rng.integers(0, n, count) for _ in range(rounds)]
+    numbers = [rng.random(count) for _ in range(rounds - 1)]
+    return zip(itertools.cycle(indices), itertools.cycle(numbers))
+
+
+def fresh_lists(n: int, count: int, keys: Sequence[Any], rounds: int = 16) -> Iterator[tuple[list[Any], list[float]]]:
+    """The same as lists."""
+    both = list(itertools.islice(fresh(n, count, rounds), rounds))
+    picked = [[keys[i] for i in indices] for indices, _ in both]
+    numbers = [numbers.tolist() for _, numbers in both[:-1]]
+    return zip(itertools.cycle(picked), itertools.cycle(numbers))
+
+
+def magnitude(n: int) -> str:
+    return f"{n:.0e}".replace("e+0", "e")
+
+
+def row(label: str, times: Times, operations: int, **named: str) -> Row:
+    """The nanoseconds of an operation, and how many times faster that is than what the others take."""
+    ratios = {named.get(peer, peer): times.ratio(peer, "foveal") for peer in times.seconds if peer != "foveal"}
+    return Row(label, times.median("foveal") / operations * 1e9, "ns", ratios, detail=f"{times.rounds} rounds")
+
+
+# ---- one call an element ---------------------------------------------------------------------------------------------
+
+
+def keys_of(kind: str, n: int) -> list[Any]:
+    return [f"{i:x}-{i * 2654435761 % 2**32:08x}" if kind == "str" else i for i in range(n)]
+
+
+def check_queues(makes: Sequence[type[Queue]], kind: str) -> None:
+    keys = keys_of(kind, 3000)
+    rng = np.random.default_rng(0)
+    first, second, third = rng.random(3000).tolist(), rng.random(5000).tolist(), rng.random(2000).tolist()
+    picked = [keys[i] for i in rng.integers(0, 3000, 5000)]
+    orders = []
+    for make in makes:
+        made = make(keys, first)
+        made.update(picked, second)
+        orders.append(made.pop_push(third))
+    if any(order != orders[0] for order in orders):
+        raise RuntimeError("bench: two queues hand out a different order")
+
+
+def loop_row(ours: type[Queue], work: str, kind: str, n: int, budget: float) -> Row:
+    makes = {"foveal": ours, **PEERS}
+    check_queues(list(makes.values()), kind)
+    keys = keys_of(kind, n)
+    first = np.random.default_rng(1).random(n).tolist()
+
+    def contender(name: str, make: type[Queue]) -> Contender:
+        made, calls = make(keys, first), fresh_lists(n, CALLS, keys)
+        if work == "update":
+            return Contender(name, lambda: made.update(*next(calls)))
+        return Contender(name, lambda: made.pop_push(next(calls)[1]))
+
+    times = take_turns([contender(name, make) for name, make in makes.items()], budget=budget * len(makes))
+    return row(f"{ours.__name__} {work.replace('_', '+')}, {kind} keys, {magnitude(n)}", times, CALLS)
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def update_many_row(n: int, budget: float) -> Row:
+    ids, first = np.arange(n), np.random.default_rng(1).random(n)
+    ours, calls = foveal.IndexedHeap.from_arrays(ids, first), fresh(n, BATCH)
+    contenders = [Contender("foveal", lambda: ours.update_many(*next(calls)))]
+    if shutil.which("c++"):
+        check_loop(ids, first)
+        loop, loop_calls = CppLoop(ids, first), fresh(n, BATCH)
+        contenders.append(Contender("C++ loop", lambda: loop.update_many(*next(loop_calls))))
+    for name, make in PEERS.items():
+        made, lists = make(ids.tolist(), first.tolist()), fresh_lists(n, BATCH, range(n), rounds=4)
+        contenders.append(Contender(name, lambda made=made, lists=lists: made.update(*next(lists))))
+    times = take_turns(contenders, budget=budget * len(contenders))
+    return row(f"update_many of {BATCH}, {magnitude(n)}", times, BATCH)
+
+
+def check_loop(ids: Any, first: Any) -> None:
+    ours, loop, batch = foveal.IndexedHeap.from_arrays(ids, first), CppLoop(ids, first), next(fresh(len(ids), BATCH))
+    ours.update_many(*batch)
+    loop.update_many(*batch)
+    if any(ours.pop()[0] != loop.pop() for _ in range(100)):
+        raise RuntimeError("bench: update_many and the C++ loop differ")
+
+
+def two_threads_row(n: int, budget: float) -> Row:
+    """Two threads that update the same heap, against one that does the work of both."""
+    heap = foveal.IndexedHeap.from_arrays(np.arange(n), np.random.default_rng(1).random(n))
+    calls = fresh(n, 10 * BATCH, 8)
+
+    def alone() -> None:
+        heap.update_many(*next(calls))
+        heap.update_many(*next(calls))
+
+    with ThreadPoolExecutor(2) as pool:
+
+        def together() -> None:
+            for call in [pool.submit(heap.update_many, *next(calls)) for _ in range(2)]:
+                call.result()
+
+        times = take_turns([Contender("foveal", together), Contender("one thread", alone)], budget=2 * budget)
+    return row(f"update_many in 2 threads, {magnitude(n)}", times, 20 * BATCH)
+
+
+# ---- queues that block -----------------------------------------------------------------------------------------------
+
+WAITING = 1000
+
+
+def queue_row(budget: float) -> Row:
+    """Put and get by one thread; nobody waits."""
+    ours: foveal.PriorityQueue[int] = foveal.PriorityQueue()
+    theirs: queue.PriorityQueue[tuple[float, int]] = queue.PriorityQueue()
+    numbers = np.random.default_rng(1).random(WAITING).tolist()
+    for i, number in enumerate(numbers):
+        ours.put(i, number)
+        theirs.put((number, i))
+
+    def our_turn() -> None:
+        for i, number in enumerate(numbers):
+            ours.put(i, number)
+            ours.get()
+
+    def their_turn() -> None:
+        for i, number in enumerate(numbers):
+            theirs.put((number, i))
+            theirs.get()
+
+    times = take_turns([Contender("foveal", our_turn), Contender("theirs", their_turn)], budget=2 * budget)
+    return row(f"PriorityQueue put+get, {magnitude(WAITING)}", times, WAITING, theirs="queue.PriorityQueue")
+
+
+def async_queue_row(budget: float) -> Row:
+    """The same by one task."""
+    ours: foveal.AsyncPriorityQueue[int] = foveal.AsyncPriorityQueue()
+    theirs: asyncio.PriorityQueue[tuple[float, int]] = asyncio.PriorityQueue()
+    numbers = np.random.default_rng(1).random(WAITING).tolist()
+    for i, number in enumerate(numbers):
+        ours.put_nowait(i, number)
+        theirs.put_nowait((number, i))
+
+    async def our_turn() -> None:
+        for i, number in enumerate(numbers):
+            await ours.put(i, number)
+            await ours.get()
+
+    async def their_turn() -> None:
+        for i, number in enumerate(numbers):
+            await theirs.put((number, i))
+            await theirs.get()
+
+    loop = asyncio.new_event_loop()
+    contenders = [
+        Contender("foveal", lambda: loop.run_until_complete(our_turn())),
+        Contender("theirs", lambda: loop.run_until_complete(their_turn())),
+    ]
+    times = take_turns(contenders, budget=2 * budget)
+    loop.close()
+    return row(f"AsyncPriorityQueue put+get, {magnitude(WAITING)}", times, WAITING, theirs="asyncio.PriorityQueue")
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def sum_tree_row(work: str, n: int, budget: float) -> Row:
+    everything, weights = np.arange(n), np.random.default_rng(1).random(n)
+    rng, calls = np.random.default_rng(2), fresh(n, SAMPLE)
+    ours = foveal.SumTree(n)
+    ours.update_many(everything, weights)
+    updates = [Contender("foveal", lambda: ours.update_many(*next(calls)))]
+    samples = [Contender("foveal", lambda: ours.sample(SAMPLE, rng=rng))]
+
+    tree = torchrl_tree(n)
+    if tree is not None:
+        tree[everything] = weights
+        if not np.isclose(tree.query(0, n), ours.total):
+            raise RuntimeError("bench: the totals of foveal and torchrl differ")
+
+        def torchrl_sample() -> tuple[Any, Any]:
+            total = tree.query(0, n)
+            ids = tree.scan_lower_bound(rng.random(SAMPLE) * total)
+            return ids, tree[ids] / total
+
+        updates.append(Contender("torchrl", lambda: tree.__setitem__(*next(calls))))
+        samples.append(Contender("torchrl", torchrl_sample))
+
+    if installed("cpprb"):
+        from cpprb import PrioritizedReplayBuffer
+
+        buffer = PrioritizedReplayBuffer(n, {"x": {}}, alpha=1.0)
+        buffer.add(x=np.zeros(n), priorities=weights)
+        updates.append(Contender("cpprb", lambda: buffer.update_priorities(*next(calls))))
+        samples.append(Contender("cpprb", lambda: buffer.sample(SAMPLE)))
+
+    for contender in samples:  # heavy ids must come more often from everybody
+        drawn: Any = [contender.call() for _ in range(40)]
+        ids = np.concatenate([d["indexes"] if isinstance(d, dict) else d[0] for d in drawn])
+        if not 0.62 < weights[ids].mean() < 0.71:
+            raise RuntimeError(f"bench: {contender.name} does not sample in proportion to weight")
+    contenders = updates if work == "update_many" else samples
+    times = take_turns(contenders, budget=budget * len(contenders))
+    return row(f"SumTree.{work} of {SAMPLE}, {magnitude(n)}", times, SAMPLE)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row to be, and the aims for it: how many times faster than a peer."""
+
+    group: str
+    label: str
+    measure: Callable[[float], Row]  # (seconds to spend on each contender)
+    aims: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def missed(self, row: Row) -> list[str]:
+        return [
+            f"{row.label}: {row.ratios[peer].median:.2f} times {peer}, aim {aim:g}"
+            for peer, aim in self.aims.items()
+            if peer in row.ratios and row.ratios[peer].median < aim
+        ]
+
+
+def measurements() -> Iterator[Measurement]:
+    sizes = (1000, 100_000, 1_000_000)
+    for n, work in itertools.product(sizes, ("update", "pop_push")):
+        measure = functools.partial(loop_row, IndexedHeap, work, "int", n)
+        yield Measurement("one call an element", f"IndexedHeap {work} {magnitude(n)}", measure, {"pqdict": 10.0})
+    for kind, n, (work, aim) in itertools.product(("int", "str"), sizes, (("update", 2.5), ("pop_push", 5.0))):
+        measure = functools.partial(loop_row, PriorityMap, work, kind, n)
+        aims = {"pqdict": aim} if kind == "str" else {}
+        yield Measurement("one call an element", f"PriorityMap {work} {kind} {magnitude(n)}", measure, aims)
+    for n in sizes:
+        aims = {"C++ loop": 0.8, **dict.fromkeys(PEERS, 20.0)} if n == 100_000 else {}
+        yield Measurement("batches", f"update_many {magnitude(n)}", functools.partial(update_many_row, n), aims)
+    yield Measurement("threads", "threads", functools.partial(two_threads_row, 1_000_000), {"one thread": 1.7})
+    yield Measurement("queues that block", "PriorityQueue", queue_row)
+    yield Measurement("queues that block", "AsyncPriorityQueue", async_queue_row)
+    for (work, aim), n in itertools.product((("update_many", 1.0), ("sample", 1.5)), (10_000, 1_000_000)):
+        measure = functools.partial(sum_tree_row, work, n)
+        yield Measurement("sampling", f"SumTree {work} {magnitude(n)}", measure, {"torchrl": aim, "cpprb": aim})
+
+
+def machine() -> dict[str, object]:
+    versions = {}
+    for name in ("numpy", "pqdict", "HeapDict", "cpprb", "torchrl"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    processor = platform.processor()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        processor = re.findall(r"model name\s*: (.*)", cpuinfo.read_text())[0]
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "foveal": foveal.__version__,
+        **versions,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def report(rows: dict[str, list[Row]], missed: Sequence[str], described: dict[str, object]) -> str:
+    parts = [markdown(of_group, group) for group, of_group in rows.items()]
+    parts.append("\n".join(f"- {name}: {value}" for name, value in described.items()))
+    if missed:
+        parts.append("Short of the aim:\n\n" + "\n".join(f"- {line}" for line in missed))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--rows", nargs="+", metavar="TEXT", help="only rows whose group or label contains one of these"
+    )
+    parser.add_argument("--quick", action="store_true", help="a third of a second for each contender instead of three")
+    parser.add_argument("--list", action="store_true", help="print the rows and stop")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write queues.json and queues.md there")
+    options = parser.parse_args()
+    chosen = [m for m in measurements() if not options.rows or any(t in f"{m.group}: {m.label}" for t in options.rows)]
+    if options.list:
+        print("\n".join(f"{m.group}: {m.label}" for m in chosen))
+        return
+    if not chosen:
+        parser.error(f"no row contains any of {options.rows}; --list prints them")
+    rows: dict[str, list[Row]] = {}
+    missed = []
+    for m in tqdm(chosen, bar_format="{l_bar}{bar}| {elapsed}<{remaining}"):
+        measured = m.measure(0.33 if options.quick else 3.0)
+        rows.setdefault(m.group, []).append(measured)
+        missed += m.missed(measured)
+        gc.collect()
+    described = machine()
+    text = report(rows, missed, described)
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        tables = {group: [dataclasses.asdict(row) for row in of_group] for group, of_group in rows.items()}
+        stored = {"machine": described, "rows": tables, "missed": missed}
+        (options.out / "queues.json").write_text(json.dumps(stored, indent=1, default=str) + "\n")
+        (options.out / "queues.md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
