@@ -1,5 +1,5 @@
 // Python types written against CPython's C API, for methods whose work costs less than pybind11's dispatch
-// (docs/design.md has the measurement). Everything that is not hot goes through pybind11 as elsewhere.
+// (docs/queues.md has the measurement). Everything that is not hot goes through pybind11 as elsewhere.
 //
 // A method is `PyObject* body(Self& self, Call call)`. It refuses by `fail`, which sets the Python exception and throws
 // PythonError; the slot that CPython calls (`method<Self, body>`, or `guarded` around a slot function) catches that.

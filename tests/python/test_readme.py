@@ -27,6 +27,10 @@ def test_example_runs(example):
             del sys.modules[module]
     if "out" in names:
         assert names["out"].shape == names["q"].shape
+    elif "jobs" in names:
+        assert names["ids"].tolist() == [2, 3]
+        assert names["order"] == {"read": 1.0}
+        assert names["jobs"].get_nowait() == "answer the phone"
     elif "report" in names:
         assert set(names["report"].counts) == {"done"}
     elif "tokens" in names:
@@ -41,6 +45,7 @@ def test_there_is_an_example_of_each_kind():
         [],
         ["torch"],
         ["torch", "transformers"],
+        [],
         [],
         ["torch"],
         ["torch", "transformers"],
