@@ -3,6 +3,7 @@
 import copy
 import doctest
 import fractions
+import math
 import os
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from foveal import SumTree, _sum_tree
 
@@ -68,6 +70,76 @@ def test_weights_and_total(data, capacity):
     assert all(tree[id] == model[id] for id in range(min(capacity, 50)))
     exact = sum(map(fractions.Fraction, model.tolist()))
     assert abs(fractions.Fraction(tree.total) - exact) <= exact * 30 * fractions.Fraction(2) ** -53
+
+
+class AgainstModel(RuleBasedStateMachine):
+    """Any sequence of calls, against a list of the weights."""
+
+    capacity = 20
+    ids = st.integers(0, capacity - 1)
+    batches = st.lists(st.tuples(ids, WEIGHTS), max_size=30)
+
+    def __init__(self):
+        super().__init__()
+        self.tree, self.model = SumTree(self.capacity), [0.0] * self.capacity
+        self.rng = np.random.default_rng(0)
+
+    @rule(id=ids, weight=WEIGHTS)
+    def set(self, id, weight):
+        self.tree[id] = weight
+        self.model[id] = weight
+
+    @rule(batch=batches)
+    def update_many(self, batch):
+        self.tree.update_many([id for id, _ in batch], [weight for _, weight in batch])
+        for id, weight in batch:
+            self.model[id] = weight
+
+    @rule(
+        batch=batches,
+        bad=st.sampled_from([(-1, 1.0), (capacity, 1.0), (0, -1.0), (0, math.nan), (0, math.inf)]),
+        place=st.integers(0, 30),
+    )
+    def update_many_refused(self, batch, bad, place):
+        batch.insert(place, bad)
+        with pytest.raises((ValueError, IndexError)):
+            self.tree.update_many([id for id, _ in batch], [weight for _, weight in batch])
+
+    @precondition(lambda self: any(self.model))
+    @rule(k=st.integers(0, 40), stratified=st.booleans())
+    def sample(self, k, stratified):
+        ids, probabilities = self.tree.sample(k, rng=self.rng, stratified=stratified)
+        assert all(self.model[id] > 0 for id in ids)
+        assert probabilities.tolist() == [self.model[id] / self.tree.total for id in ids]
+        if stratified:
+            assert ids.tolist() == sorted(ids.tolist())
+
+    @rule(k=st.integers(0, 25))
+    def sample_without_replacement(self, k):
+        if k > sum(weight > 0 for weight in self.model):
+            with pytest.raises(ValueError, match=f"k is {k}, expected at most"):
+                self.tree.sample(k, rng=self.rng, replace=False)
+            return
+        ids, probabilities = self.tree.sample(k, rng=self.rng, replace=False)
+        left = list(self.model)
+        for id, probability in zip(ids.tolist(), probabilities.tolist(), strict=True):
+            assert left[id] > 0  # not drawn before
+            assert probability == pytest.approx(left[id] / math.fsum(left), rel=1e-12)
+            left[id] = 0.0
+
+    @rule(how=st.sampled_from([copy.copy, copy.deepcopy, SumTree.copy, lambda t: pickle.loads(pickle.dumps(t))]))
+    def copy(self, how):
+        old, self.tree = self.tree, how(self.tree)
+        old[0] = 1.0 if self.model[0] != 1.0 else 2.0
+
+    @invariant()
+    def is_the_same(self):
+        assert self.tree.weights().tolist() == self.model
+        assert self.tree.total == tree_of(self.model).total  # to the last bit
+
+
+TestAgainstModel = AgainstModel.TestCase
+TestAgainstModel.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
