@@ -134,7 +134,7 @@ class Report:
         console = Console(file=io.StringIO(), width=110, color_system=None)
         with console.capture() as capture:
             console.print(table)
-        return capture.get().rstrip("\n")
+        return str(capture.get()).rstrip("\n")  # str: mypy cannot see what it is where rich is not installed
 
     def __repr__(self) -> str:
         return f"<Report: {self.counts}>"
