@@ -88,11 +88,13 @@ inline void store_element(const TensorView& view, int64_t offset, double value) 
   }
 }
 
-// Element i of a rank-1 int32 or int64 view.
-inline int64_t load_integer(const TensorView& view, int64_t i) {
-  const int64_t offset = i * view.stride[0];
+// The int32 or int64 at this offset.
+inline int64_t integer_at(const TensorView& view, int64_t offset) {
   return view.dtype == DType::kInt32 ? static_cast<const int32_t*>(view.data)[offset]
                                      : static_cast<const int64_t*>(view.data)[offset];
 }
+
+// Element i of a rank-1 int32 or int64 view.
+inline int64_t load_integer(const TensorView& view, int64_t i) { return integer_at(view, i * view.stride[0]); }
 
 }  // namespace foveal

@@ -31,14 +31,16 @@ void write_lse(const TensorView& lse, int64_t b, int64_t h, int64_t i, double ma
     static_cast<float*>(lse.data)[at] = static_cast<float>(value);
 }
 
-// Rows past q_len of every head of a batch element.
-void finish_padding(const AttentionProblem& p, int64_t b, int64_t q_len) {
-  for (int64_t h = 0; h < p.q.shape[1]; ++h) {
-    fill_zero(p.out, b, h, q_len, p.q.shape[2]);
-    fill_zero(p.weights, b, h, q_len, p.q.shape[2]);
-    if (p.lse.present())
-      for (int64_t i = q_len; i < p.q.shape[2]; ++i) write_lse(p.lse, b, h, i, 0, 0);
-  }
+// Rows that no sequence has, of every head.
+void finish_padding(const AttentionProblem& p) {
+  for_each_padding(p, [&](int64_t b, int64_t begin, int64_t end) {
+    for (int64_t h = 0; h < p.q.shape[1]; ++h) {
+      fill_zero(p.out, b, h, begin, end);
+      fill_zero(p.weights, b, h, begin, end);
+      if (p.lse.present())
+        for (int64_t i = begin; i < end; ++i) write_lse(p.lse, b, h, i, 0, 0);
+    }
+  });
 }
 
 // ---- one call
@@ -52,9 +54,7 @@ class ForwardRun {
   }
 
   Status operator()() {
-    for (int64_t b = 0; b < static_cast<int64_t>(plan_.sequences.size()); ++b)
-      if (plan_.sequences[static_cast<size_t>(b)].q_len < p_.q.shape[2])
-        finish_padding(p_, b, plan_.sequences[static_cast<size_t>(b)].q_len);
+    finish_padding(p_);
     if (plan_.items == 0) return {};
 
     Team& team = team_.emplace(options_, plan_.items, plan_.flops);
@@ -124,8 +124,8 @@ class ForwardRun {
       task.row_max = partial_max(item.partial_row);
       task.row_sum = partial_sum(item.partial_row);
     }
-    const bool decode = plan_.sequences[static_cast<size_t>(item.batch)].decode;
-    (decode ? plan_.kernels->decode : plan_.kernels->forward)(task);
+    const SequencePlan& sequence = plan_.sequences[static_cast<size_t>(item.batch)];
+    (sequence.decode ? plan_.kernels->decode : plan_.kernels->forward)(task);
 
     if (item.parts > 1) {
       // acq_rel: the last to finish reads what the others wrote before they counted.
@@ -139,8 +139,8 @@ class ForwardRun {
     if (p_.lse.present())
       for (int64_t x = 0; x < rows; ++x) {
         const int64_t row = item.row_begin + x;
-        write_lse(p_.lse, item.batch, item.kv_head * plan_.group + row % plan_.group, row / plan_.group,
-                  accumulator(task.row_max, x), accumulator(task.row_sum, x));
+        write_lse(p_.lse, item.batch, item.kv_head * plan_.group + row % plan_.group,
+                  sequence.q_begin + row / plan_.group, accumulator(task.row_max, x), accumulator(task.row_sum, x));
       }
   }
 
@@ -180,8 +180,9 @@ Status attention_forward(const AttentionProblem& problem, const ExecutionOptions
   Status status;
   const KernelTable* table = options.table != nullptr ? options.table : active_table(status);
   if (!status.ok()) return status;
-  // A batch without rows may be larger than any plan of it.
-  if (problem.q.shape[0] == 0 || problem.q.shape[1] == 0 || problem.q.shape[2] == 0) return {};
+  // A batch without rows may be larger than any plan of it; one of packed sequences may still have rows of none.
+  if (problem.q.shape[1] == 0) return {};
+  if (!problem.packed() && (problem.q.shape[0] == 0 || problem.q.shape[2] == 0)) return {};
   const Plan plan = make_plan(problem, *table);
   return ForwardRun(problem, plan, options)();
 } catch (const std::bad_alloc&) {

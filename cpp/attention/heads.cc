@@ -13,8 +13,16 @@ namespace foveal {
 
 Sequence sequence_at(const AttentionProblem& p, int64_t b) {
   Sequence s;
-  s.q_len = p.q_lens.present() ? load_integer(p.q_lens, b) : p.q.shape[2];
-  s.kv_len = p.kv_lens.present() ? load_integer(p.kv_lens, b) : p.k.shape[2];
+  s.q_begin = s.kv_begin = 0;
+  if (p.packed()) {
+    s.q_begin = load_integer(p.cu_seqlens_q, b);
+    s.kv_begin = load_integer(p.cu_seqlens_kv, b);
+    s.q_len = load_integer(p.cu_seqlens_q, b + 1) - s.q_begin;
+    s.kv_len = load_integer(p.cu_seqlens_kv, b + 1) - s.kv_begin;
+  } else {
+    s.q_len = p.q_lens.present() ? load_integer(p.q_lens, b) : p.q.shape[2];
+    s.kv_len = p.kv_lens.present() ? load_integer(p.kv_lens, b) : p.k.shape[2];
+  }
   const int64_t offset = p.q_offset.present() ? load_integer(p.q_offset, b) : s.kv_len - s.q_len;
   s.q_offset = std::clamp(offset, -kPositionLimit / 2, kPositionLimit / 2);
   return s;
@@ -37,27 +45,61 @@ Heads::Heads(const AttentionProblem& problem) : p_(problem) {
   if (p_.sinks.present())
     for (int64_t h = 0; h < p_.q.shape[1]; ++h)
       sinks_.push_back(bounded(load_element(p_.sinks, h * p_.sinks.stride[0]), most));
+  if (!p_.paged()) return;
+  const TensorView& table = p_.block_table;
+  pages_.assign(static_cast<size_t>(table.shape[0] * table.shape[1]), 0);
+  for (int64_t b = 0; b < table.shape[0]; ++b) {
+    const int64_t used = (sequence_at(p_, b).kv_len + p_.k.shape[2] - 1) / std::max<int64_t>(p_.k.shape[2], 1);
+    for (int64_t page = 0; page < used; ++page)
+      pages_[static_cast<size_t>(b * table.shape[1] + page)] =
+          static_cast<int32_t>(integer_at(table, b * table.stride[0] + page * table.stride[1]));
+  }
+  // Of the pages of each sequence: a cache may have many more.
+  const auto read_scales = [&](const TensorView& scale, std::vector<float>& scales) {
+    if (!scale.present()) return;
+    for (int64_t head = 0; head < scale.shape[1]; ++head)
+      for (const int32_t page : pages_)
+        scales.push_back(scale.shape[0] == 0 ? 0
+                                             : static_cast<float>(load_element(
+                                                   scale, page * scale.stride[0] + head * scale.stride[1])));
+  };
+  read_scales(p_.k_scale, k_scales_);
+  read_scales(p_.v_scale, v_scales_);
 }
 
 HeadTask Heads::task(int64_t b, int64_t kv_head) const {
   const AttentionProblem& p = p_;
   const Sequence s = sequence_at(p, b);
   const int64_t q_head = kv_head * group_;
-  const auto at = [b](const TensorView& view, int64_t head) {
-    return address_of(view, b * view.stride[0] + head * view.stride[1]);
+  const auto at = [b](const TensorView& view, int64_t head, int64_t row = 0) {
+    return address_of(view, b * view.stride[0] + head * view.stride[1] + row * view.stride[2]);
   };
   HeadTask h = {};
-  h.q = at(p.q, q_head);
+  h.q = at(p.q, q_head, s.q_begin);
   h.q_stride_s = p.q.stride[2];
   h.q_stride_g = p.q.stride[1];
   h.q_stride_d = p.q.stride[3];
-  h.k = at(p.k, kv_head);
+  if (p.paged()) {
+    h.k = address_of(p.k, kv_head * p.k.stride[1]);
+    h.v = address_of(p.v, kv_head * p.v.stride[1]);
+    h.pages = pages_.data() + b * p.block_table.shape[1];
+    h.page_size = p.k.shape[2];
+    h.k_stride_page = p.k.stride[0];
+    h.v_stride_page = p.v.stride[0];
+    if (!k_scales_.empty()) {
+      const int64_t first = kv_head * static_cast<int64_t>(pages_.size()) + b * p.block_table.shape[1];
+      h.k_scales = k_scales_.data() + first;
+      h.v_scales = v_scales_.data() + first;
+    }
+  } else {
+    h.k = at(p.k, kv_head, s.kv_begin);
+    h.v = at(p.v, kv_head, s.kv_begin);
+  }
   h.k_stride_s = p.k.stride[2];
   h.k_stride_d = p.k.stride[3];
-  h.v = at(p.v, kv_head);
   h.v_stride_s = p.v.stride[2];
   h.v_stride_d = p.v.stride[3];
-  h.out = at(p.out, q_head);
+  h.out = at(p.out, q_head, s.q_begin);
   h.out_stride_s = p.out.stride[2];
   h.out_stride_g = p.out.stride[1];
   h.out_stride_d = p.out.stride[3];

@@ -9,9 +9,13 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <initializer_list>
 #include <new>
 #include <numbers>
+#include <utility>
 
+#include "attention/cache_arguments.h"
+#include "attention/element.h"
 #include "attention/overlap.h"
 #include "attention/rejection.h"
 #include "foveal/attention.h"
@@ -33,31 +37,61 @@ int position_of(int axis, int rank, Layout layout) {
   return (swapped ? kBshdOrder : kBhsdOrder)[axis] - (4 - rank);
 }
 
+// What the caller calls them.
+struct Names {
+  const char *k = "k", *v = "v", *kv_lens = "kv_lens";
+};
+
 // Arguments are rewritten in the order in which they are checked; the scores (B,Hq,Sq,Skv) are what the optional arrays
 // must fit.
 class Canonicalizer {
  public:
-  explicit Canonicalizer(AttentionProblem& problem) : p_(problem), layout_(problem.layout), rank_(problem.q.rank) {}
+  explicit Canonicalizer(AttentionProblem& problem, const Names& names = {})
+      : p_(problem), names_(names), layout_(problem.layout), rank_(problem.q.rank) {}
 
   void run() {
+    judge();
+    pack({&p_.q, &p_.out, &p_.lse}, {&p_.k, &p_.v});
+  }
+
+  void run(CacheUpdate& update) {
+    check_cache(p_, update);
+    judge();
+    check_update(p_, update);
+  }
+
+  void run(AttentionGradients& g) {
+    judge();
+    judge_gradients(g);
+    pack({&p_.q, &p_.out, &p_.lse, &g.dout, &g.dlse, &g.dq}, {&p_.k, &p_.v, &g.dk, &g.dv});
+  }
+
+ private:
+  void judge() {
     check_dtypes();
     for_each_array([&](const char* name, const TensorView& view) { check_memory(name, view); });
+    check_combination();
     rewrite_qkv();
+    if (p_.packed()) {
+      scores_[2] = check_cu_seqlens("cu_seqlens_q", p_.cu_seqlens_q, p_.q.shape[kSeq], "q");
+      scores_[3] = check_cu_seqlens("cu_seqlens_kv", p_.cu_seqlens_kv, p_.k.shape[kSeq], names_.k);
+    }
     check_sizes();
     broadcast_to_scores("mask", p_.mask);
     broadcast_to_scores("bias", p_.bias);
     rewrite_alibi_slopes();
     check_sinks();
-    check_lens("q_lens", p_.q_lens, p_.q, "q");
-    check_lens("kv_lens", p_.kv_lens, p_.k, "k");
+    check_lens("q_lens", p_.q_lens, scores_[2], "q");
+    check_lens(names_.kv_lens, p_.kv_lens, scores_[3], names_.k);
+    if (p_.paged()) check_block_table();
     rewrite_q_offset();
     rewrite_numbers();
     rewrite_outputs();
     p_.layout = Layout::kBhsd;
   }
 
-  void run(AttentionGradients& g) {
-    run();
+  void judge_gradients(AttentionGradients& g) {
+    if (p_.paged()) reject_value("block_table is given, expected none: keys in pages have no gradient");
     const DType accumulator = p_.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     if (!p_.out.present()) reject_value("out is absent, expected the output of the forward pass");
     if (!p_.lse.present()) reject_value("lse is absent, expected that of the forward pass");
@@ -85,7 +119,6 @@ class Canonicalizer {
     }
   }
 
- private:
   void check_gradient(const char* name, const TensorView& view, DType dtype) const {
     if (!view.present()) reject_value(std::string(name) + " is absent");
     if (view.dtype != dtype) reject_dtype(name, view.dtype, name_of(dtype));
@@ -122,8 +155,20 @@ class Canonicalizer {
       reject_dtype(name, view.dtype, "int32 or int64");
     };
     require_floating("q", p_.q);
-    require_as_q("k", p_.k);
-    require_as_q("v", p_.v);
+    if (p_.k_scale.present() || p_.v_scale.present()) {
+      if (p_.q.dtype == DType::kFloat64)
+        reject_dtype("q", p_.q.dtype, "float32, float16 or bfloat16 (the cache is int8)");
+      for (const auto& [name, view] : {std::pair(names_.k, &p_.k), std::pair(names_.v, &p_.v)})
+        if (view->dtype != DType::kInt8) reject_dtype(name, view->dtype, "int8 (its scales are given)");
+    } else {
+      require_as_q(names_.k, p_.k);
+      require_as_q(names_.v, p_.v);
+    }
+    require_floating("k_scale", p_.k_scale);
+    require_floating("v_scale", p_.v_scale);
+    require_integer("cu_seqlens_q", p_.cu_seqlens_q);
+    require_integer("cu_seqlens_kv", p_.cu_seqlens_kv);
+    require_integer("block_table", p_.block_table);
     require_as_q("out", p_.out);
     require_as_q("weights", p_.weights);
     const DType accumulator = p_.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -135,7 +180,7 @@ class Canonicalizer {
     require_floating("alibi_slopes", p_.alibi_slopes);
     require_floating("sinks", p_.sinks);
     require_integer("q_lens", p_.q_lens);
-    require_integer("kv_lens", p_.kv_lens);
+    require_integer(names_.kv_lens, p_.kv_lens);
     require_integer("q_offset", p_.q_offset);
   }
 
@@ -150,30 +195,127 @@ class Canonicalizer {
     }
   }
 
+  // Which of the optional arrays go together.
+  void check_combination() const {
+    const bool special = p_.packed() || p_.cu_seqlens_kv.present() || p_.paged();
+    if (special && p_.q.device.type != DeviceType::kCpu) {
+      throw Rejection{ErrorKind::kNotImplemented,
+                      "attention: q is on " + text_of(p_.q.device) + ", expected cpu for packed sequences and pages"};
+    }
+    if (p_.packed() != p_.cu_seqlens_kv.present()) {
+      reject_value(std::string(p_.packed() ? "cu_seqlens_kv" : "cu_seqlens_q") + " is absent, expected both");
+    }
+    if (p_.packed()) {
+      if (p_.q.rank != 3) reject_value("q has " + dimensions(p_.q.rank) + ", expected 3");
+      if (layout_ != Layout::kBshd) reject_value("packed sequences are 'bhsd', expected 'bshd'");
+      if (p_.q_lens.present() || p_.kv_lens.present()) reject_value("q_lens or kv_lens is given with cu_seqlens");
+      if (p_.weights.present()) reject_value("weights are asked for with cu_seqlens, expected neither or one");
+      if (p_.paged()) reject_value("block_table is given with cu_seqlens, expected one of them");
+    }
+    if (p_.paged()) {
+      if (p_.q.rank != 4) reject_value("q has " + dimensions(p_.q.rank) + ", expected 4");
+      if (!p_.kv_lens.present()) reject_value("kv_lens is absent, expected the lengths of the paged sequences");
+    }
+    if (p_.k_scale.present() != p_.v_scale.present()) {
+      reject_value(std::string(p_.k_scale.present() ? "v_scale" : "k_scale") + " is absent, expected both");
+    }
+    if (p_.k_scale.present() && !p_.paged()) reject_value("k_scale is given without block_table");
+  }
+
+  // Returns the longest length.
+  int64_t check_cu_seqlens(const char* name, const TensorView& begins, int64_t total, const char* source) {
+    if (begins.rank != 1 || begins.shape[0] < 1) reject_shape(name, begins, "(B + 1,)");
+    if (begins.shape[0] != p_.cu_seqlens_q.shape[0]) {
+      reject_shape(name, begins, text_of(p_.cu_seqlens_q.shape, 1) + " (from cu_seqlens_q)");
+    }
+    scores_[0] = begins.shape[0] - 1;
+    int64_t before = 0, longest = 0;
+    for_each_integer(begins, [&](int64_t b, int64_t begin) {
+      if (begin < before || begin > total) {
+        const std::string found = std::string(name) + "[" + std::to_string(b) + "]" + is_integer(begin);
+        if (begin > total)
+          reject_value(found + ", expected at most " + std::to_string(total) + " (" + source + ".shape[0])");
+        reject_value(found + ", expected at least " + std::to_string(before) +
+                     (b == 0 ? "" : " (" + std::string(name) + "[" + std::to_string(b - 1) + "])"));
+      }
+      if (b > 0) longest = std::max(longest, begin - before);
+      before = begin;
+    });
+    return longest;
+  }
+
+  void check_block_table() const {
+    const TensorView& table = p_.block_table;
+    const int64_t page_size = p_.k.shape[kSeq], num_pages = p_.k.shape[kBatch];
+    for (int64_t b = 0; b < table.shape[0]; ++b) {
+      const int64_t used = divide_up(load_integer(p_.kv_lens, b), std::max<int64_t>(page_size, 1));
+      for (int64_t x = 0; x < used; ++x) {
+        const int64_t page = integer_at(table, b * table.stride[0] + x * table.stride[1]);
+        if (page >= 0 && page < num_pages) continue;
+        reject_value("block_table[" + std::to_string(b) + ", " + std::to_string(x) + "]" + is_integer(page) +
+                     ", expected 0 to " + std::to_string(num_pages - 1) + " (" + names_.k + ".shape[0] is " +
+                     std::to_string(num_pages) + ")");
+      }
+    }
+    for (const auto& [name, scale] : {std::pair("k_scale", &p_.k_scale), std::pair("v_scale", &p_.v_scale)})
+      if (scale->present() && (scale->rank != 2 || !std::equal(scale->shape, scale->shape + 2, p_.k.shape)))
+        reject_shape(name, *scale, "(pages, Hkv) = " + text_of(p_.k.shape, 2));
+  }
+
+  // Packed arrays, (1,H,T,.) so far, as (B,H,longest,.): element b begins at a row of its own.
+  void pack(std::initializer_list<TensorView*> rows, std::initializer_list<TensorView*> keys) {
+    if (!p_.packed()) return;
+    p_.packed_rows = p_.q.shape[kSeq];
+    p_.packed_keys = p_.k.shape[kSeq];
+    const auto rewrite = [&](TensorView& view, int64_t longest) {
+      view.shape[kBatch] = scores_[0];
+      view.stride[kBatch] = 0;
+      view.shape[kSeq] = longest;
+    };
+    for (TensorView* view : rows)
+      if (view->present()) rewrite(*view, scores_[2]);
+    for (TensorView* view : keys)
+      if (view->present()) rewrite(*view, scores_[3]);
+  }
+
+  static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
   void rewrite_qkv() {
     if (rank_ < 2 || rank_ > 4) reject_value("q has " + dimensions(rank_) + ", expected 2, 3 or 4");
-    require_rank("k", p_.k, rank_);
-    require_rank("v", p_.v, rank_);
+    require_rank(names_.k, p_.k, rank_);
+    require_rank(names_.v, p_.v, rank_);
     for (TensorView* view : {&p_.q, &p_.k, &p_.v}) *view = canonical_view(*view, layout_);
 
     const int64_t head_dim = p_.q.shape[kDim], value_dim = p_.v.shape[kDim];
     const int64_t num_heads = p_.q.shape[kHead], num_kv_heads = p_.k.shape[kHead];
     if (head_dim < 1) reject_value(extent_found("q", rank_ - 1, head_dim) + ", expected a head_dim of at least 1");
     if (value_dim < 1)
-      reject_value(extent_found("v", rank_ - 1, value_dim) + ", expected a value head_dim of at least 1");
-    require_extent("k", p_.k, kDim, "head_dim", head_dim, "q");
-    require_extent("k", p_.k, kBatch, "batch", p_.q.shape[kBatch], "q");
-    require_extent("v", p_.v, kBatch, "batch", p_.q.shape[kBatch], "q");
-    require_extent("v", p_.v, kHead, "num_kv_heads", num_kv_heads, "k");
-    require_extent("v", p_.v, kSeq, "seqlen_kv", p_.k.shape[kSeq], "k");
+      reject_value(extent_found(names_.v, rank_ - 1, value_dim) + ", expected a value head_dim of at least 1");
+    require_extent(names_.k, p_.k, kDim, "head_dim", head_dim, "q");
+    if (p_.paged()) {
+      require_extent(names_.v, p_.v, kBatch, "num_pages", p_.k.shape[kBatch], names_.k);
+      if (p_.k.shape[kBatch] > INT32_MAX) reject_value(std::string(names_.k) + " has more than 2^31 - 1 pages");
+    } else {
+      require_extent(names_.k, p_.k, kBatch, "batch", p_.q.shape[kBatch], "q");
+      require_extent(names_.v, p_.v, kBatch, "batch", p_.q.shape[kBatch], "q");
+    }
+    require_extent(names_.v, p_.v, kHead, "num_kv_heads", num_kv_heads, names_.k);
+    require_extent(names_.v, p_.v, kSeq, "seqlen_kv", p_.k.shape[kSeq], names_.k);
     if (num_kv_heads == 0 ? num_heads != 0 : num_heads % num_kv_heads != 0) {
-      reject_value(extent_found("k", position_of(kHead, rank_, layout_), num_kv_heads) +
+      reject_value(extent_found(names_.k, position_of(kHead, rank_, layout_), num_kv_heads) +
                    ", expected a divisor of num_heads " + std::to_string(num_heads) + " (from q)");
     }
     scores_[0] = p_.q.shape[kBatch];
     scores_[1] = num_heads;
     scores_[2] = p_.q.shape[kSeq];
     scores_[3] = p_.k.shape[kSeq];
+    std::copy_n(p_.q.shape, 3, rows_);
+    if (!p_.paged()) return;
+    const TensorView& table = p_.block_table;
+    if (table.rank != 2 || table.shape[0] != scores_[0]) {
+      reject_shape("block_table", table, "(B, pages a sequence), B = " + std::to_string(scores_[0]));
+    }
+    if (__builtin_mul_overflow(table.shape[1], p_.k.shape[kSeq], &scores_[3])) scores_[3] = kMaxElements;
   }
 
   // Empty axes count as 1, so that an extent is bounded whatever stands beside it.
@@ -187,11 +329,11 @@ class Canonicalizer {
         }
       }
     };
-    const auto& [batch, num_heads, seqlen_q, seqlen_kv] = scores_;
-    require_countable("q", {batch, num_heads, seqlen_q, p_.q.shape[kDim]});
-    require_countable("k", {batch, p_.k.shape[kHead], seqlen_kv, p_.k.shape[kDim]});
-    require_countable("v", {batch, p_.v.shape[kHead], seqlen_kv, p_.v.shape[kDim]});
-    require_countable("the output", {batch, num_heads, seqlen_q, p_.v.shape[kDim]});
+    const int64_t num_heads = scores_[1];
+    require_countable("q", {rows_[0], num_heads, rows_[2], p_.q.shape[kDim]});
+    require_countable(names_.k, {p_.k.shape[kBatch], p_.k.shape[kHead], p_.k.shape[kSeq], p_.k.shape[kDim]});
+    require_countable(names_.v, {p_.v.shape[kBatch], p_.v.shape[kHead], p_.v.shape[kSeq], p_.v.shape[kDim]});
+    require_countable("the output", {rows_[0], num_heads, rows_[2], p_.v.shape[kDim]});
     require_countable("the array of scores", scores_);
   }
 
@@ -238,15 +380,18 @@ class Canonicalizer {
     reject_shape("sinks", p_.sinks, "(Hq,) = " + text_of(scores_ + 1, 1));
   }
 
-  void check_lens(const char* name, const TensorView& lens, const TensorView& source, const char* source_name) const {
+  void check_lens(const char* name, const TensorView& lens, int64_t seqlen, const char* source) const {
     if (!lens.present()) return;
     if (lens.rank != 1 || lens.shape[0] != scores_[0]) reject_shape(name, lens, "(B,) = " + text_of(scores_, 1));
-    const int64_t seqlen = source.shape[kSeq];
+    const bool in_pages = &lens == &p_.kv_lens && p_.paged();
     for_each_integer(lens, [&](int64_t b, int64_t len) {
       if (len >= 0 && len <= seqlen) return;
       reject_value(std::string(name) + "[" + std::to_string(b) + "]" + is_integer(len) + ", expected 0 to " +
-                   std::to_string(seqlen) + " (" + source_name + ".shape[" +
-                   std::to_string(position_of(kSeq, rank_, layout_)) + "])");
+                   std::to_string(seqlen) + " (" +
+                   (in_pages
+                        ? "block_table.shape[1] * page size"
+                        : std::string(source) + ".shape[" + std::to_string(position_of(kSeq, rank_, layout_)) + "]") +
+                   ")");
     });
   }
 
@@ -265,13 +410,6 @@ class Canonicalizer {
       if (value >= -kMaxOffset && value <= kMaxOffset) return;
       reject_value("q_offset[" + std::to_string(b) + "]" + is_integer(value) + ", expected -2^59 to 2^59");
     });
-  }
-
-  // The ends of int64_t stand for whatever is beyond them, as bindings have it.
-  static std::string is_integer(int64_t value) {
-    if (value == INT64_MAX) return " is 2^63 - 1 or more";
-    if (value == INT64_MIN) return " is -2^63 or less";
-    return " is " + std::to_string(value);
   }
 
   // Values on another device are for its backend to judge.
@@ -317,10 +455,10 @@ class Canonicalizer {
     if (p_.out.present()) {
       require_rank("out", p_.out, rank_);
       p_.out = canonical_view(p_.out, layout_);
-      require_extent("out", p_.out, kBatch, "batch", scores_[0], "q");
+      require_extent("out", p_.out, kBatch, "batch", rows_[0], "q");
       require_extent("out", p_.out, kHead, "num_heads", scores_[1], "q");
-      require_extent("out", p_.out, kSeq, "seqlen_q", scores_[2], "q");
-      require_extent("out", p_.out, kDim, "value head_dim", p_.v.shape[kDim], "v");
+      require_extent("out", p_.out, kSeq, "seqlen_q", rows_[2], "q");
+      require_extent("out", p_.out, kDim, "value head_dim", p_.v.shape[kDim], names_.v);
     }
     // lse and weights keep the order (B, Hq, Sq, ...) in every layout, and drop the axes that q drops.
     if (p_.lse.present()) rewrite_lse("lse", p_.lse);
@@ -346,7 +484,7 @@ class Canonicalizer {
       lse = canonical_view(columns, Layout::kBhsd);
       lse.rank = 3;
     }
-    if (!std::equal(scores_, scores_ + 3, lse.shape)) reject_shape(name, lse, "(B, Hq, Sq) = " + text_of(scores_, 3));
+    if (!std::equal(rows_, rows_ + 3, lse.shape)) reject_shape(name, lse, "(B, Hq, Sq) = " + text_of(rows_, 3));
   }
 
   void require_own_memory(const char* output, const TensorView& written) const {
@@ -377,24 +515,31 @@ class Canonicalizer {
       if (view.present()) visit(name, view);
     };
     visit_present("q", p_.q);
-    visit_present("k", p_.k);
-    visit_present("v", p_.v);
+    visit_present(names_.k, p_.k);
+    visit_present(names_.v, p_.v);
     visit_present("mask", p_.mask);
     visit_present("bias", p_.bias);
     visit_present("alibi_slopes", p_.alibi_slopes);
     visit_present("sinks", p_.sinks);
     visit_present("q_lens", p_.q_lens);
-    visit_present("kv_lens", p_.kv_lens);
+    visit_present(names_.kv_lens, p_.kv_lens);
     visit_present("q_offset", p_.q_offset);
+    visit_present("cu_seqlens_q", p_.cu_seqlens_q);
+    visit_present("cu_seqlens_kv", p_.cu_seqlens_kv);
+    visit_present("block_table", p_.block_table);
+    visit_present("k_scale", p_.k_scale);
+    visit_present("v_scale", p_.v_scale);
     visit_present("out", p_.out);
     visit_present("lse", p_.lse);
     visit_present("weights", p_.weights);
   }
 
   AttentionProblem& p_;
-  const Layout layout_;  // the caller's
-  const int rank_;       // the caller's, of q
-  int64_t scores_[4] = {};
+  const Names names_;
+  const Layout layout_;     // the caller's
+  const int rank_;          // the caller's, of q
+  int64_t scores_[4] = {};  // of a batch element at most, packed or not
+  int64_t rows_[3] = {};    // (B,Hq,Sq) of the caller's q; packed: (1,Hq,Tq)
 };
 
 }  // namespace
@@ -412,10 +557,10 @@ TensorView canonical_view(const TensorView& view, Layout layout) {
 
 namespace {
 
-template <class... Gradients>
-Status canonicalize_all(AttentionProblem& problem, Gradients&... gradients) {
+template <class... More>
+Status canonicalize_all(const Names& names, AttentionProblem& problem, More&... more) {
   try {
-    Canonicalizer(problem).run(gradients...);
+    Canonicalizer(problem, names).run(more...);
     return {};
   } catch (Rejection& rejection) {
     return {rejection.kind, std::move(rejection.text)};
@@ -426,10 +571,14 @@ Status canonicalize_all(AttentionProblem& problem, Gradients&... gradients) {
 
 }  // namespace
 
-Status canonicalize(AttentionProblem& problem) { return canonicalize_all(problem); }
+Status canonicalize(AttentionProblem& problem) { return canonicalize_all({}, problem); }
 
 Status canonicalize(AttentionProblem& problem, AttentionGradients& gradients) {
-  return canonicalize_all(problem, gradients);
+  return canonicalize_all({}, problem, gradients);
+}
+
+Status canonicalize(AttentionProblem& problem, CacheUpdate& update) {
+  return canonicalize_all({"k_cache", "v_cache", "cache_lens"}, problem, update);
 }
 
 }  // namespace foveal

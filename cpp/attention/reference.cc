@@ -195,6 +195,8 @@ void for_each_row(const AttentionProblem& p, Visit visit) {
 }  // namespace
 
 Status attention_reference(const AttentionProblem& problem) try {
+  if (problem.packed() || problem.paged())
+    return {ErrorKind::kNotImplemented, "attention: the oracle reads neither packed sequences nor pages"};
   const AttentionProblem& p = problem;
   std::vector<double> scores;
   for_each_row(p, [&](const Row& row) {

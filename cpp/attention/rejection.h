@@ -17,6 +17,12 @@ struct Rejection {
   std::string text;
 };
 
+// The core says "attention: ..."; functions of other names that it serves give theirs.
+std::string named(const std::string& text, const char* function);
+
+// " is 7". The ends of int64_t stand for whatever is beyond them, as bindings have it.
+std::string is_integer(int64_t value);
+
 [[noreturn]] void reject_type(const std::string& text);  // "attention: " is put before `text`
 [[noreturn]] void reject_value(const std::string& text);
 

@@ -24,22 +24,19 @@ FOVEAL_INLINE V widen_strided(const S* p, int64_t stride, int64_t n) {
   return load(lanes);
 }
 
-// Row j begins at p + j * stride, and its elements are contiguous.
+// Row j begins at p + j * stride, or at at[j] where the rows are scattered; its elements are contiguous.
 template <class S>
 struct Rows {
   const S* p;
   int64_t stride;
+  const S* const* at = nullptr;
 
-  FOVEAL_INLINE const S* row(int64_t j) const { return p + j * stride; }
+  FOVEAL_INLINE const S* row(int64_t j) const { return at != nullptr ? at[j] : p + j * stride; }
 };
 
-// Rows of `To`, which is S or the accumulator type: in place where they are stored so, else packed densely into
-// `buffer`.
+// Rows of S as dense rows of `To`, which is S or the accumulator type.
 template <class V, class To, class S>
-static Rows<To> rows_as(const S* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t width, To* buffer) {
-  if constexpr (__is_same(To, S))
-    if (stride_d == 1) return {src, stride_s};
-  To* dst = buffer;
+static void pack_rows(const S* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t width, To* dst) {
   for (int64_t j = 0; j < rows; ++j, src += stride_s, dst += width) {
     if constexpr (__is_same(To, S)) {
       for (int64_t c = 0; c < width; ++c) dst[c] = src[c * stride_d];
@@ -53,6 +50,14 @@ static Rows<To> rows_as(const S* src, int64_t stride_s, int64_t stride_d, int64_
       }
     }
   }
+}
+
+// In place where they are stored so, else packed into `buffer`.
+template <class V, class To, class S>
+static Rows<To> rows_as(const S* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t width, To* buffer) {
+  if constexpr (__is_same(To, S))
+    if (stride_d == 1) return {src, stride_s};
+  pack_rows<V>(src, stride_s, stride_d, rows, width, buffer);
   return {buffer, width};
 }
 
@@ -69,12 +74,17 @@ FOVEAL_INLINE void narrow_strided(S* p, int64_t stride, V x, int64_t n) {
 
 // Whether no element of a (rows, width) block with contiguous rows is inf or NaN.
 template <class V, class S>
-static bool all_finite(const S* p, int64_t stride_s, int64_t rows, int64_t width) {
+static bool all_finite(const Rows<S>& x, int64_t rows, int64_t width) {
   V probe = zero<V>();  // becomes NaN where an element is inf or NaN
   for (int64_t j = 0; j < rows; ++j)
     for (int64_t c = 0; c < width; c += V::kLanes)
-      probe = fma(widen_strided<V>(p + j * stride_s + c, 1, min64(V::kLanes, width - c)), zero<V>(), probe);
+      probe = fma(widen_strided<V>(x.row(j) + c, 1, min64(V::kLanes, width - c)), zero<V>(), probe);
   return reduce_add(probe) == 0;
+}
+
+template <class V, class S>
+static bool all_finite(const S* p, int64_t stride_s, int64_t rows, int64_t width) {
+  return all_finite<V>(Rows<S>{p, stride_s}, rows, width);
 }
 
 // A double in the accumulator type; what is finite stays so.

@@ -19,10 +19,10 @@ constexpr int kDecodeAccumulators = kVectorRegisters >= 32 ? 16 : 8;
 template <class V>
 constexpr int64_t kDecodeRows = V::kLanes < 8 ? V::kLanes : 8;
 
-// s[NK][R] = k . q for NK keys.
-template <class V, class S, int R, int NK>
-FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const S* k,
-                                     int64_t k_stride, typename V::T* s) {
+// s[NK][R] = k . q for NK keys; `key` gives the address of each.
+template <class V, class S, int R, int NK, class Key>
+FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale,
+                                     const Key& key, typename V::T* s) {
   using Dot = ScoreDot<V, S>;
   constexpr int kCount = NK * R;
   V acc[kCount];
@@ -35,7 +35,7 @@ FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, i
     for (int r = 0; r < R; ++r) qd[r] = load(q + r * q_stride);
 #pragma GCC unroll 16
     for (int n = 0; n < NK; ++n) {
-      const V kd = Dot::load_chunk(k + n * k_stride + d);
+      const V kd = Dot::load_chunk(key(n) + d);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[n * R + r] = Dot::multiply_add(kd, qd[r], acc[n * R + r]);
     }
@@ -43,7 +43,7 @@ FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, i
   if (d < head_dim) {
 #pragma GCC unroll 16
     for (int n = 0; n < NK; ++n) {
-      const V kd = Dot::load_chunk_n(k + n * k_stride + d, head_dim - d);
+      const V kd = Dot::load_chunk_n(key(n) + d, head_dim - d);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[n * R + r] = Dot::multiply_add(kd, load(q + r * q_stride), acc[n * R + r]);
     }
@@ -66,12 +66,18 @@ template <class V, class S, int R>
 static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const Rows<S>& k,
                           int64_t n, typename V::T* s, const Prefetch<S>& next) {
   constexpr int kKeys = kDecodeAccumulators / R;
-  int64_t j = 0;
-  for (; j + kKeys <= n; j += kKeys) {
-    for (int key = 0; key < kKeys; ++key) next.row(j + key);
-    decode_score_step<V, S, R, kKeys>(q, q_stride, head_dim, scale, k.row(j), k.stride, s + j * R);
-  }
-  for (; j < n; ++j) decode_score_step<V, S, R, 1>(q, q_stride, head_dim, scale, k.row(j), k.stride, s + j * R);
+  const auto run = [&](const auto& key_from) __attribute__((always_inline)) {
+    int64_t j = 0;
+    for (; j + kKeys <= n; j += kKeys) {
+      for (int key = 0; key < kKeys; ++key) next.row(j + key);
+      decode_score_step<V, S, R, kKeys>(q, q_stride, head_dim, scale, key_from(j), s + j * R);
+    }
+    for (; j < n; ++j) decode_score_step<V, S, R, 1>(q, q_stride, head_dim, scale, key_from(j), s + j * R);
+  };
+  if (k.at != nullptr)
+    run([at = k.at](int64_t j) { return [keys = at + j](int x) { return keys[x]; }; });
+  else
+    run([&k](int64_t j) { return [p = k.p + j * k.stride, stride = k.stride](int x) { return p + x * stride; }; });
 }
 
 // o[R][NC vectors] = o * rescale + p^T v. With few sums to keep, keys go to several sets of them in turn, so that one
@@ -246,7 +252,7 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
 
 template <class V, class S, int R>
 static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t begin, int64_t n, const Rows<S>& k,
-                         const Rows<S>& v) {
+                         const Rows<S>& v, const Rows<S>& next_k) {
   using T = typename V::T;
   V highest;
   const Visibility seen =
@@ -257,7 +263,7 @@ static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t be
   const V factor = exp2_nonpositive(state.max - shift);
   state.max = now;
 
-  const bool guarded = seen == Visibility::kPartial && !all_finite<V>(v.p, v.stride, n, h.value_dim);
+  const bool guarded = seen == Visibility::kPartial && !all_finite<V>(v, n, h.value_dim);
   const V masked = zero<V>() * broadcast<V>(-1);
   V sum = zero<V>();
   for (int64_t x = 0; x < round_up(n * R, V::kLanes); x += V::kLanes) {
@@ -269,7 +275,7 @@ static void decode_block(const HeadTask& h, DecodeState<V, R>& state, int64_t be
   state.sum = fma(state.sum, factor, sum);
   alignas(64) T rescale[V::kLanes];
   store(rescale, factor);
-  const Prefetch<S> next = {{k.row(n), k.stride}, state.prefetch ? h.head_dim : 0};
+  const Prefetch<S> next = {next_k, state.prefetch ? h.head_dim : 0};
   if (guarded)
     decode_values_guarded<V, S, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale);
   else if constexpr (kPairsValues<V, S, R>)
@@ -322,16 +328,28 @@ static void decode_rows(const RowTask& task) {
   KeyRange range = visible_keys(h, task.row_begin, task.row_end);
   range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
   state.prefetch =
+      h.k_scales == nullptr &&  // its own reader asks for codes
       (range.end - range.begin) * (h.head_dim + h.value_dim) * static_cast<int64_t>(sizeof(S)) > kPrefetchFromBytes;
   S* packed_k = reinterpret_cast<S*>(arena.take(kKeyBlock * h.head_dim));
   S* packed_v = reinterpret_cast<S*>(arena.take(kKeyBlock * h.value_dim));
+  const S* k_pointers[kKeyBlock];
+  const S* v_pointers[kKeyBlock];
+  const S* next_pointers[kKeyBlock];
+  const bool paged_in_place = h.pages != nullptr && h.k_scales == nullptr && h.k_stride_d == 1;
   for (int64_t block = range.begin / kKeyBlock * kKeyBlock; block < range.end; block += kKeyBlock) {
     const int64_t begin = max64(block, range.begin), n = min64(block + kKeyBlock, range.end) - begin;
-    const Rows<S> k = rows_as<V, S>(static_cast<const S*>(h.k) + begin * h.k_stride_s, h.k_stride_s, h.k_stride_d, n,
-                                    h.head_dim, packed_k);
-    const Rows<S> v = rows_as<V, S>(static_cast<const S*>(h.v) + begin * h.v_stride_s, h.v_stride_s, h.v_stride_d, n,
-                                    h.value_dim, packed_v);
-    decode_block<V, S, R>(h, state, begin, n, k, v);
+    const Rows<S> k = key_rows<V, S, S>(h, keys_of(h), begin, n, packed_k, k_pointers);
+    const Rows<S> v = key_rows<V, S, S>(h, values_of(h), begin, n, packed_v, v_pointers);
+    Rows<S> next = {k.p + n * k.stride, k.stride};
+    if (paged_in_place && state.prefetch && begin + n < range.end) {
+      const int64_t count = min64(n, range.end - begin - n);
+      const Rows<S> rows = key_rows<V, S, S>(h, keys_of(h), begin + n, count, packed_k, next_pointers);
+      for (int64_t j = 0; j < n; ++j) next_pointers[j] = rows.row(min64(j, count - 1));
+      next = {nullptr, 0, next_pointers};
+    } else if (k.at != nullptr) {
+      next = k;
+    }
+    decode_block<V, S, R>(h, state, begin, n, k, v, next);
   }
 
   store(row_max, state.max);

@@ -231,10 +231,8 @@ struct KeyReader {
   T* packed_v;
 
   KeyBlock<Key, T> read(int64_t begin, int64_t end) const {
-    const Rows<Key> k = rows_as<V, Key>(static_cast<const S*>(h->k) + begin * h->k_stride_s, h->k_stride_s,
-                                        h->k_stride_d, end - begin, h->head_dim, packed_k);
-    const Rows<T> v = rows_as<V, T>(static_cast<const S*>(h->v) + begin * h->v_stride_s, h->v_stride_s, h->v_stride_d,
-                                    end - begin, h->value_dim, packed_v);
+    const Rows<Key> k = key_rows<V, Key, S>(*h, keys_of(*h), begin, end - begin, packed_k, nullptr);
+    const Rows<T> v = key_rows<V, T, S>(*h, values_of(*h), begin, end - begin, packed_v, nullptr);
     return {begin, end, k.p, v.p, k.stride, v.stride};
   }
 };

@@ -33,6 +33,7 @@
 #include "attention/dropout.inl.h"
 #include "attention/products.inl.h"
 #include "attention/rows.inl.h"
+#include "attention/key_rows.inl.h"
 #include "attention/tile_forward.inl.h"
 #include "attention/value_pairs.inl.h"
 #include "attention/tile_decode.inl.h"

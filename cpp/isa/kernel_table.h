@@ -16,7 +16,12 @@ constexpr int64_t kPositionLimit = int64_t{1}
 struct HeadTask {
   const void* q;  // (Sq, group, D)
   int64_t q_stride_s, q_stride_g, q_stride_d;
-  const void* k;  // (Skv, D)
+  // Paged: k and v are those of page 0, key j is row j % page_size of page pages[j / page_size], and with scales the
+  // elements are int8, in steps of the page's scale.
+  const int32_t* pages;  // null: not paged
+  int64_t page_size, k_stride_page, v_stride_page;
+  const float *k_scales, *v_scales;  // one a page of the sequence; null: elements of q's dtype
+  const void* k;                     // (Skv, D)
   int64_t k_stride_s, k_stride_d;
   const void* v;  // (Skv, Dv)
   int64_t v_stride_s, v_stride_d;

@@ -141,6 +141,10 @@ FOVEAL_INLINE F64 widen_n(const double* p, int64_t n) { return {_mm256_maskload_
 FOVEAL_INLINE F32 widen_n(const BFloat16* p, int64_t n) { return widen_bf16(load_halves8(p, n)); }
 FOVEAL_INLINE F32 widen_n(const Float16* p, int64_t n) { return {_mm256_cvtph_ps(load_halves8(p, n))}; }
 
+FOVEAL_INLINE F32 widen(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+
 FOVEAL_INLINE __m128i narrow_bf16(F32 a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -107,6 +107,10 @@ FOVEAL_INLINE F32 widen_n(const Float16* p, int64_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes16(n), p))};
 }
 
+FOVEAL_INLINE F32 widen(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
 FOVEAL_INLINE __m256i narrow_bf16(F32 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -211,6 +215,10 @@ FOVEAL_INLINE F32 load_pairs(const BFloat16* p) { return {_mm512_castsi512_ps(_m
 FOVEAL_INLINE F32 load_pairs_n(const BFloat16* p, int64_t n) {
   const __mmask32 m = n >= 32 ? 0xffffffffu : (1u << n) - 1;
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m, p))};
+}
+// 32 numbers, rounded to nearest even.
+FOVEAL_INLINE void store_pairs(BFloat16* p, F32 first, F32 second) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
 }
 FOVEAL_INLINE F32 broadcast_pair(const BFloat16* p) {
   int32_t pair;

@@ -12,6 +12,7 @@
 //   sign_mask(a)      lanes whose sign bit is set, -0 and -NaN included
 //   reduce_add(a)     the sum of the lanes in a fixed order
 //   widen, widen_n    contiguous storage -> F32 or F64: all lanes, or the first n and 0 in the others
+//   widen(int8_t*)    kLanes small integers -> F32
 //   narrow_n          and back, the first n lanes: float, double, Float16 (IEEE), BFloat16, rounded to
 //                     nearest even; NaN stays NaN; neither touches memory past n elements
 //   transpose(r)      a kLanes x kLanes block held in kLanes vectors

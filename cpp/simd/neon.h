@@ -118,6 +118,13 @@ FOVEAL_INLINE F64 widen_n(const double* p, int64_t n) {
 FOVEAL_INLINE F32 widen_n(const BFloat16* p, int64_t n) { return widen_bf16(load_halves4(p, n)); }
 FOVEAL_INLINE F32 widen_n(const Float16* p, int64_t n) { return widen_f16(load_halves4(p, n)); }
 
+FOVEAL_INLINE F32 widen(const int8_t* p) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, sizeof(four));
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)))};
+}
+
 FOVEAL_INLINE uint16x4_t narrow_bf16(F32 a) {
   const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

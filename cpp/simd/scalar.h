@@ -198,6 +198,11 @@ FOVEAL_INLINE F64 widen_n(const double* p, int64_t n) {
 FOVEAL_INLINE F32 widen_n(const BFloat16* p, int64_t n) { return widen_bf16(spread_halves(load_halves(p, n))); }
 FOVEAL_INLINE F32 widen_n(const Float16* p, int64_t n) { return widen_f16(spread_halves(load_halves(p, n))); }
 
+FOVEAL_INLINE F32 widen(const int8_t* p) {
+  return {F32::Vector{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                      static_cast<float>(p[3])}};
+}
+
 FOVEAL_INLINE void narrow_n(float* p, F32 a, int64_t n) {
   if (n >= F32::kLanes) {
     store(p, a);

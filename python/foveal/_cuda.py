@@ -64,6 +64,11 @@ _VIEWS = (
     "q_lens",
     "kv_lens",
     "q_offset",
+    "cu_seqlens_q",
+    "cu_seqlens_kv",
+    "block_table",
+    "k_scale",
+    "v_scale",
 )
 
 
@@ -79,6 +84,10 @@ class Problem(ctypes.Structure):
         ("has_scale", ctypes.c_bool),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        ("dropout_p", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("packed_rows", ctypes.c_int64),
+        ("packed_keys", ctypes.c_int64),
     ]
 
     def __init__(self) -> None:
