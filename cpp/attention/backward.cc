@@ -80,14 +80,15 @@ class BackwardRun {
   // -------------------------------------------------------------------------------------
 
   void clear() {
-    for (int64_t b = 0; b < static_cast<int64_t>(sequences_.size()); ++b) {
-      const Sequence& s = sequences_[static_cast<size_t>(b)];
-      for (int64_t h = 0; h < p_.q.shape[1]; ++h) fill_zero(g_.dq, b, h, s.q_len, p_.q.shape[2]);
+    for_each_padding(p_, [&](int64_t b, int64_t begin, int64_t end) {
+      for (int64_t h = 0; h < p_.q.shape[1]; ++h) fill_zero(g_.dq, b, h, begin, end);
+    });
+    for_each_key_padding(p_, [&](int64_t b, int64_t begin, int64_t end) {
       for (int64_t h = 0; h < kv_heads(); ++h) {
-        fill_zero(g_.dk, b, h, s.kv_len, p_.k.shape[2]);
-        fill_zero(g_.dv, b, h, s.kv_len, p_.k.shape[2]);
+        fill_zero(g_.dk, b, h, begin, end);
+        fill_zero(g_.dv, b, h, begin, end);
       }
-    }
+    });
     if (g_.dbias.present()) {
       TensorView own = g_.dbias;  // every element once
       for (int axis = 0; axis < 4; ++axis)
@@ -170,25 +171,26 @@ class BackwardRun {
 
   GradientHead gradient_head(const HeadTask& h, int64_t b, int64_t kv_head) const {
     const int64_t q_head = kv_head * group();
-    const auto at = [b](const TensorView& view, int64_t head) {
-      return address_of(view, b * view.stride[0] + head * view.stride[1]);
+    const Sequence& s = sequences_[static_cast<size_t>(b)];
+    const auto at = [b](const TensorView& view, int64_t head, int64_t row = 0) {
+      return address_of(view, b * view.stride[0] + head * view.stride[1] + row * view.stride[2]);
     };
     GradientHead g = {};
     g.head = &h;
-    g.dout = at(g_.dout, q_head);
+    g.dout = at(g_.dout, q_head, s.q_begin);
     g.dout_stride_s = g_.dout.stride[2];
     g.dout_stride_g = g_.dout.stride[1];
     g.dout_stride_d = g_.dout.stride[3];
     g.lse = rows_memory(b, kv_head);
     g.delta = rows_memory(b, kv_head) + p_.q.shape[2] * group();
-    g.dq = at(g_.dq, q_head);
+    g.dq = at(g_.dq, q_head, s.q_begin);
     g.dq_stride_s = g_.dq.stride[2];
     g.dq_stride_g = g_.dq.stride[1];
     g.dq_stride_d = g_.dq.stride[3];
-    g.dk = at(g_.dk, kv_head);
+    g.dk = at(g_.dk, kv_head, s.kv_begin);
     g.dk_stride_s = g_.dk.stride[2];
     g.dk_stride_d = g_.dk.stride[3];
-    g.dv = at(g_.dv, kv_head);
+    g.dv = at(g_.dv, kv_head, s.kv_begin);
     g.dv_stride_s = g_.dv.stride[2];
     g.dv_stride_d = g_.dv.stride[3];
     if (g_.dbias.present()) {
@@ -223,7 +225,8 @@ class BackwardRun {
     T* lse = static_cast<T*>(g.lse);
     T* delta = static_cast<T*>(g.delta);
     for (int64_t r = 0; r < task.row_end; ++r) {
-      const int64_t i = r / group(), head = kv_head * group() + r % group();
+      const int64_t i = sequences_[static_cast<size_t>(b)].q_begin + r / group(),
+                    head = kv_head * group() + r % group();
       const auto of_row = [&](const TensorView& view) {
         return *static_cast<const T*>(
             address_of(view, b * view.stride[0] + head * view.stride[1] + i * view.stride[2]));
