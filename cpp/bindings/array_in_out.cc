@@ -166,6 +166,19 @@ std::string dtype_text(py::handle array) {
   return py::hasattr(array, "dtype") ? py::str(array.attr("dtype")).cast<std::string>() : "unknown";
 }
 
+BorrowedArray borrow_integers(const char* name, py::handle values) {
+  BorrowedArray array = is_numpy_array(values) ? borrow_numpy(name, values) : borrow_dlpack(name, values);
+  if (array.code != ElementCode::kInt && array.code != ElementCode::kUInt) {
+    reject_type(std::string(name) + " has dtype " + dtype_text(values) + ", expected integers");
+  }
+  if (array.bits != 8 && array.bits != 16 && array.bits != 32 && array.bits != 64) {
+    reject_type(std::string(name) + " has " + std::to_string(array.bits) +
+                "-bit integers, expected those of 8, 16, 32 or 64 bits");
+  }
+  if (array.swapped) reject_byte_order(name, DType::kInt64);
+  return array;
+}
+
 // The function that makes an array of the caller's kind of anything that speaks DLPack.
 py::object from_dlpack_of(py::handle array) {
   if (py::hasattr(array, "__array_namespace__")) return array.attr("__array_namespace__")().attr("from_dlpack");
@@ -231,27 +244,38 @@ TensorView CallArrays::integers(const char* name, py::handle values, int64_t bat
     return keep(static_cast<int64_t>(items.size()), 1,
                 [&](int64_t i) { return to_int64(name, items[static_cast<size_t>(i)]); });
   }
-  const bool numpy = is_numpy_array(values);
-  if (!numpy && !py::hasattr(values, "__dlpack__")) {
+  if (!is_numpy_array(values) && !py::hasattr(values, "__dlpack__")) {
     return keep(1, 0, [&](int64_t) { return to_int64(name, values); });
   }
-  const BorrowedArray array = numpy ? borrow_numpy(name, values) : borrow_dlpack(name, values);
-  if (array.code != ElementCode::kInt && array.code != ElementCode::kUInt) {
-    reject_type(std::string(name) + " has dtype " + dtype_text(values) + ", expected integers");
-  }
-  if (array.bits != 8 && array.bits != 16 && array.bits != 32 && array.bits != 64) {
-    reject_type(std::string(name) + " has " + std::to_string(array.bits) +
-                "-bit integers, expected those of 8, 16, 32 or 64 bits");
-  }
-  if (array.swapped) reject_byte_order(name, DType::kInt64);
+  const BorrowedArray array = borrow_integers(name, values);
   TensorView view = array.view;
-  if (view.rank > 1 || (view.rank == 1 && view.shape[0] != batch)) {  // for `canonicalize` to refuse, unread
-    view.data = nullptr;
+  if (view.rank > 1 || (view.rank == 1 && batch != kAnyCount && view.shape[0] != batch)) {
+    view.data = nullptr;  // for `canonicalize` to refuse, unread
     view.dtype = DType::kInt64;
     return view;
   }
   return keep(view.rank == 0 ? 1 : view.shape[0], view.rank,
               [&](int64_t i) { return load_integer(array, view.rank == 0 ? 0 : i * view.stride[0]); });
+}
+
+TensorView CallArrays::table(const char* name, py::handle values, int64_t batch) {
+  if (values.is_none()) return {};
+  if (!is_numpy_array(values) && !py::hasattr(values, "__dlpack__")) {
+    reject_type(std::string(name) + " has type " + type_text(values) + ", expected a 2-D array of integers");
+  }
+  const BorrowedArray array = borrow_integers(name, values);
+  TensorView view = array.view;
+  if (view.rank != 2 || view.shape[0] != batch) {
+    view.data = nullptr;  // for `canonicalize` to refuse, unread
+    view.dtype = DType::kInt64;
+    return view;
+  }
+  const int64_t count = view.shape[0] * view.shape[1], columns = view.shape[1];
+  integers_.push_back(std::make_unique<int64_t[]>(static_cast<size_t>(count)));
+  int64_t* kept = integers_.back().get();
+  for (int64_t i = 0; i < count; ++i)
+    kept[i] = load_integer(array, i / columns * view.stride[0] + i % columns * view.stride[1]);
+  return contiguous_view(kept, DType::kInt64, view.shape, 2);
 }
 
 py::object CallArrays::allocate(DType dtype, const int64_t* shape, int rank, TensorView& view) const {

@@ -37,6 +37,10 @@ class CallArrays {
   // thread may change the caller's while the GIL is released, and kernels trust what was checked. An array of another
   // shape than () or (batch,) is not read at all.
   TensorView integers(const char* name, pybind11::handle values, int64_t batch);
+  static constexpr int64_t kAnyCount = -1;  // as `batch`
+
+  // The same of an array of shape (batch, any).
+  TensorView table(const char* name, pybind11::handle values, int64_t batch);
 
   // A C-contiguous array for a result, and its view.
   pybind11::object allocate(DType dtype, const int64_t* shape, int rank, TensorView& view) const;

@@ -9,6 +9,7 @@
 #include <random>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "attention/rejection.h"
 #include "attention/threads.h"
@@ -43,14 +44,23 @@ enum Argument {
   kOut,
   kReturnLse,
   kReturnWeights,
-  kNumArguments,
-  // of attention_backward, whose `out` is that of the forward pass
-  kLse = kNumArguments,
-  kDout,
-  kDlse,
-  kBiasGrad,
-  kSinksGrad,
-  kNumBackwardArguments
+  kNumArguments
+};
+
+// What functions have beside, each block at a place of its own.
+enum Boundary { kCuSeqlensQ, kCuSeqlensKv, kNumBoundaries };
+enum Gradient { kLse, kDout, kDlse, kBiasGrad, kSinksGrad, kNumGradients };  // `out` is that of the forward pass
+enum Update {
+  kNewK,
+  kNewV,
+  kBlockTable,
+  kCacheBatchIdx,
+  kKScale,
+  kVScale,
+  kRotaryCos,
+  kRotarySin,
+  kRotaryInterleaved,
+  kNumUpdates
 };
 
 // ---- scalars --------------------------------------------------------------------------------------------------------
@@ -145,9 +155,22 @@ Layout to_layout(py::handle layout) {
 
 // ---- the call -------------------------------------------------------------------------------------------------------
 
-AttentionProblem read_problem(PyObject* const* arguments, CallArrays& arrays) {
-  const auto argument = [arguments](Argument index) { return py::handle(arguments[index]); };
-  const auto optional = [&](const char* name, Argument index, Elements elements, Access access = Access::kRead) {
+// By what name errors call it, and where its blocks begin; 0: it has none.
+struct Function {
+  const char* name;
+  int num_arguments, boundaries = 0, gradients = 0, update = 0;
+};
+constexpr int kCommon = kNumArguments;
+constexpr Function kAttention = {"attention", kCommon};
+constexpr Function kBackward = {"attention", kCommon + int{kNumGradients}, 0, kCommon};
+constexpr Function kVarlen = {"attention_varlen", kCommon + int{kNumBoundaries}, kCommon};
+constexpr Function kVarlenBackward = {"attention_varlen", kVarlen.num_arguments + int{kNumGradients}, kCommon,
+                                      kVarlen.num_arguments};
+constexpr Function kCache = {"attention_kvcache", kCommon + int{kNumUpdates}, 0, 0, kCommon};
+
+AttentionProblem read_problem(const Function& function, PyObject* const* arguments, CallArrays& arrays) {
+  const auto argument = [arguments](int index) { return py::handle(arguments[index]); };
+  const auto optional = [&](const char* name, int index, Elements elements, Access access = Access::kRead) {
     return argument(index).is_none() ? TensorView{} : arrays.view(name, argument(index), elements, access);
   };
   AttentionProblem problem;
@@ -161,34 +184,81 @@ AttentionProblem read_problem(PyObject* const* arguments, CallArrays& arrays) {
   problem.seed = to_seed(argument(kSeed), problem.dropout_p);
 
   problem.q = arrays.view("q", argument(kQ), Elements::kFloating);
-  problem.k = arrays.view("k", argument(kK), Elements::kFloating);
-  problem.v = arrays.view("v", argument(kV), Elements::kFloating);
+  const bool cache = function.update != 0;
+  const Access access = cache && !argument(function.update + kNewK).is_none() ? Access::kWrite : Access::kRead;
+  problem.k = arrays.view(cache ? "k_cache" : "k", argument(kK), Elements::kFloating, access);
+  problem.v = arrays.view(cache ? "v_cache" : "v", argument(kV), Elements::kFloating, access);
+  int64_t batch = problem.q.rank == 4 ? problem.q.shape[0] : 1;
+  if (function.boundaries != 0) {
+    const auto boundaries = [&](const char* name, Boundary index) {
+      return arrays.integers(name, argument(function.boundaries + index), CallArrays::kAnyCount);
+    };
+    problem.cu_seqlens_q = boundaries("cu_seqlens_q", kCuSeqlensQ);
+    problem.cu_seqlens_kv = boundaries("cu_seqlens_kv", kCuSeqlensKv);
+    for (const auto& [name, view] :
+         {std::pair("cu_seqlens_q", &problem.cu_seqlens_q), std::pair("cu_seqlens_kv", &problem.cu_seqlens_kv)})
+      if (!view->present()) reject_type(std::string(name) + " is None, expected (B + 1,) integers");
+    batch = problem.cu_seqlens_q.shape[0] - 1;
+  }
   problem.mask = optional("mask", kMask, Elements::kBool);
   problem.bias = optional("bias", kBias, Elements::kFloating);
   problem.alibi_slopes = optional("alibi_slopes", kAlibiSlopes, Elements::kFloating);
   problem.sinks = optional("sinks", kSinks, Elements::kFloating);
-  const int64_t batch = problem.q.rank == 4 ? problem.q.shape[0] : 1;
   problem.q_lens = arrays.integers("q_lens", argument(kQLens), batch);
-  problem.kv_lens = arrays.integers("kv_lens", argument(kKvLens), batch);
+  problem.kv_lens = arrays.integers(cache ? "cache_lens" : "kv_lens", argument(kKvLens), batch);
   problem.q_offset = arrays.integers("q_offset", argument(kQOffset), batch);
   problem.out = optional("out", kOut, Elements::kFloating, Access::kWrite);
+  if (cache) {
+    problem.block_table = arrays.table("block_table", argument(function.update + kBlockTable), batch);
+    problem.k_scale = optional("k_scale", function.update + kKScale, Elements::kFloating);
+    problem.v_scale = optional("v_scale", function.update + kVScale, Elements::kFloating);
+  }
   return problem;
 }
 
-using Compute = Status (*)(const AttentionProblem&);
+CacheUpdate read_update(PyObject* const* arguments, CallArrays& arrays, int64_t batch) {
+  const auto optional = [&](const char* name, Update index) {
+    const py::handle array = arguments[index];
+    return array.is_none() ? TensorView{} : arrays.view(name, array, Elements::kFloating);
+  };
+  CacheUpdate update;
+  update.k = optional("k", kNewK);
+  update.v = optional("v", kNewV);
+  update.rotary_cos = optional("rotary_cos", kRotaryCos);
+  update.rotary_sin = optional("rotary_sin", kRotarySin);
+  update.rotary_interleaved = to_bool("rotary_interleaved", arguments[kRotaryInterleaved]);
+  update.cache_batch_idx = arrays.integers("cache_batch_idx", arguments[kCacheBatchIdx], batch);
+  return update;
+}
+
+using Compute = Status (*)(AttentionProblem&, CacheUpdate*);
+
+// As the core's own rejections, unless an exception is set already, as after an interrupt.
+void reject_if_failed(const Status& status) {
+  if (status.ok()) return;
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  throw Rejection{status.kind, status.text};
+}
 
 // (out, lse, weights), None where not asked for; out alone when it is all that is asked for.
-py::object run(PyObject* const* arguments, Compute compute) {
+py::object run(const Function& function, PyObject* const* arguments, Compute compute) {
   CallArrays arrays(arguments[kQ]);
-  AttentionProblem problem = read_problem(arguments, arrays);
+  AttentionProblem problem = read_problem(function, arguments, arrays);
   const Layout layout = problem.layout;
   const int rank = problem.q.rank;
   int64_t out_shape[kMaxRank];
   std::copy_n(problem.q.shape, kMaxRank, out_shape);
-  throw_if_failed(canonicalize(problem));
+  CacheUpdate update;
+  if (function.update != 0) {
+    update = read_update(arguments + function.update, arrays, problem.q.rank == 4 ? problem.q.shape[0] : 1);
+    reject_if_failed(canonicalize(problem, update));
+  } else {
+    reject_if_failed(canonicalize(problem));
+  }
 
   // The caller's rank: axes that q lacks are dropped from the front.
-  const int64_t scores[] = {problem.q.shape[0], problem.q.shape[1], problem.q.shape[2], problem.k.shape[2]};
+  const int64_t scores[] = {problem.q.shape[0], problem.q.shape[1],
+                            problem.packed() ? problem.packed_rows : problem.q.shape[2], problem.k.shape[2]};
   const int64_t* caller_scores = scores + (4 - rank);
   py::object out, lse, weights;
   if (!problem.out.present()) {
@@ -200,13 +270,14 @@ py::object run(PyObject* const* arguments, Compute compute) {
     const DType dtype = problem.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     lse = arrays.allocate(dtype, caller_scores, rank - 1, problem.lse);
     problem.lse = contiguous_view(problem.lse.data, dtype, scores, 3);
+    if (problem.packed()) problem.lse.stride[0] = 0;
   }
   if (is_true(arguments[kReturnWeights])) {
     weights = arrays.allocate(problem.q.dtype, caller_scores, rank, problem.weights);
     problem.weights = contiguous_view(problem.weights.data, problem.q.dtype, scores, 4);
   }
 
-  throw_if_failed(compute(problem));
+  reject_if_failed(compute(problem, function.update != 0 ? &update : nullptr));
 
   out = out ? arrays.hand_over(std::move(out)) : py::reinterpret_borrow<py::object>(arguments[kOut]);
   if (!lse && !weights) return out;
@@ -231,26 +302,29 @@ Status compute_released(Compute compute) {
   return compute(options);
 }
 
-Status compute_forward(const AttentionProblem& problem) {
-  return compute_released([&](const ExecutionOptions& options) { return attention_forward(problem, options); });
+Status compute_forward(AttentionProblem& problem, CacheUpdate* update) {
+  return compute_released([&](const ExecutionOptions& options) {
+    return update != nullptr ? attention_kvcache(problem, *update, options) : attention_forward(problem, options);
+  });
 }
 
-Status compute_reference(const AttentionProblem& problem) {
+Status compute_reference(AttentionProblem& problem, CacheUpdate*) {
   const ReleasedGil gil;
   return attention_reference(problem);
 }
 
-Status compute_nothing(const AttentionProblem&) { return {}; }
+Status compute_nothing(AttentionProblem&, CacheUpdate*) { return {}; }
 
 // (dq, dk, dv, dbias, dsinks), None where not asked for.
-py::object run_backward(PyObject* const* arguments) {
+py::object run_backward(const Function& function, PyObject* const* arguments) {
+  PyObject* const* own = arguments + function.gradients;
   CallArrays arrays(arguments[kQ]);
-  AttentionProblem problem = read_problem(arguments, arrays);
+  AttentionProblem problem = read_problem(function, arguments, arrays);
   const DType dtype = problem.q.dtype, accumulator = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   AttentionGradients g;
-  problem.lse = arrays.view("lse", arguments[kLse], Elements::kFloating);
-  g.dout = arrays.view("dout", arguments[kDout], Elements::kFloating);
-  if (arguments[kDlse] != Py_None) g.dlse = arrays.view("dlse", arguments[kDlse], Elements::kFloating);
+  problem.lse = arrays.view("lse", own[kLse], Elements::kFloating);
+  g.dout = arrays.view("dout", own[kDout], Elements::kFloating);
+  if (own[kDlse] != Py_None) g.dlse = arrays.view("dlse", own[kDlse], Elements::kFloating);
   py::object results[5];
   const auto allocate = [&](size_t index, const TensorView& like, DType of, TensorView& gradient) {
     results[index] = arrays.allocate(of, like.shape, like.rank, gradient);
@@ -258,10 +332,10 @@ py::object run_backward(PyObject* const* arguments) {
   allocate(0, problem.q, dtype, g.dq);
   allocate(1, problem.k, dtype, g.dk);
   allocate(2, problem.v, dtype, g.dv);
-  if (problem.bias.present() && is_true(arguments[kBiasGrad])) allocate(3, problem.bias, accumulator, g.dbias);
-  if (problem.sinks.present() && is_true(arguments[kSinksGrad])) allocate(4, problem.sinks, accumulator, g.dsinks);
-  throw_if_failed(canonicalize(problem, g));
-  throw_if_failed(
+  if (problem.bias.present() && is_true(own[kBiasGrad])) allocate(3, problem.bias, accumulator, g.dbias);
+  if (problem.sinks.present() && is_true(own[kSinksGrad])) allocate(4, problem.sinks, accumulator, g.dsinks);
+  reject_if_failed(canonicalize(problem, g));
+  reject_if_failed(
       compute_released([&](const ExecutionOptions& options) { return attention_backward(problem, g, options); }));
   for (py::object& result : results) result = result ? arrays.hand_over(std::move(result)) : py::none();
   return py::make_tuple(results[0], results[1], results[2], results[3], results[4]);
@@ -269,51 +343,70 @@ py::object run_backward(PyObject* const* arguments) {
 
 // ---- entry points ---------------------------------------------------------------------------------------------------
 
-template <int expected, class Run>
-PyObject* enter(PyObject* const* arguments, Py_ssize_t count, Run run) {
+template <class Run>
+PyObject* enter(const Function& function, PyObject* const* arguments, Py_ssize_t count, Run run) {
   try {
-    if (count == expected) return run(arguments).release().ptr();
-    PyErr_Format(PyExc_TypeError, "attention: %zd positional arguments, expected %d", count, expected);
+    if (count == function.num_arguments) return run(arguments).release().ptr();
+    PyErr_Format(PyExc_TypeError, "%s: %zd positional arguments, expected %d", function.name, count,
+                 function.num_arguments);
   } catch (const Rejection& rejection) {
-    PyErr_SetString(exception_class(rejection.kind), rejection.text.c_str());
+    PyErr_SetString(exception_class(rejection.kind), named(rejection.text, function.name).c_str());
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const std::bad_alloc&) {
-    PyErr_SetString(PyExc_MemoryError, "attention: out of memory");
+    PyErr_Format(PyExc_MemoryError, "%s: out of memory", function.name);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return nullptr;
 }
 
-template <Compute compute>
+template <Compute compute, const Function& function>
 PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return enter<kNumArguments>(arguments, count, [](PyObject* const* given) { return run(given, compute); });
+  return enter(function, arguments, count, [](PyObject* const* given) { return run(function, given, compute); });
 }
 
+template <const Function& function>
 PyObject* backward_entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return enter<kNumBackwardArguments>(arguments, count, run_backward);
+  return enter(function, arguments, count, [](PyObject* const* given) { return run_backward(function, given); });
 }
 
 #define FOVEAL_SIGNATURE                                                                                            \
   "($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lens, kv_lens, " \
-  "dropout_p, seed, layout, out, return_lse, return_weights, /)\n--\n\n"
+  "dropout_p, seed, layout, out, return_lse, return_weights"
+#define FOVEAL_VARLEN ", cu_seqlens_q, cu_seqlens_kv"
+#define FOVEAL_GRADIENTS ", lse, dout, dlse, bias_grad, sinks_grad"
+#define FOVEAL_CACHE \
+  ", new_k, new_v, block_table, cache_batch_idx, k_scale, v_scale, rotary_cos, rotary_sin, rotary_interleaved"
+#define FOVEAL_END ", /)\n--\n\n"
 
-PyCFunction function(PyObject* (*entry)(PyObject*, PyObject* const*, Py_ssize_t)) {
+PyCFunction function_of(PyObject* (*entry)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry));
 }
 
 PyMethodDef methods[] = {
-    {"attention", function(entry<compute_forward>), METH_FASTCALL,
-     "attention" FOVEAL_SIGNATURE "foveal.attention on arrays that are no torch tensors."},
-    {"attention_reference", function(entry<compute_reference>), METH_FASTCALL,
-     "attention_reference" FOVEAL_SIGNATURE "The same by the plain float64 oracle."},
-    {"check_attention", function(entry<compute_nothing>), METH_FASTCALL,
-     "check_attention" FOVEAL_SIGNATURE "Raise what `attention` raises when it refuses its arguments."},
-    {"attention_backward", function(backward_entry), METH_FASTCALL,
-     "attention_backward($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, "
-     "q_lens, kv_lens, dropout_p, seed, layout, out, return_lse, return_weights, lse, dout, dlse, bias_grad, "
-     "sinks_grad, /)\n--\n\n"
+    {"attention", function_of(entry<compute_forward, kAttention>), METH_FASTCALL,
+     "attention" FOVEAL_SIGNATURE FOVEAL_END "foveal.attention on arrays that are no torch tensors."},
+    {"attention_reference", function_of(entry<compute_reference, kAttention>), METH_FASTCALL,
+     "attention_reference" FOVEAL_SIGNATURE FOVEAL_END "The same by the plain float64 oracle."},
+    {"check_attention", function_of(entry<compute_nothing, kAttention>), METH_FASTCALL,
+     "check_attention" FOVEAL_SIGNATURE FOVEAL_END "Raise what `attention` raises when it refuses its arguments."},
+    {"attention_varlen", function_of(entry<compute_forward, kVarlen>), METH_FASTCALL,
+     "attention_varlen" FOVEAL_SIGNATURE FOVEAL_VARLEN FOVEAL_END "foveal.attention_varlen, likewise."},
+    {"check_attention_varlen", function_of(entry<compute_nothing, kVarlen>), METH_FASTCALL,
+     "check_attention_varlen" FOVEAL_SIGNATURE FOVEAL_VARLEN FOVEAL_END
+     "Raise what `attention_varlen` raises when it refuses its arguments."},
+    {"attention_kvcache", function_of(entry<compute_forward, kCache>), METH_FASTCALL,
+     "attention_kvcache" FOVEAL_SIGNATURE FOVEAL_CACHE FOVEAL_END
+     "foveal.attention_kvcache, likewise: k and v are the cache, kv_lens is cache_lens."},
+    {"check_attention_kvcache", function_of(entry<compute_nothing, kCache>), METH_FASTCALL,
+     "check_attention_kvcache" FOVEAL_SIGNATURE FOVEAL_CACHE FOVEAL_END
+     "Raise what `attention_kvcache` raises when it refuses its arguments."},
+    {"attention_varlen_backward", function_of(backward_entry<kVarlenBackward>), METH_FASTCALL,
+     "attention_varlen_backward" FOVEAL_SIGNATURE FOVEAL_VARLEN FOVEAL_GRADIENTS FOVEAL_END
+     "The gradients (dq, dk, dv, dbias, dsinks), likewise."},
+    {"attention_backward", function_of(backward_entry<kBackward>), METH_FASTCALL,
+     "attention_backward" FOVEAL_SIGNATURE FOVEAL_GRADIENTS FOVEAL_END
      "The gradients (dq, dk, dv, dbias, dsinks), from the out and lse of the forward pass."},
     {nullptr, nullptr, 0, nullptr},
 };

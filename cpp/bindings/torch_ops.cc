@@ -18,6 +18,7 @@
 
 #include <pybind11/stl.h>
 
+#include "attention/rejection.h"
 #include "attention/threads.h"
 #include "bindings/dlpack.h"
 #include "bindings/errors.h"
@@ -165,58 +166,72 @@ class ArgumentReader {
   const StableIValue* next_;
 };
 
-// What every op but `attention_plain` has from q to bshd, in the schema's order: initialisers run in the order of the
-// members.
+// What every op but `attention_plain` has. Each op reads its own arguments in its schema's order.
 struct ProblemArguments {
-  explicit ProblemArguments(ArgumentReader& read)
-      : q(read.tensor()),
-        k(read.tensor()),
-        v(read.tensor()),
-        mask(read.optional_tensor()),
-        bias(read.optional_tensor()),
-        alibi_slopes(read.optional_tensor()),
-        sinks(read.optional_tensor()),
-        q_lens(read.optional_tensor()),
-        kv_lens(read.optional_tensor()),
-        q_offsets(read.optional_tensor()),
-        seed(read.optional_tensor()),
-        causal(read.boolean()),
-        q_offset(read.optional_integer()),
-        window_left(read.optional_integer()),
-        window_right(read.optional_integer()),
-        scale(read.optional_real()),
-        softcap(read.real()),
-        dropout_p(read.real()),
-        bshd(read.boolean()) {}
-
   Tensor q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, q_offsets, seed;
-  bool causal;
+  bool causal = false;
   std::optional<int64_t> q_offset, window_left, window_right;
   std::optional<double> scale;
-  double softcap, dropout_p;
-  bool bshd;
+  double softcap = 0.0, dropout_p = 0.0;
+  bool bshd = false;
+
+  void read_qkv(ArgumentReader& read) {
+    q = read.tensor();
+    k = read.tensor();
+    v = read.tensor();
+  }
+  void read_arrays(ArgumentReader& read) {
+    mask = read.optional_tensor();
+    bias = read.optional_tensor();
+    alibi_slopes = read.optional_tensor();
+    sinks = read.optional_tensor();
+  }
+  void read_numbers(ArgumentReader& read) {
+    q_offsets = read.optional_tensor();
+    seed = read.optional_tensor();
+    causal = read.boolean();
+    q_offset = read.optional_integer();
+    window_left = read.optional_integer();
+    window_right = read.optional_integer();
+    scale = read.optional_real();
+    softcap = read.real();
+    dropout_p = read.real();
+  }
+  void read_all(ArgumentReader& read) {
+    read_qkv(read);
+    read_arrays(read);
+    q_lens = read.optional_tensor();
+    kv_lens = read.optional_tensor();
+    read_numbers(read);
+    bshd = read.boolean();
+  }
 };
 
 struct ForwardArguments : ProblemArguments {
-  explicit ForwardArguments(ArgumentReader& read) : ProblemArguments(read), return_weights(read.boolean()) {}
+  explicit ForwardArguments(ArgumentReader& read) {
+    read_all(read);
+    return_weights = read.boolean();
+  }
 
   bool return_weights;
 };
 
 struct BackwardArguments {
   explicit BackwardArguments(ArgumentReader& read)
-      : dout(read.tensor()),
-        dlse(read.optional_tensor()),
-        out(read.tensor()),
-        lse(read.tensor()),
-        problem(read),
-        bias_grad(read.boolean()),
-        sinks_grad(read.boolean()) {}
+      : dout(read.tensor()), dlse(read.optional_tensor()), out(read.tensor()), lse(read.tensor()) {
+    problem.read_all(read);
+    bias_grad = read.boolean();
+    sinks_grad = read.boolean();
+  }
 
   Tensor dout, dlse, out, lse;
   ProblemArguments problem;
   bool bias_grad, sinks_grad;
 };
+
+TensorView optional_view(const char* name, const Tensor& tensor) {
+  return tensor ? view_of(name, tensor) : TensorView{};
+}
 
 // None is unlimited, so the core's own sign for that is no number to accept.
 int64_t window_side(const char* name, std::optional<int64_t> width) {
@@ -240,9 +255,6 @@ uint64_t seed_of(const Tensor& tensor, double dropout_p) {
 
 // Borrows from `arguments`.
 AttentionProblem problem_of(ProblemArguments& arguments) {
-  const auto optional_view = [](const char* name, const Tensor& tensor) {
-    return tensor ? view_of(name, tensor) : TensorView{};
-  };
   AttentionProblem problem;
   problem.q = view_of("q", arguments.q);
   problem.k = view_of("k", arguments.k);
@@ -317,15 +329,18 @@ struct Results {
   Tensor out, lse, weights;  // none where not asked for; `out` when it was given
 };
 
-Results compute(AttentionProblem& problem, bool with_lse, bool with_weights) {
+// `update`: of the cache that k and v are; null: they are none.
+Results compute(AttentionProblem& problem, bool with_lse, bool with_weights, CacheUpdate* update = nullptr) {
   const Layout layout = problem.layout;
   const int rank = problem.q.rank;
   int64_t out_shape[kMaxRank];
   std::copy_n(problem.q.shape, kMaxRank, out_shape);
-  if (Status status = canonicalize(problem); !status.ok()) fail(std::move(status));
+  if (Status status = update != nullptr ? canonicalize(problem, *update) : canonicalize(problem); !status.ok())
+    fail(std::move(status));
 
   Results results;
-  const int64_t scores[] = {problem.q.shape[0], problem.q.shape[1], problem.q.shape[2], problem.k.shape[2]};
+  const int64_t scores[] = {problem.q.shape[0], problem.q.shape[1],
+                            problem.packed() ? problem.packed_rows : problem.q.shape[2], problem.k.shape[2]};
   const int dropped = 4 - rank;
   if (!problem.out.present()) {
     out_shape[rank - 1] = problem.v.shape[3];
@@ -335,10 +350,13 @@ Results compute(AttentionProblem& problem, bool with_lse, bool with_weights) {
   if (with_lse) {
     const DType dtype = problem.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     results.lse = allocate(dtype, scores, 3, dropped, problem.lse);
+    if (problem.packed()) problem.lse.stride[0] = 0;
   }
   if (with_weights) results.weights = allocate(problem.q.dtype, scores, 4, dropped, problem.weights);
 
-  execute([&](const ExecutionOptions& options) { return attention_forward(problem, options); });
+  execute([&](const ExecutionOptions& options) {
+    return update != nullptr ? attention_kvcache(problem, *update, options) : attention_forward(problem, options);
+  });
   return results;
 }
 
@@ -390,27 +408,23 @@ void attention_forward_out_boxed(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = result(results.lse);
 }
 
-void attention_backward_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  ArgumentReader read(stack);
-  BackwardArguments arguments(read);
-  AttentionProblem problem = problem_of(arguments.problem);
-  problem.out = view_of("out", arguments.out);
-  problem.lse = view_of("lse", arguments.lse);
+// Puts (dq, dk, dv, dbias, dsinks) on the stack; of the inputs that `problem`, not yet canonical, names.
+void differentiate(StableIValue* stack, AttentionProblem& problem, const Tensor& dout, const Tensor& dlse,
+                   bool bias_grad, bool sinks_grad) {
   const DType dtype = problem.q.dtype, accumulator = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   const auto allocate_like = [](const TensorView& view, DType of, TensorView& gradient) {
     if (view.rank > kMaxRank) throw std::runtime_error("attention: too many dimensions");
     return allocate(of, view.shape, view.rank, 0, gradient);
   };
   AttentionGradients gradients;
-  gradients.dout = view_of("dout", arguments.dout);
-  if (arguments.dlse) gradients.dlse = view_of("dlse", arguments.dlse);
+  gradients.dout = view_of("dout", dout);
+  gradients.dlse = optional_view("dlse", dlse);
   Tensor dq = allocate_like(problem.q, dtype, gradients.dq);
   Tensor dk = allocate_like(problem.k, dtype, gradients.dk);
   Tensor dv = allocate_like(problem.v, dtype, gradients.dv);
   Tensor dbias, dsinks;
-  if (arguments.bias_grad && problem.bias.present()) dbias = allocate_like(problem.bias, accumulator, gradients.dbias);
-  if (arguments.sinks_grad && problem.sinks.present())
-    dsinks = allocate_like(problem.sinks, accumulator, gradients.dsinks);
+  if (bias_grad && problem.bias.present()) dbias = allocate_like(problem.bias, accumulator, gradients.dbias);
+  if (sinks_grad && problem.sinks.present()) dsinks = allocate_like(problem.sinks, accumulator, gradients.dsinks);
   if (Status status = canonicalize(problem, gradients); !status.ok()) fail(std::move(status));
   execute([&](const ExecutionOptions& options) { return attention_backward(problem, gradients, options); });
   stack[4] = result_or_empty(dsinks, accumulator);
@@ -419,6 +433,100 @@ void attention_backward_boxed(StableIValue* stack, uint64_t, uint64_t) {
   stack[1] = result(dk);
   stack[0] = result(dq);
 }
+
+void attention_backward_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  ArgumentReader read(stack);
+  BackwardArguments arguments(read);
+  AttentionProblem problem = problem_of(arguments.problem);
+  problem.out = view_of("out", arguments.out);
+  problem.lse = view_of("lse", arguments.lse);
+  differentiate(stack, problem, arguments.dout, arguments.dlse, arguments.bias_grad, arguments.sinks_grad);
+}
+
+struct VarlenArguments : ProblemArguments {
+  explicit VarlenArguments(ArgumentReader& read) {
+    read_qkv(read);
+    cu_seqlens_q = read.tensor();
+    cu_seqlens_kv = read.tensor();
+    read_arrays(read);
+    read_numbers(read);
+    bshd = true;
+  }
+
+  Tensor cu_seqlens_q, cu_seqlens_kv;
+};
+
+AttentionProblem varlen_problem_of(VarlenArguments& arguments) {
+  AttentionProblem problem = problem_of(arguments);
+  problem.cu_seqlens_q = view_of("cu_seqlens_q", arguments.cu_seqlens_q);
+  problem.cu_seqlens_kv = view_of("cu_seqlens_kv", arguments.cu_seqlens_kv);
+  return problem;
+}
+
+void attention_varlen_forward(StableIValue* stack) {
+  ArgumentReader read(stack);
+  VarlenArguments arguments(read);
+  AttentionProblem problem = varlen_problem_of(arguments);
+  Results results = compute(problem, true, false);
+  stack[1] = result(results.lse);
+  stack[0] = result(results.out);
+}
+
+void attention_varlen_backward(StableIValue* stack) {
+  ArgumentReader read(stack);
+  const Tensor dout = read.tensor(), dlse = read.optional_tensor(), out = read.tensor(), lse = read.tensor();
+  VarlenArguments arguments(read);
+  const bool bias_grad = read.boolean(), sinks_grad = read.boolean();
+  AttentionProblem problem = varlen_problem_of(arguments);
+  problem.out = view_of("out", out);
+  problem.lse = view_of("lse", lse);
+  differentiate(stack, problem, dout, dlse, bias_grad, sinks_grad);
+}
+
+void attention_kvcache_op(StableIValue* stack) {
+  ArgumentReader read(stack);
+  ProblemArguments arguments;
+  arguments.read_qkv(read);
+  const Tensor cache_lens = read.tensor(), k = read.optional_tensor(), v = read.optional_tensor();
+  const Tensor block_table = read.optional_tensor(), cache_batch_idx = read.optional_tensor();
+  const Tensor k_scale = read.optional_tensor(), v_scale = read.optional_tensor();
+  const Tensor rotary_cos = read.optional_tensor(), rotary_sin = read.optional_tensor();
+  CacheUpdate update;
+  update.rotary_interleaved = read.boolean();
+  arguments.read_arrays(read);
+  arguments.read_numbers(read);
+  AttentionProblem problem = problem_of(arguments);
+  problem.layout = Layout::kBshd;
+  problem.kv_lens = view_of("cache_lens", cache_lens);
+  problem.block_table = optional_view("block_table", block_table);
+  problem.k_scale = optional_view("k_scale", k_scale);
+  problem.v_scale = optional_view("v_scale", v_scale);
+  update.k = optional_view("k", k);
+  update.v = optional_view("v", v);
+  update.rotary_cos = optional_view("rotary_cos", rotary_cos);
+  update.rotary_sin = optional_view("rotary_sin", rotary_sin);
+  update.cache_batch_idx = optional_view("cache_batch_idx", cache_batch_idx);
+  if (update.k.present()) {
+    require(torch.torch_get_mutable_data_ptr(arguments.k.get(), &problem.k.data), "give a pointer");
+    require(torch.torch_get_mutable_data_ptr(arguments.v.get(), &problem.v.data), "give a pointer");
+  }
+  Results results = compute(problem, true, false, &update);
+  stack[1] = result(results.lse);
+  stack[0] = result(results.out);
+}
+
+// Errors name the function that the op is of.
+template <void (*kernel)(StableIValue*), const auto& function>
+void boxed_as(StableIValue* stack, uint64_t, uint64_t) {
+  try {
+    kernel(stack);
+  } catch (const std::runtime_error& error) {
+    last_failure.text = named(last_failure.text, function);
+    throw std::runtime_error(named(error.what(), function));
+  }
+}
+
+constexpr char kVarlen[] = "attention_varlen", kCache[] = "attention_kvcache";
 
 // --- Python ----------------------------------------------------------------------------------------------------------
 
@@ -435,6 +543,9 @@ std::string register_torch_ops(const std::vector<std::string>& libraries) {
   implement("attention_forward", attention_forward_boxed);
   implement("attention_forward_out", attention_forward_out_boxed);
   implement("attention_backward", attention_backward_boxed);
+  implement("attention_varlen_forward", boxed_as<attention_varlen_forward, kVarlen>);
+  implement("attention_varlen_backward", boxed_as<attention_varlen_backward, kVarlen>);
+  implement("attention_kvcache", boxed_as<attention_kvcache_op, kCache>);
   return "";
 }
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from foveal._attention import Attention, attention
 from foveal._runtime import Info, get_num_threads, info, set_num_threads
+from foveal._serving import attention_kvcache, attention_varlen
 from foveal.queues import AsyncPriorityQueue, Empty, IndexedHeap, PriorityMap, PriorityQueue, ShutDown, SumTree
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ __all__ = [
     "TaskBalancer",
     "__version__",
     "attention",
+    "attention_kvcache",
+    "attention_varlen",
     "get_num_threads",
     "info",
     "set_num_threads",

@@ -48,6 +48,7 @@ def test_there_is_an_example_of_each_kind():
         [],
         [],
         ["torch"],
+        ["torch"],
         ["torch", "transformers"],
         ["torch"],
         ["torch"],

@@ -224,9 +224,14 @@ def _is_bshd(layout: Any) -> bool:
     return bool(layout == "bshd")
 
 
-def _explained(error: Exception, arguments: dict[str, Any]) -> BaseException:
+def _explained(
+    error: Exception,
+    arguments: dict[str, Any],
+    function: str = "attention",
+    check: Any = _core.check_attention,
+) -> BaseException:
     """Find the exception that NumPy callers would get for what made the call raise ``error``."""
-    if isinstance(error, NotImplementedError) and str(error).startswith("attention: "):
+    if isinstance(error, NotImplementedError) and str(error).startswith(f"{function}: "):
         return error
     if isinstance(error, NotImplementedError) and "jvp" in str(error):  # Dynamo allows our Function none to say it in
         return NotImplementedError("attention: there is no forward-mode derivative, expected reverse mode")
@@ -237,11 +242,11 @@ def _explained(error: Exception, arguments: dict[str, Any]) -> BaseException:
         if not isinstance(array, Tensor):
             continue
         if array.device.type != "cpu":
-            return TypeError(f"attention: {name} is on {array.device}, expected cpu")
+            return TypeError(f"{function}: {name} is on {array.device}, expected cpu")
         if array.is_nested or array.is_quantized or array.layout != torch.strided:
             kind = "nested" if array.is_nested else "quantized" if array.is_quantized else str(array.layout)
             kind = kind.removeprefix("torch.").removeprefix("_")
-            return TypeError(f"attention: {name} is a {kind} tensor, expected a plain dense one")
+            return TypeError(f"{function}: {name} is a {kind} tensor, expected a plain dense one")
         if name == "out" and (array.is_neg() or array.is_conj()):
             return TypeError(
                 "attention: out is a negated view, expected a tensor that owns its sign: out.resolve_neg()"
@@ -249,8 +254,8 @@ def _explained(error: Exception, arguments: dict[str, Any]) -> BaseException:
         if _is_functorch_wrapped(array) or hasattr(array, "fake_mode"):
             return error  # there is no memory to look at
     try:
-        _core.check_attention(*(x.detach() if isinstance(x, Tensor) else x for x in arguments.values()))
+        check(*(x.detach() if isinstance(x, Tensor) else x for x in arguments.values()))
     except (TypeError, ValueError) as refusal:
-        if str(refusal).startswith("attention: "):
+        if str(refusal).startswith(f"{function}: "):
             return refusal
     return error

@@ -359,12 +359,13 @@ def _libtorch() -> list[str]:
 
 
 _library = torch.library.Library("foveal", "DEF")
+_shim_is_missing = bool(_core.register_torch_ops(_libtorch()))  # before the schemas, which is as good
 
 
 def _register() -> None:
     for name, schema in _SCHEMAS.items():
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if _core.register_torch_ops(_libtorch()):
+    if _shim_is_missing:
         from foveal.torch import _fallback
 
         _fallback.register(_library)

@@ -1,0 +1,118 @@
+"""What :func:`foveal.attention_varlen` and :func:`foveal.attention_kvcache` do with tensors: one call of an op each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from foveal import _core
+from foveal.torch._autograd import is_differentiated
+from foveal.torch._call import _explained, _flag, _integers, _offset, _seed, _side
+from foveal.torch._serving_ops import refuse_gradient
+from foveal.torch._varlen_autograd import differentiable_varlen
+
+_varlen_forward = torch.ops.foveal.attention_varlen_forward.default
+_kvcache = torch.ops.foveal.attention_kvcache.default
+
+
+def _scores(options: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
+    """Give the arguments that both ops end with."""
+    window_left, window_right = options["window"]
+    offset, offsets = _offset(options["q_offset"], device)
+    return (
+        options["mask"],
+        options["bias"],
+        options["alibi_slopes"],
+        options["sinks"],
+        offsets,
+        _seed(options["seed"], options["dropout_p"], device),
+        _flag(options["causal"]),
+        offset,
+        _side(window_left),
+        _side(window_right),
+        options["scale"],
+        options["softcap"],
+        options["dropout_p"],
+    )
+
+
+def _run(op: torch._ops.OpOverload, differentiate: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    tracing = torch.compiler.is_dynamo_compiling()
+    gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if not tracing and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        gradient = is_differentiated(*inputs)
+    if gradient:
+        return differentiate(*inputs)
+    if tracing:
+        return op(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():  # the op's autograd kernel is in Python
+        return op(*inputs)
+
+
+def _no_gradient(*_: Any) -> NoReturn:
+    refuse_gradient()
+
+
+def _by_position(options: dict[str, Any], kv_lens: Any) -> dict[str, Any]:
+    """Give what follows q, k and v in ``_core.attention``, in its order."""
+    dropout_p, seed = options["dropout_p"], options["seed"]
+    scores = {name: x for name, x in options.items() if name not in ("dropout_p", "seed")}
+    rest = {"q_lens": None, "kv_lens": kv_lens, "dropout_p": dropout_p, "seed": 0 if isinstance(seed, Tensor) else seed}
+    return {**scores, **rest, "layout": "bshd", "out": None, "return_lse": True, "return_weights": False}
+
+
+def _attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, options: dict[str, Any]) -> Any:
+    """Give (out, lse); jagged nested tensors bring their own boundaries and get a nested output."""
+    if getattr(q, "is_nested", False):
+        return _attention_nested(q, k, v, cu_seqlens_q, cu_seqlens_kv, options)
+    try:
+        begins = [_integers(begins, q.device) for begins in (cu_seqlens_q, cu_seqlens_kv)]
+        inputs = (q, k, v, *begins, *_scores(options, q.device))
+        return _run(_varlen_forward, differentiable_varlen, inputs)
+    except Exception as error:
+        arguments = {"q": q, "k": k, "v": v, **_by_position(options, None)}
+        arguments |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+        raise _explained(error, arguments, "attention_varlen", _core.check_attention_varlen) from None
+
+
+def _attention_nested(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, options: dict[str, Any]) -> Any:
+    for name, begins in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        if begins is not None:
+            raise ValueError(f"attention_varlen: {name} is given, expected None: nested tensors hold the boundaries")
+    tokens = []
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or not x.is_nested or x.layout != torch.jagged:
+            raise TypeError(f"attention_varlen: {name} is no jagged nested tensor, expected one as q is")
+        if x.ndim != 4 or x._ragged_idx not in (1, 2) or x.lengths() is not None:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"attention_varlen: {name} is no (B, tokens, H, D) or (B, H, tokens, D) without holes, expected such a "
+                "jagged tensor"
+            )
+        # values() has the tokens in place of the batch and ragged axes.
+        tokens.append(x.values() if x._ragged_idx == 1 else x.values().transpose(0, 1))  # type: ignore[attr-defined]
+    if not torch.equal(k.offsets(), v.offsets()):
+        raise ValueError("attention_varlen: v has other lengths than k, expected the same")
+    out, lse = _attention_varlen(tokens[0], tokens[1], tokens[2], q.offsets(), k.offsets(), options)
+    nested = torch.nested.nested_tensor_from_jagged(out, q.offsets())
+    return (nested if q._ragged_idx == 1 else nested.transpose(1, 2)), lse
+
+
+def _attention_kvcache(
+    q: Any, k_cache: Any, v_cache: Any, cache_lens: Any, update: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    """Give (out, lse); ``update`` has the arguments from k to rotary_interleaved, in the order of the op."""
+    try:
+        lens = torch.as_tensor(cache_lens, device=q.device) if isinstance(cache_lens, int) else cache_lens
+        new = [
+            _integers(x, q.device) if name in ("block_table", "cache_batch_idx") else x for name, x in update.items()
+        ]
+        new[-1] = _flag(new[-1])
+        inputs = (q, k_cache, v_cache, _integers(lens, q.device), *new, *_scores(options, q.device))
+        return _run(_kvcache, _no_gradient, inputs)
+    except Exception as error:
+        arguments = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **_by_position(options, cache_lens), **update}
+        raise _explained(error, arguments, "attention_kvcache", _core.check_attention_kvcache) from None

@@ -1,0 +1,161 @@
+"""The ops of :func:`foveal.attention_varlen` and :func:`foveal.attention_kvcache`, as ``_ops`` has that of attention.
+
+==============================  ======================================================================================
+``attention_varlen_forward``    packed sequences
+``attention_varlen_backward``   the gradients of its inputs from those of ``out`` and ``lse``
+``attention_kvcache``           a cache of keys and values, which new tokens join in place first; no gradient
+==============================  ======================================================================================
+
+Arguments mean what they mean in those functions. There are no rules for vmap: the ops say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from foveal.torch._autograd import is_differentiated
+from foveal.torch._ops import Options, _autocast, _check, _library, _new_lse_and_weights, _new_out, _shim_is_missing
+
+_SCORES = (
+    "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? q_offsets=None, "
+    "Tensor? seed=None, bool causal=False, SymInt? q_offset=None, SymInt? window_left=None, SymInt? window_right=None, "
+    "float? scale=None, float softcap=0.0, float dropout_p=0.0"
+)
+_PACKED = f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_kv, {_SCORES}"
+_SCHEMAS = {
+    "attention_varlen_forward": f"({_PACKED}) -> (Tensor out, Tensor lse)",
+    "attention_varlen_backward": (
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKED}, bool bias_grad=False, bool sinks_grad=False)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+    ),
+    "attention_kvcache": (
+        "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, Tensor? k=None, Tensor? v=None, "
+        "Tensor? block_table=None, Tensor? cache_batch_idx=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+        "Tensor? rotary_cos=None, Tensor? rotary_sin=None, bool rotary_interleaved=False, "
+        f"{_SCORES}) -> (Tensor out, Tensor lse)"
+    ),
+}
+
+
+class Scores(NamedTuple):
+    """What both ops end with."""
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    q_offsets: Tensor | None = None
+    seed: Tensor | None = None
+    causal: bool = False
+    q_offset: int | None = None
+    window_left: int | None = None
+    window_right: int | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+
+class Update(NamedTuple):
+    """What ``attention_kvcache`` has between ``cache_lens`` and the scores."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+    block_table: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    rotary_cos: Tensor | None = None
+    rotary_sin: Tensor | None = None
+    rotary_interleaved: bool = False
+
+
+def _results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    lse, _ = _new_lse_and_weights(q, k, Options(bshd=True))
+    return _new_out(q, v), lse
+
+
+def _varlen_fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, *values: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_kv, *values, *named.values())
+    return _results(q, k, v)
+
+
+def _varlen_backward_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    *values: Any,
+    **named: Any,
+) -> tuple[Tensor, ...]:
+    rest = (*values, *named.values())
+    _check(q, k, v, dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_kv, *rest)
+    count = len(Scores._fields)
+    scores = Scores(*values[:count], **{name: x for name, x in named.items() if name in Scores._fields})
+    asked = dict(zip(("bias_grad", "sinks_grad"), values[count:], strict=False)) | named
+
+    def of(x: Tensor | None, name: str) -> Tensor:
+        return lse.new_empty(x.shape if x is not None and asked.get(name) else (0,))
+
+    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+    return *gradients, of(scores.bias, "bias_grad"), of(scores.sinks, "sinks_grad")
+
+
+def _kvcache_fake(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lens: Tensor, *values: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    return _results(q, k_cache, v_cache)
+
+
+def _refusing(name: str, what: str) -> Callable[..., NoReturn]:
+    def rule(*_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(f"{name}: {what}")
+
+    return rule
+
+
+def _kvcache_kernel(keyset: torch._C.DispatchKeySet, *values: Any, **named: Any) -> Any:
+    if is_differentiated(*values, *named.values()):
+        refuse_gradient()
+    op = torch.ops.foveal.attention_kvcache.default
+    return op.redispatch(keyset & torch._C._after_autograd_keyset, *values, **named)
+
+
+def refuse_gradient() -> NoReturn:
+    raise NotImplementedError(
+        "attention_kvcache: an input requires grad, expected no gradient: a cache has none; detach the inputs or call "
+        "under torch.no_grad()"
+    )
+
+
+def _register() -> None:
+    for op_name, schema in _SCHEMAS.items():
+        _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if _shim_is_missing:
+        from foveal.torch import _serving_fallback
+
+        _serving_fallback.register(_library)
+    for name, op_name, fake in (
+        ("attention_varlen", "attention_varlen_forward", _varlen_fake),
+        ("attention_varlen", "attention_varlen_backward", _varlen_backward_fake),
+        ("attention_kvcache", "attention_kvcache", _kvcache_fake),
+    ):
+        torch.library.register_fake(f"foveal::{op_name}", fake, lib=_library)
+        vmap = _refusing(name, "there is no rule for vmap, expected a call without it")
+        torch.library.register_vmap(f"foveal::{op_name}", vmap, lib=_library)
+    _library.impl(torch.ops.foveal.attention_kvcache.default, _kvcache_kernel, "Autograd", with_keyset=True)
+    varlen = torch.ops.foveal.attention_varlen_forward.default
+    _library.impl(varlen, _autocast(varlen, 0), "AutocastCPU", with_keyset=True)
+
+
+_register()
