@@ -431,9 +431,9 @@ COS = torch.ones(40, 8)
         ),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0, expected 0.0 or more"),
         ({"q": random(4, 2, 6, 16).requires_grad_()}, NotImplementedError, "q requires grad, expected no gradient"),
-        ({"q": random(4, 2, 5, 16)}, ValueError, "attention: "),
-        ({"alibi_slopes": torch.ones(5)}, ValueError, "attention: alibi_slopes"),
-        ({"softmax_scale": math.nan}, ValueError, "attention: scale"),
+        ({"q": random(4, 2, 5, 16)}, ValueError, "attention_kvcache: "),
+        ({"alibi_slopes": torch.ones(5)}, ValueError, "attention_kvcache: alibi_slopes"),
+        ({"softmax_scale": math.nan}, ValueError, "attention_kvcache: scale"),
     ],
 )
 def test_kvcache_refused_with_nothing_written(change, error, text):

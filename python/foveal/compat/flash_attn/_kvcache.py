@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal._attention import attention
+from foveal._serving import attention_kvcache
 from foveal.compat.flash_attn._arguments import check_rank, integers_of_batch, softcap_of, window_of
-from foveal.compat.flash_attn._pages import check_pages, gather_pages
+from foveal.compat.flash_attn._pages import check_pages
 from foveal.compat.flash_attn._rotary import rotate
 
 _NAME = "flash_attn_with_kvcache"
@@ -56,7 +56,7 @@ def flash_attn_with_kvcache(
     cache_leftpad : (B,) integer Tensor, optional
         The keys before it are not seen. Not with ``block_table``.
     block_table : (B, pages) integer Tensor, optional
-        Sequence b has its tokens in the pages block_table[b], in order. They are copied together for the computation.
+        Sequence b has its tokens in the pages block_table[b], in order. They are read where they lie.
     softmax_scale, causal, window_size, softcap, alibi_slopes
         As in ``flash_attn_func``: aligned so that the last query is at the last key.
     rotary_interleaved : bool
@@ -96,7 +96,7 @@ def flash_attn_with_kvcache(
                 raise NotImplementedError(f"{_NAME}: {name} requires grad, expected no gradient: there is none")
     _check_new(q, k_cache, v_cache, k, v)
     batch = q.shape[0]
-    rows = _rows(k_cache, cache_batch_idx, block_table, batch)
+    _check_rows(k_cache, cache_batch_idx, block_table, batch)
     if block_table is None:
         room = k_cache.shape[1]
     else:
@@ -110,24 +110,37 @@ def flash_attn_with_kvcache(
         if block_table is not None:
             raise NotImplementedError(f"{_NAME}: cache_leftpad and block_table are given, expected one of them")
         leftpad = integers_of_batch(_NAME, "cache_leftpad", cache_leftpad, batch, room)
-    q, k = _rotated(q, k, rotary_cos, rotary_sin, held, lens, rotary_interleaved, causal or window != (None, None))
-
-    options: dict[str, Any] = {
-        "causal": causal,
-        "window": window,
-        "scale": softmax_scale,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "layout": "bshd",
-    }
-    if k is not None and v is not None:
-        # What attention would refuse must be refused before the cache changes: it judges the new tokens alone.
-        attention(q[:, :0], k, v, **options)
-        _append(k_cache, v_cache, k, v, held, rows, block_table)
-    keys, values = (_read(x, lens, rows, block_table) for x in (k_cache, v_cache))
+    each_query = causal or window != (None, None)
+    tables = _rotary_tables(q, k, rotary_cos, rotary_sin, held, lens, each_query)
+    if tables is not None and k is not None and not each_query and q.shape[1] > 1:
+        # All queries are at one position here, and at successive ones in attention_kvcache.
+        new = held[:, None] + torch.arange(k.shape[1], device=q.device)
+        q = rotate(q, *tables, held[:, None], interleaved=rotary_interleaved)
+        k = rotate(k, *tables, new, interleaved=rotary_interleaved)
+        tables = None
+    mask = None
     if leftpad is not None:
-        options["mask"] = (torch.arange(keys.shape[1], device=q.device) >= leftpad[:, None])[:, None, None]
-    result: Any = attention(q, keys, values, kv_lens=lens, **options, return_lse=return_softmax_lse)
+        mask = (torch.arange(room, device=q.device) >= leftpad[:, None])[:, None, None]
+    result: Any = attention_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        cache_lens=held,
+        k=k,
+        v=v,
+        block_table=block_table,
+        cache_batch_idx=cache_batch_idx,
+        rotary_cos=None if tables is None else tables[0],
+        rotary_sin=None if tables is None else tables[1],
+        rotary_interleaved=rotary_interleaved,
+        mask=mask,
+        causal=causal,
+        window=window,
+        scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_softmax_lse,
+    )
     return (result.out, result.lse) if return_softmax_lse else result
 
 
@@ -152,17 +165,14 @@ def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v:
             raise TypeError(f"{_NAME}: {name} has dtype {x.dtype}, expected {q.dtype} (from q)")
 
 
-def _rows(k_cache: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None, batch: int) -> Tensor | None:
-    """Give the cache row of each sequence; None: row b, or pages."""
+def _check_rows(k_cache: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None, batch: int) -> None:
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError(f"{_NAME}: cache_batch_idx and block_table are given, expected one of them")
-        return None
-    if cache_batch_idx is None:
-        if k_cache.shape[0] != batch:
-            raise ValueError(f"{_NAME}: k_cache.shape[0] is {k_cache.shape[0]}, expected {batch} (from q)")
-        return None
-    return integers_of_batch(_NAME, "cache_batch_idx", cache_batch_idx, batch, k_cache.shape[0] - 1)
+    elif cache_batch_idx is not None:
+        integers_of_batch(_NAME, "cache_batch_idx", cache_batch_idx, batch, k_cache.shape[0] - 1)
+    elif k_cache.shape[0] != batch:
+        raise ValueError(f"{_NAME}: k_cache.shape[0] is {k_cache.shape[0]}, expected {batch} (from q)")
 
 
 def _lengths(cache_seqlens: int | Tensor | None, k: Tensor | None, batch: int, room: int) -> tuple[Tensor, Tensor]:
@@ -178,18 +188,18 @@ def _lengths(cache_seqlens: int | Tensor | None, k: Tensor | None, batch: int, r
     return held, held + new
 
 
-def _rotated(
+def _rotary_tables(
     q: Tensor,
     k: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     held: Tensor,
     lens: Tensor,
-    interleaved: bool,
     each_query: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor] | None:
+    """Give cos and sin, when there are any; they must fit."""
     if cos is None and sin is None:
-        return q, k
+        return None
     if cos is None or sin is None or k is None:
         raise ValueError(f"{_NAME}: expected rotary_cos, rotary_sin, k and v together, found some of them")
     check_rank(_NAME, 2, rotary_cos=cos, rotary_sin=sin)
@@ -201,40 +211,7 @@ def _rotated(
         raise ValueError(
             f"{_NAME}: rotary_cos.shape[1] is {cos.shape[1]}, expected at most {q.shape[-1] // 2} (from q)"
         )
-    queries = torch.arange(q.shape[1] if each_query else 1, device=q.device)
-    last = int(torch.maximum(lens, held + len(queries)).max()) if len(lens) else 0
+    last = int(torch.maximum(lens, held + (q.shape[1] if each_query else 1)).max()) if len(lens) else 0
     if cos.shape[0] < last:
         raise ValueError(f"{_NAME}: rotary_cos.shape[0] is {cos.shape[0]}, expected {last} or more (from the lengths)")
-    positions = held[:, None] + queries
-    new = held[:, None] + torch.arange(k.shape[1], device=q.device)
-    return (
-        rotate(q, cos, sin, positions, interleaved=interleaved),
-        rotate(k, cos, sin, new, interleaved=interleaved),
-    )
-
-
-def _append(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    held: Tensor,
-    rows: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
-    positions = held[:, None] + torch.arange(k.shape[1], device=k.device)
-    if block_table is not None:
-        page_size = k_cache.shape[1]
-        places = (block_table.gather(1, positions // page_size).long(), positions % page_size)
-    else:
-        places = ((torch.arange(len(held), device=k.device) if rows is None else rows)[:, None], positions)
-    k_cache[places] = k
-    v_cache[places] = v
-
-
-def _read(cache: Tensor, lens: Tensor, rows: Tensor | None, block_table: Tensor | None) -> Tensor:
-    if block_table is not None:
-        return gather_pages(cache, block_table, lens.tolist())
-    if rows is None:
-        return cache
-    return cache[:, : int(lens.max()) if len(lens) else 0][rows]
+    return cos, sin

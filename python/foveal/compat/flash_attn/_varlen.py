@@ -1,7 +1,6 @@
 """Attention of packed sequences by flash-attn's names: (tokens, H, D) tensors and where each sequence begins.
 
-Each sequence is a call of :func:`foveal.attention` on its slice of the tensors, so nothing is padded and the bits are
-those of the sequence alone.
+A call of :func:`foveal.attention_varlen`, so nothing is padded and the bits are those of each sequence alone.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal._attention import attention
+from foveal._serving import attention_varlen
 from foveal.compat.flash_attn._arguments import (
     boundaries,
     check_rank,
@@ -99,33 +98,26 @@ def flash_attn_varlen_func(
             f"{function}: alibi_slopes.shape[0] is {alibi_slopes.shape[0]}, expected {batch} (from cu_seqlens_q)"
         )
 
-    options: dict[str, Any] = {
-        "causal": causal,
-        "window": window_of(function, window_size),
-        "scale": softmax_scale,
-        "softcap": softcap_of(function, softcap),
-        "dropout_p": dropout_p,
-        "layout": "bshd",
-        "return_lse": True,
-    }
-    outs, lses = [], []
-    for b in range(batch):
-        if block_table is None:
-            keys, values = (x[begins_k[b] : begins_k[b + 1]] for x in (k, v))
-        else:
-            keys, values = (gather_pages(x, block_table[b : b + 1], [lens_k[b]])[0, : lens_k[b]] for x in (k, v))
-        slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
-        result: Any = attention(q[begins_q[b] : begins_q[b + 1]], keys, values, alibi_slopes=slopes, **options)
-        outs.append(result.out)
-        lses.append(result.lse)
-    rest = q.shape[0] - begins_q[-1]
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    outs.append(q.new_zeros(rest, q.shape[1], v.shape[-1]))
-    out = torch.cat(outs)
-    if not return_attn_probs:
-        return out
-    lses.append(q.new_full((q.shape[1], rest), -torch.inf, dtype=work))
-    return out, torch.cat(lses, 1), q.new_empty(0)
+    if block_table is not None:
+        k, v = (
+            torch.cat([gather_pages(x, block_table[b : b + 1], [n])[0, :n] for b, n in enumerate(lens_k)] or [x[:0, 0]])
+            for x in (k, v)
+        )
+    result: Any = attention_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        causal=causal,
+        window=window_of(function, window_size),
+        scale=softmax_scale,
+        softcap=softcap_of(function, softcap),
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        return_lse=return_attn_probs,
+    )
+    return (result.out, result.lse, q.new_empty(0)) if return_attn_probs else result
 
 
 def flash_attn_varlen_kvpacked_func(
