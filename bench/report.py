@@ -29,6 +29,7 @@ from foveal._bench.compare import cache_nbytes, compare, fma_peak, read_bandwidt
 from foveal._bench.show import Row, markdown, plot
 from foveal._bench.work import Work
 from process_rows import call_overhead, import_time, peak_memory, window_against_full
+from serving_rows import packed_sequences, paged_decode, paged_int8_decode
 from training_rows import train
 from whole_model import continue_prompt, encode_passages
 
@@ -108,6 +109,17 @@ def measurements() -> list[Measurement]:
         dataclasses.replace(
             attention("numpy", Work(1, 8, 1024, 64), peers=["numpy", "numpy textbook"]), times={"numpy textbook": 5.0}
         ),
+        *(
+            Measurement(
+                "serving",
+                f"packed sequences {dtype}",
+                functools.partial(packed_sequences, dtype=dtype),
+                {"torch padded": 3.0, "torch call by call": 1.3},
+            )
+            for dtype in ("float32", "bfloat16")
+        ),
+        Measurement("serving", "paged decode", paged_decode, limit=0.75),
+        Measurement("serving", "paged int8 decode", paged_int8_decode, {"own bf16 cache": 1.6}),
         Measurement("model", "all-MiniLM-L6-v2", encode_passages, {"torch": 1.0}),
         Measurement("model", "llama", continue_prompt, {"torch": 1.0}),
         Measurement("memory", "extra memory", peak_memory, at_most=64.0),
