@@ -63,6 +63,9 @@ class SumTree(_core.SumTree):
 
     __slots__ = ("_lock", "_logs", "_offset", "_temperature")
 
+    def __new__(cls: type[TreeT], capacity: int, *arguments: Any, **keywords: Any) -> TreeT:
+        return super().__new__(cls, capacity)  # the others are for the __init__ of a subclass
+
     def __init__(self, capacity: int) -> None:
         self._logs: NDArray[np.float64] | None = None  # score / temperature of each id
         self._offset = 0.0  # what is subtracted from them before exp

@@ -393,17 +393,20 @@ def test_copies():
 
 
 class Buffer(SumTree):
-    def __init__(self, capacity):
+    def __init__(self, capacity, fill, *, log=False):
         super().__init__(capacity)
-        self.stored = [None] * capacity
+        self.stored = [fill] * capacity
+        self.log = log
 
 
 def test_attributes_of_subclasses_are_copied_too():
-    buffer = Buffer(3)
+    buffer = Buffer(3, None, log=True)
     buffer[1] = 2.0
     for make in (SumTree.copy, copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))):
         other = make(buffer)
-        assert (type(other), other.stored, other.total) == (Buffer, [None] * 3, 2.0)
+        assert (type(other), other.stored, other.log, other.total) == (Buffer, [None] * 3, True, 2.0)
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        SumTree(3, 4)
     with pytest.raises(TypeError, match=r"SumTree\.__setstate__: state is 3"):
         buffer.__setstate__(3)
 
