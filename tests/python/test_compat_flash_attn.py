@@ -154,6 +154,21 @@ def test_compiles_whole(name):
     assert torch.equal(compiled(q, k, v, **OPTIONS[name]), flash_attn_func(q, k, v, **OPTIONS[name]))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients(packed):
+    qkv = random(2, 13, 3, 4, 16, dtype=torch.float64).requires_grad_()
+    dout = random(2, 13, 4, 16, dtype=torch.float64, seed=1)
+    out = flash_attn_qkvpacked_func(qkv, causal=True) if packed else flash_attn_func(*qkv.unbind(2), causal=True)
+    (found,) = torch.autograd.grad(out, qkv, dout)
+    expected = torch.nn.functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.transpose(1, 2), qkv, dout)[0])
+    torch.manual_seed(3)
+    dropped = flash_attn_qkvpacked_func(qkv, 0.5, causal=True)
+    assert not torch.equal(dropped, out)
+    torch.manual_seed(3)
+    assert torch.equal(flash_attn_func(*qkv.unbind(2), 0.5, causal=True), dropped)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

@@ -267,6 +267,24 @@ def test_forward_parity(name, padding, monkeypatch):
         assert_close(result_of(found), result_of(expected))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_parity(name):
+    model, inputs = model_of(name), inputs_of(name, "none")
+    found = {}
+    for implementation in ("eager", "foveal"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        result_of(model(**inputs)).square().mean().backward()
+        found[implementation] = {n: x.grad for n, x in model.named_parameters() if x.grad is not None}
+    model.zero_grad()
+    assert found["foveal"].keys() == found["eager"].keys()
+    for n, expected in found["eager"].items():
+        size = expected.abs().max().item()
+        torch.testing.assert_close(
+            found["foveal"][n], expected, rtol=0, atol=1e-3 * size + 1e-6, msg=lambda m, n=n: f"{n}: {m}"
+        )
+
+
 def test_the_cases_cover_what_they_should():
     """A window that hides nothing, or even attention, would make the parity above a weak statement."""
     for name in ("mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "modernbert"):
