@@ -18,8 +18,6 @@ import pytest
 import foveal
 from foveal import Scheduler, Step
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def square(i):
     return i * i
@@ -108,7 +106,7 @@ def test_a_task_whose_worker_was_killed_by_chance_is_run_again(tmp_path):
     scheduler = Scheduler(processes, max_in_flight=3)
     futures = [scheduler.submit(dies, str(tmp_path / "died")) for _ in range(6)]
     scheduler.start(retries=1)
-    assert [f.result(60) for f in futures] == ["alive"] * 6
+    assert [f.result(200) for f in futures] == ["alive"] * 6
     scheduler.shutdown()
 
 
@@ -219,7 +217,7 @@ def test_a_task_that_the_executor_cannot_take_fails_alone():
 def test_others_get_their_turn_in_a_pool_that_the_scheduler_fills():
     with ThreadPoolExecutor(1) as pool, Scheduler(pool) as scheduler:
         futures = [scheduler.submit(time.sleep, 0.001) for _ in range(300)]
-        assert pool.submit(square, 3).result(30) == 9
+        assert pool.submit(square, 3).result(200) == 9
         assert not futures[-1].done()
 
 
@@ -304,7 +302,7 @@ def test_mpi(tmp_path):
     )
     path = tmp_path / "program.py"
     path.write_text(program)
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=250)
     if done.returncode and "spawn" in done.stderr.lower():
         pytest.skip("this MPI cannot start processes")
     assert done.stdout.splitlines() == ["[('done', 19), ('failed', 1)]", "True", "True ValueError"], done.stderr

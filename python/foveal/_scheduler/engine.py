@@ -139,15 +139,24 @@ class Engine:
         driver.start()
         return driver
 
-    def join(self, driver: threading.Thread) -> None:
-        """Wait for the end of a run; on Ctrl-C hand out nothing more and wait for what is in flight."""
+    def run(self, max_in_flight: int | None, opened: Callable[[int], None], show: Callable[[], None] | None) -> None:
+        """Run all tasks, wait for the end; on Ctrl-C hand out nothing more and wait for what is in flight."""
+        has_begun = False
+
+        def opened_here(width: int) -> None:
+            nonlocal has_begun
+            opened(width)
+            has_begun = True
+
         try:
-            self._wait_for(driver)
+            self._wait_for(self.start("run", max_in_flight, opened_here, show, forever=False))
         except BaseException:
-            with self.mutex:
-                self.ledger.close()
-            self._wake.set()
-            self._wait_for(driver)
+            driver = self._driver  # Ctrl-C may have come while start was still waiting for it to begin
+            if has_begun and driver is not None:
+                with self.mutex:
+                    self.ledger.close()
+                self._wake.set()
+                self._wait_for(driver)
             raise
         error = self._error or self.ledger.failure
         if error is not None:

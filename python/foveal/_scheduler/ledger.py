@@ -209,7 +209,7 @@ class Ledger:
             self._finish(task, "done", None, now)
 
     def put_back(self, task: Task) -> None:
-        """Undo the decision for a task that was not started: it is next again."""
+        """Undo the decision for a task that was not started: it is among the next again."""
         self._land()
         self._budget += task.granted
         self.backlog.settle(task, 0.0)

@@ -371,7 +371,7 @@ class Scheduler:
 
         with Progress(progress, self._ledger.counts) as bar:
             show = bar.show if progress else None
-            self._engine.join(self._engine.start("run", self._max_in_flight, opened, show, forever=False))
+            self._engine.run(self._max_in_flight, opened, show)
         with self._engine.mutex:
             report = self._ledger.report(began, self._engine.now())
             self._ledger.remember(None)
