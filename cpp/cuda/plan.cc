@@ -67,6 +67,8 @@ Status check_extents(const AttentionProblem& p) {
     }
   }
   if (p.dropout_p != 0.0) return refuse(ErrorKind::kNotImplemented, "dropout_p is not 0, which the CUDA backend lacks");
+  if (p.packed()) return refuse(ErrorKind::kNotImplemented, "cu_seqlens_q is given, which the CUDA backend lacks");
+  if (p.paged()) return refuse(ErrorKind::kNotImplemented, "block_table is given, which the CUDA backend lacks");
   return {};
 }
 
