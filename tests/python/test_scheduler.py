@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from scheduler_cases import endless
 
@@ -407,6 +408,36 @@ def test_an_executor_that_is_shut_down_loses_nothing():
     with scheduler, pytest.raises(RuntimeError, match="the executor takes no tasks"):
         futures[0].result(200)
     assert all(f.done() for f in futures)
+
+
+def test_feedback_may_be_any_number_and_never_overflows():
+    calls = itertools.count(1)
+    scheduler = Scheduler(max_in_flight=1, ema=1.0, policy="strict")
+    future = scheduler.add_stepper(lambda budget: Step(next(calls) >= 5, np.array(1000.0), 1.0), key="a")
+    scheduler.submit(int, key="b")
+    for feedback in (np.float16(0.5), 1.7e308, -1.7e308, 1.7e308):
+        scheduler.update("b", feedback=feedback)
+    assert scheduler.run(timeout=20).counts == {"done": 2}
+    assert future.done()
+    assert next(calls) == 6
+
+
+def test_a_scorer_that_is_interrupted_does_not_keep_the_lock():
+    def scorer(features):
+        raise KeyboardInterrupt
+
+    scheduler = Scheduler(scorer=scorer)
+    scheduler.submit(int, features=[1.0])
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.distribution()
+
+
+def test_made_up_keys_avoid_those_given():
+    scheduler = Scheduler()
+    given = [scheduler.submit(int, key=f"task-{n}") for n in (0, 1, 2)]
+    made_up = [scheduler.submit(int) for _ in range(3)]
+    assert scheduler.run(timeout=20).counts == {"done": len(given + made_up)}
 
 
 def test_running_twice_and_after_shutdown():

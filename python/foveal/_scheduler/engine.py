@@ -58,7 +58,11 @@ class _Mutex:
     def __enter__(self) -> None:
         self._lock.acquire()
         if self._ledger.arrivals:
-            self._ledger.absorb()
+            try:
+                self._ledger.absorb()
+            except BaseException:  # a scorer that raises, Ctrl-C: __exit__ will not be called
+                self._lock.release()
+                raise
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()

@@ -94,8 +94,8 @@ class Ledger:
             self.arrivals.popleft()
 
     def feed_back(self, task: Task, feedback: float) -> None:
-        """Move the task's urgency by the moving average."""
-        task.urgency += self._ema * (feedback - task.urgency)
+        """Move the task's urgency by the moving average; `feedback` may be any real number, a tensor's too."""
+        task.urgency = (1.0 - self._ema) * task.urgency + self._ema * float(feedback)  # cannot overflow
 
     def cancel(self, task: Task, now: float) -> bool:
         """Cancel a task that waits, or a stepper when its step is over; say whether it is, or will be."""

@@ -431,9 +431,11 @@ class Scheduler:
         if not math.isfinite(urgency + importance):
             check_finite(f"Scheduler.{method}", "urgency", urgency)
             check_finite(f"Scheduler.{method}", "importance", importance)
+            check_finite(f"Scheduler.{method}", "urgency + importance", urgency + importance)
         row = None if features is None else self._scorer.row(f"Scheduler.{method}", features)
         engine = self._engine
-        key = f"task-{next(self._made_up)}" if key is None else key
+        if key is None:
+            key = next(made for made in map("task-{}".format, self._made_up) if made not in self._ledger.tasks)
         now = engine.now()
         task = Task(key, fn, args, kwargs, float(urgency), float(importance), now)
         task.future = future = Future(engine, task)
