@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -586,3 +587,14 @@ def test_with_kernels_in_python():
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["q_lens", "kv_lens", "q_offset"])
+def test_integers_from_numpy_may_change_before_the_backward_pass(name):
+    q, k, v = (torch.randn(1, 1, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(foveal.attention(q, k, v, causal=True, **{name: np.array([7])}).sum(), (q, k, v))
+    integers = np.array([7])
+    out = foveal.attention(q, k, v, causal=True, **{name: integers})
+    integers[0] = 2
+    for gradient, same in zip(torch.autograd.grad(out.sum(), (q, k, v)), expected, strict=True):
+        assert torch.equal(gradient, same)

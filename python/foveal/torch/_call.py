@@ -181,7 +181,7 @@ def _integers(values: Any, device: torch.device) -> Tensor | None:
     elif not isinstance(values, Tensor):
         if not hasattr(values, "__dlpack__"):
             raise TypeError
-        values = torch.as_tensor(values, device=device)
+        values = torch.as_tensor(values, device=device).clone()  # theirs may change before the backward pass
     if values.dtype not in _INTEGERS + _NARROW_INTEGERS:
         raise TypeError
     integers: Tensor = values if values.dtype in _INTEGERS else values.to(torch.int64)
