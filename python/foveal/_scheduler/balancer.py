@@ -31,7 +31,7 @@ class TaskBalancer:
         "rate": more for losses that fall more slowly (Liu 2019). "difficulty": more for tasks with a lower indicator
         (Guo 2018); :meth:`update` then wants `kpis`.
     temperature : float
-        Of the softmax of "rate", above 0; higher shares more evenly.
+        Of the softmax of "rate", above 0, default 2; higher shares more evenly.
     breadth : float, optional
         Of "rate": how many tasks share the weight, as exp(entropy), instead of a temperature.
     gamma : float

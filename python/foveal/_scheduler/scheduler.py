@@ -38,7 +38,7 @@ class Scheduler:
         How many tasks may be with the executor. Default: its number of workers, so that priorities count to the last
         moment; more keeps distant workers busy.
     temperature : float
-        Above 0; higher shares more evenly.
+        Above 0, default 1; higher shares more evenly.
     floor : float
         From 0 to 1: this part of the service goes round all waiting tasks in turn, whatever their priorities.
     breadth : float, optional
@@ -389,7 +389,7 @@ class Scheduler:
         return self
 
     def report(self) -> Report:
-        """Report on what has been done so far: of a scheduler in the background, on the latest 10,000 tasks."""
+        """Report on what waits, and in the background on the latest 10,000 tasks; :meth:`run` returns its own report."""
         with self._engine.mutex:
             return self._ledger.report(None, self._engine.now())
 
