@@ -64,8 +64,9 @@ def print_bench(*, quick: bool, png: Path | None) -> None:
     print(
         f"\n{markdown(rows)}\n\n"
         "times a peer: how many times faster foveal is; median (quartiles) of the ratio within a round of turns.\n"
-        f"of the machine: of its FMA peak, measured in turn with each row (now {fma_peak(threads) / 1e9:.0f} GF/s on {threads} "
-        f"thread{'s' * (threads != 1)}); where the\nfigure is GB/s, of its read bandwidth, measured likewise."
+        "of the machine: of its FMA peak, measured in turn with each row (now "
+        f"{fma_peak(threads) / 1e9:.0f} GF/s on {threads} thread{'s' * (threads != 1)}); where the\n"
+        "figure is GB/s, of its read bandwidth, measured likewise."
     )
     if png:
         plot(rows, png)

@@ -389,7 +389,7 @@ class Scheduler:
         return self
 
     def report(self) -> Report:
-        """Report on what waits, and in the background on the latest 10,000 tasks; :meth:`run` returns its own report."""
+        """Report on what waits, and in the background on the latest 10,000 tasks; :meth:`run` returns its own."""
         with self._engine.mutex:
             return self._ledger.report(None, self._engine.now())
 
