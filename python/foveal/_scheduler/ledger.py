@@ -235,12 +235,6 @@ class Ledger:
             task.status = "waiting"
             self._suspects.append(task)
 
-    def is_exhausted(self, now: float) -> bool:
-        """Say whether nothing is in flight and nothing will be."""
-        if self.in_flight:
-            return False
-        return not self.has_room() or now >= self.until
-
     def _land(self) -> None:
         self.in_flight -= 1
         self._is_alone = False
