@@ -10,6 +10,7 @@
 #include "bindings/attention.h"
 #include "bindings/dlpack.h"
 #include "bindings/errors.h"
+#include "bindings/gil.h"
 #include "bindings/heap.h"
 #include "bindings/machine_limits.h"
 #include "bindings/priority_map.h"
@@ -46,7 +47,7 @@ void read_bytes(int threads, const py::buffer& buffer) {
   Py_buffer view;
   if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
   {
-    const py::gil_scoped_release released;
+    const foveal::ReleasedGil released;
     foveal::read_bytes(threads, view.buf, view.len);
   }
   PyBuffer_Release(&view);
@@ -70,7 +71,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("use_isa", &use_isa, py::arg("name"), py::pos_only(),
         "Run the kernels of this instruction set from now on; None goes back to FOVEAL_ISA or the best. For tests.");
   m.def("run_fmas", &foveal::run_fmas, py::arg("threads"), py::arg("operations"), py::pos_only(),
-        py::call_guard<py::gil_scoped_release>(),
+        py::call_guard<foveal::ReleasedGil>(),
         "About so many float32 operations as FMAs in registers, and nothing else; returns how many it were.");
   m.def("read_bytes", &read_bytes, py::arg("threads"), py::arg("buffer"), py::pos_only(),
         "Load every byte of a contiguous buffer once, front to back.");

@@ -14,6 +14,8 @@
 #include <new>
 #include <utility>
 
+#include "bindings/gil.h"
+
 namespace foveal {
 
 // A Python exception that is set already, on its way out of C++.
@@ -155,20 +157,13 @@ inline PyObject* pair_of(PyObject* first, PyObject* second) {
 // ---- the GIL --------------------------------------------------------------------------------------------------------
 
 // Runs `body` without the GIL when `work` elements make it worth the switch: to get it back can take another thread's
-// whole time slice. No Python object may be owned by C++ variables of the callers meanwhile: they would be destroyed
-// without the GIL if the interpreter ends first.
+// whole time slice.
 template <class Body>
 void without_gil(size_t work, Body&& body) {
   constexpr size_t kWorthwhile = 128;
   if (work < kWorthwhile) return body();
-  PyThreadState* state = PyEval_SaveThread();
-  try {
-    body();
-  } catch (const std::exception&) {
-    PyEval_RestoreThread(state);
-    throw;
-  }
-  PyEval_RestoreThread(state);
+  const ReleasedGil released;
+  body();
 }
 
 // ---- types ----------------------------------------------------------------------------------------------------------

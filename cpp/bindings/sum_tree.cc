@@ -8,6 +8,7 @@
 
 #include "bindings/batch.h"
 #include "bindings/fork_aware_lock.h"
+#include "bindings/gil.h"
 #include "bindings/native_type.h"
 #include "bindings/sum_tree.h"
 
@@ -31,9 +32,8 @@ void alone(TreeObject& self, size_t work, Body&& body) {
   Tree& tree = *self.tree;
   ForkAwareLock::Taken taken;
   while ((taken = tree.lock.try_lock()) == ForkAwareLock::Taken::kNot) {
-    PyThreadState* state = PyEval_SaveThread();
+    const ReleasedGil released;
     tree.lock.wait();
-    PyEval_RestoreThread(state);
   }
   // The weights are whole, one by one, or noted; the sums need not be.
   if (taken == ForkAwareLock::Taken::kOrphaned) tree.sums.rebuild();
