@@ -58,23 +58,24 @@ def window_against_full(budget: float, progress: Progress) -> Row:
     )
 
 
-def call_overhead(budget: float, progress: Progress, *, tensors: bool) -> Row:
-    """A whole call on (1,1,1,8): all cost, no work."""
+def call_overhead(budget: float, progress: Progress, *, tensors: bool, grad: bool = False) -> Row:
+    """A whole call on (1,1,1,8): all cost, no work. With `grad`, one that records a graph."""
     q = np.ones((1, 1, 1, 8), np.float32)
     if tensors:
         import torch
 
-        tensor = torch.from_numpy(q)
+        tensor = torch.from_numpy(q).requires_grad_(grad)
+        mode = torch.enable_grad if grad else torch.no_grad
         sdpa = torch.nn.functional.scaled_dot_product_attention
         contenders = [
-            Contender("foveal", lambda: foveal.attention(tensor, tensor, tensor), torch.no_grad),
-            Contender("torch", lambda: sdpa(tensor, tensor, tensor), torch.no_grad),
+            Contender("foveal", lambda: foveal.attention(tensor, tensor, tensor), mode),
+            Contender("torch", lambda: sdpa(tensor, tensor, tensor), mode),
         ]
     else:
         contenders = [Contender("foveal", lambda: foveal.attention(q, q, q))]
     times = take_turns(contenders, budget=budget, progress=progress)
     return Row(
-        f"a call on (1,1,1,8){' tensors' * tensors}",
+        f"a call on (1,1,1,8){' tensors' * tensors}{' that require grad' * grad}",
         times.median("foveal") * 1e6,
         "us",
         {"torch": times.ratio("torch", "foveal")} if tensors else {},

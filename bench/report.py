@@ -125,6 +125,9 @@ def measurements() -> list[Measurement]:
         Measurement("memory", "extra memory", peak_memory, at_most=64.0),
         Measurement("call", "numpy call", functools.partial(call_overhead, tensors=False), at_most=8.0),
         Measurement("call", "torch call", functools.partial(call_overhead, tensors=True), at_most=12.0),
+        Measurement(
+            "call", "torch call with grad", functools.partial(call_overhead, tensors=True, grad=True), at_most=60.0
+        ),
         Measurement("import", "import", import_time, at_most=100.0),
     ]
 
