@@ -30,7 +30,9 @@ py::array to_numpy(const char* function, const char* name, py::handle object) {
   const py::module_ numpy = py::module_::import("numpy");
   if (py::hasattr(object, "__dlpack__")) {
     try {
-      return numpy.attr("from_dlpack")(object).cast<py::array>();
+      // torch exports a tensor that it is still to negate as if that were done.
+      const py::object settled = py::getattr(object, "resolve_neg", py::none());
+      return numpy.attr("from_dlpack")(settled.is_none() ? object : settled()).cast<py::array>();
     } catch (py::error_already_set& error) {  // not on the CPU, not a dtype of NumPy's, requires grad
       const std::string text =
           std::string(function) + ": " + name + " cannot be read: " + py::str(error.value()).cast<std::string>();

@@ -252,7 +252,7 @@ PyObject* pop_many(HeapObject& self, Call call) {
   if (k < 0) fail(PyExc_ValueError, "%s: k is %S, expected at least 0", kSignature.function, k_argument);
   const bool relaxed = relaxed_argument != nullptr && to_bool(kSignature.function, "relaxed", relaxed_argument);
   IndexedHeap& heap = *self.heap;
-  const auto most = static_cast<size_t>(std::min(k, heap.size()));
+  const auto most = static_cast<size_t>(std::min(k, heap.capacity()));  // size() lags behind other threads
   const auto ids = std::make_unique_for_overwrite<int64_t[]>(most);
   const auto priorities = std::make_unique_for_overwrite<double[]>(most);
   size_t count = 0;
@@ -302,6 +302,12 @@ py::object attributes_of(HeapObject& self) {
 
 void set_attributes(py::handle object, const py::object& attributes) {
   if (!attributes.is_none()) object.attr("__dict__").attr("update")(attributes);
+}
+
+void check_attributes(const char* function, py::handle object, const py::object& attributes) {
+  if (attributes.is_none() || (py::isinstance<py::dict>(attributes) && py::hasattr(object, "__dict__"))) return;
+  fail(PyExc_TypeError, "%s: attributes are %R, expected a dict, or None where there is none", function,
+       attributes.ptr());
 }
 
 PyObject* copy(HeapObject& self, Call call) {
@@ -369,10 +375,13 @@ PyObject* set_state(HeapObject& self, Call call) {
   if (!PyTuple_Check(state) || PyTuple_GET_SIZE(state) != 3) {
     fail(PyExc_TypeError, "%s: state is %R, expected (ids, priorities, attributes)", kSignature.function, state);
   }
+  const py::handle object = reinterpret_cast<PyObject*>(&self);
+  const auto attributes = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state, 2));
+  check_attributes(kSignature.function, object, attributes);
   const Writes writes(kSignature.function, PyTuple_GET_ITEM(state, 0), PyTuple_GET_ITEM(state, 1),
                       self.heap->capacity());
   self.heap->assign(writes.ids.span(), writes.priorities.span());
-  set_attributes(reinterpret_cast<PyObject*>(&self), py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state, 2)));
+  set_attributes(object, attributes);
   Py_RETURN_NONE;
 }
 
@@ -445,6 +454,7 @@ PyObject* next(PyObject* self) {
       const std::optional<HeapEntry> entry = iterator->rest->pop();
       return entry ? pair_of_entry(*entry) : nullptr;
     }
+    if (iterator->ids_of == nullptr) return nullptr;  // the garbage collector has been here
     IndexedHeap& heap = heap_of(iterator->ids_of);
     while (iterator->next < heap.capacity()) {
       const int64_t id = iterator->next++;
@@ -454,8 +464,20 @@ PyObject* next(PyObject* self) {
   });
 }
 
+int traverse_iterator(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  Py_VISIT(reinterpret_cast<HeapIterator*>(self)->ids_of);
+  return 0;
+}
+
+int drop_heap(PyObject* self) {
+  Py_CLEAR(reinterpret_cast<HeapIterator*>(self)->ids_of);
+  return 0;
+}
+
 void free_iterator(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
   auto* iterator = reinterpret_cast<HeapIterator*>(self);
   Py_XDECREF(iterator->ids_of);
   delete iterator->rest;
@@ -663,13 +685,13 @@ void bind_heap(py::module_& module) {
   add_type(module, heap_spec);
 
   PyType_Slot iterator_slots[] = {
-      slot(Py_tp_dealloc, free_iterator),
-      slot(Py_tp_iter, PyObject_SelfIter),
-      slot(Py_tp_iternext, next),
-      {0, nullptr},
+      slot(Py_tp_dealloc, free_iterator), slot(Py_tp_traverse, traverse_iterator),
+      slot(Py_tp_clear, drop_heap),       slot(Py_tp_iter, PyObject_SelfIter),
+      slot(Py_tp_iternext, next),         {0, nullptr},
   };
   PyType_Spec iterator_spec = {"foveal._core._HeapIterator", sizeof(HeapIterator), 0,
-                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, iterator_slots};
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                               iterator_slots};
   iterator_type = add_type(module, iterator_spec);
 }
 

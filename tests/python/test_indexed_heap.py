@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import gc
 import math
 import os
 import pickle
@@ -9,6 +10,7 @@ import queue
 import subprocess
 import sys
 import threading
+import weakref
 
 import hypothesis.strategies as st
 import numpy as np
@@ -228,6 +230,15 @@ def test_tensors(id_dtype, dtype):
         heap.push_many(ids[:1], priorities[:1].detach().to(torch.bfloat16))
 
 
+def test_a_tensor_that_torch_has_not_negated_yet():
+    torch = pytest.importorskip("torch")
+    lazy = torch.conj(torch.tensor([1 + 2j, 3 + 4j])).imag
+    assert lazy.is_neg()
+    heap = IndexedHeap(2)
+    heap.push_many([0, 1], lazy)
+    assert list(heap.iter_sorted()) == [(1, -4.0), (0, -2.0)]
+
+
 def test_from_arrays():
     heap = IndexedHeap.from_arrays([3, 1, 3], [1.0, 2.0, 3.0])
     assert (heap.capacity, len(heap), heap.peek(), heap.max) == (4, 2, (1, 2.0), False)
@@ -278,6 +289,25 @@ def test_attributes_of_subclasses_are_copied_too():
         assert (type(other), other.labels, other.max, other.pop()) == (Labelled, ["a"], True, (1, 2.0))
     assert copy.copy(heap).labels is heap.labels
     assert copy.deepcopy(heap).labels is not heap.labels
+
+
+@pytest.mark.parametrize("attributes", [5, {"a": 1}])
+def test_a_state_that_does_not_fit_changes_nothing(attributes):
+    heap = IndexedHeap.from_arrays([1], [2.0], 10)
+    with pytest.raises(TypeError, match=r"IndexedHeap\.__setstate__: attributes are .*, expected a dict, or None"):
+        heap.__setstate__((np.array([5]), np.array([9.0]), attributes))
+    with pytest.raises(ValueError, match=r"priorities\[0\] is nan"):
+        heap.__setstate__((np.array([5]), np.array([np.nan]), None))
+    assert list(heap.iter_sorted()) == [(1, 2.0)]
+
+
+def test_a_cycle_through_an_iterator_is_collected():
+    heap = Labelled(10)
+    heap.iterator = iter(heap)
+    gone = weakref.ref(heap)
+    del heap
+    gc.collect()
+    assert gone() is None
 
 
 def test_relaxed_pop_stays_near_the_front():
@@ -456,6 +486,32 @@ def test_threads_neither_lose_nor_double_an_element(relaxed):
     assert sorted(taken) == list(range(n))
     assert len(heap) == 0
     assert not list(heap)
+
+
+def test_a_batch_that_pops_sees_what_another_is_pushing():
+    n = 200_000
+    ids, priorities = np.arange(n), np.zeros(n)
+    priorities[0] = -1.0  # from its push on the first
+    for _ in range(50):
+        heap = IndexedHeap(n)
+        found = []
+
+        def pop(heap=heap, found=found):
+            while True:
+                try:
+                    heap.peek()
+                except Empty:
+                    continue
+                found.append((heap.pop_many(1)[0].tolist(), len(heap)))
+                return
+
+        run_all(pop, lambda heap=heap: heap.push_many(ids, priorities))
+        ((popped, seen),) = found
+        assert popped == [0]
+        assert len(heap) == n - 1
+        if seen < n - 1:  # it came between
+            return
+    pytest.fail("no thread ever came between")
 
 
 def test_a_batch_skips_what_another_thread_removes_and_says_so():

@@ -21,6 +21,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "foveal/heap_tree.h"
 
@@ -60,7 +61,7 @@ class BasicIndexedHeap {
   Order order() const { return flip_ != 0 ? Order::kMax : Order::kMin; }
   int64_t nbytes() const { return tree_.nbytes(); }
 
-  // The number of present ids; while other threads write, some number near it.
+  // The number of present ids; while other threads write, some number near it, off by at most 64 for each of them.
   int64_t size() const {
     int64_t sum = 0;
     for (const Counter& counter : counters_) sum += counter.value.load(std::memory_order_relaxed);
@@ -367,27 +368,27 @@ class BasicIndexedHeap {
   template <Write kWrite, class Skipped>
   void write_many(std::span<const int64_t> ids, std::span<const double> priorities, Skipped&& skipped) {
     assert(ids.size() == priorities.size());
-    int64_t inserted = 0;
+    Tally inserted{*this};
     for (size_t i = 0; i < ids.size(); ++i) {
       if (i + kPrefetchAhead < ids.size()) tree_.prefetch(at(ids[i + kPrefetchAhead]));
       const bool present = write<kWrite>(ids[i], key_of(priorities[i]));
-      if (kWrite != Write::kUpdate && !present) ++inserted;
+      if (kWrite != Write::kUpdate && !present) inserted.add(1);
       if (kWrite == Write::kInsert ? present : kWrite == Write::kUpdate && !present) skipped(i);
     }
-    if (inserted != 0) count(inserted);
   }
 
   template <class Take>
   size_t pop_many(std::span<int64_t> ids, std::span<double> priorities, Take take) {
     assert(ids.size() == priorities.size());
+    Tally taken{*this};
     size_t n = 0;
     for (; n < ids.size(); ++n) {
       const std::optional<HeapEntry> entry = take();
       if (!entry) break;
       ids[n] = entry->id;
       priorities[n] = entry->priority;
+      taken.add(-1);
     }
-    if (n != 0) count(-static_cast<int64_t>(n));
     return n;
   }
 
@@ -409,6 +410,21 @@ class BasicIndexedHeap {
     if (slot == 0) slot = 1 + threads.fetch_add(1, std::memory_order_relaxed) % kCounters;
     counters_[slot - 1].value.fetch_add(change, std::memory_order_relaxed);
   }
+
+  // What a batch adds to the count, some elements at a time.
+  struct Tally {
+    static constexpr int64_t kMost = 64;
+    BasicIndexedHeap& heap;
+    int64_t change = 0;
+
+    void add(int64_t one) {
+      change += one;
+      if (change == kMost || change == -kMost) heap.count(std::exchange(change, 0));
+    }
+    ~Tally() {
+      if (change != 0) heap.count(change);
+    }
+  };
 
   Tree tree_;
   int64_t capacity_;
