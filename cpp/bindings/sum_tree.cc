@@ -128,9 +128,9 @@ struct Sample {
 // The sample goes to the i-th of `k` equal shares of the total, or anywhere.
 void draw(const SumTree& sums, std::span<double> points, bool stratified, const Sample& sample) {
   const double total = sums.total();
-  const double share = total / static_cast<double>(points.size());
+  const auto count = static_cast<double>(points.size());
   for (size_t i = 0; i < points.size(); ++i) {
-    points[i] = stratified ? (static_cast<double>(i) + points[i]) * share : points[i] * total;
+    points[i] = (stratified ? (static_cast<double>(i) + points[i]) / count : points[i]) * total;
   }
   sums.find_many(points, sample.id_span());
   for (size_t i = 0; i < points.size(); ++i) sample.probabilities[i] = sums[sample.ids[i]] / total;
@@ -147,9 +147,17 @@ PyObject* sample(TreeObject& self, Call call) {
   if (stratified && !replace) {
     fail(PyExc_ValueError, "%s: stratified is True, expected False with replace=False", kSignature.function);
   }
+  int64_t positive = 0;
+  const auto refuse_k = [&] {
+    fail(PyExc_ValueError, "%s: k is %S, expected at most %lld, the number of positive weights", kSignature.function,
+         k_argument, static_cast<long long>(positive));
+  };
+  if (!replace) {  // before so much is allocated
+    alone(self, 1, [&](SumTree& sums) { positive = sums.num_positive(); });
+    if (k > positive) refuse_k();
+  }
   const Batch<double> points = draw_points(kSignature.function, rng, k);
   const Sample sample(points.count);
-  int64_t positive = 0;
   bool enough = false;
   alone(self, points.count, [&](SumTree& sums) {
     positive = sums.num_positive();
@@ -164,10 +172,7 @@ PyObject* sample(TreeObject& self, Call call) {
   if (!enough && replace) {
     fail(PyExc_ValueError, "%s: all weights are 0, expected a positive one", kSignature.function);
   }
-  if (!enough) {
-    fail(PyExc_ValueError, "%s: k is %S, expected at most %lld, the number of positive weights", kSignature.function,
-         k_argument, static_cast<long long>(positive));
-  }
+  if (!enough) refuse_k();
   PyObject* ids = to_array(sample.id_span());
   return pair_of(ids, to_array(sample.probability_span()));
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copyreg
 import math
+import os
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -61,16 +63,20 @@ class SumTree(_core.SumTree):
     [3, 10, 20]
     """
 
-    __slots__ = ("_lock", "_logs", "_offset", "_temperature")
+    __slots__ = ("__weakref__", "_lock", "_logs", "_offset", "_temperature")
 
     def __new__(cls: type[TreeT], capacity: int, *arguments: Any, **keywords: Any) -> TreeT:
         return super().__new__(cls, capacity)  # the others are for the __init__ of a subclass
 
     def __init__(self, capacity: int) -> None:
-        self._logs: NDArray[np.float64] | None = None  # score / temperature of each id
-        self._offset = 0.0  # what is subtracted from them before exp
-        self._temperature: float | None = None
+        self._begin(None, 0.0, None)
+
+    def _begin(self, logs: NDArray[np.float64] | None, offset: float, temperature: float | None) -> None:
+        self._logs = logs  # score / temperature of each id
+        self._offset = offset  # what is subtracted from them before exp
+        self._temperature = temperature
         self._lock = threading.Lock()
+        _trees[id(self)] = self
 
     def update_scores(self, ids: Any, scores: Any, *, temperature: float = 1.0) -> None:
         """Set weights to exp(score / temperature), up to a factor that all have in common.
@@ -105,30 +111,37 @@ class SumTree(_core.SumTree):
         >>> (tree.weights() / tree.total).round(3)
         array([0.212, 0.576, 0.212])
         """
+        temperature = float(temperature)
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"SumTree.update_scores: temperature is {temperature}, expected a positive number")
+        array = np.asarray(scores)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"SumTree.update_scores: scores has dtype {array.dtype}, expected a floating one")
         with np.errstate(over="ignore"):
-            new = np.asarray(scores, np.float64) / temperature
-        if not (new < math.inf).all():
-            raise ValueError("SumTree.update_scores: scores hold nan or inf, expected numbers")
-        with self._lock:
+            new = array.astype(np.float64) / temperature
+        if not (new < math.inf).all() or (np.isinf(new) & (array != -math.inf)).any():
+            raise ValueError(
+                f"SumTree.update_scores: scores hold nan or inf (as they are or over {temperature}), expected numbers"
+            )
+        with self._lock, np.errstate(over="ignore"):  # to -infinity: the weight is 0
             if self._temperature not in (None, temperature):
                 raise ValueError(
                     f"SumTree.update_scores: temperature is {temperature}, expected {self._temperature} (from before)"
                 )
+            above = new - self._offset
+            # Checks ids and shapes too, before anything is kept. Whoever samples meanwhile finds the highest heaviest.
+            super().update_many(ids, np.exp(np.minimum(above, _HEADROOM)))
             first = self._logs is None
-            rises = bool((new > self._offset + _HEADROOM).any())
-            # Also the check of ids and shape, before anything is kept.
-            super().update_many(ids, np.zeros_like(new) if first or rises else np.exp(new - self._offset))
-            if self._logs is None:
-                self._logs = np.full(self.capacity, -math.inf)
-                self._temperature = temperature
-            self._logs[np.asarray(ids, np.int64)] = new
-            if first or rises or self.total < math.exp(-_HEADROOM):
-                self._offset = float(np.nan_to_num(self._logs.max(), neginf=0.0))
-                with np.errstate(over="ignore"):  # to -infinity: the weight is 0
-                    weights = np.exp(self._logs - self._offset)
-                super().update_many(np.arange(self.capacity), weights)
+            logs = np.full(self.capacity, -math.inf) if self._logs is None else self._logs
+            logs[np.asarray(ids, np.int64)] = new
+            self._logs, self._temperature = logs, temperature
+            if first or (above > _HEADROOM).any() or self.total < math.exp(-_HEADROOM):
+                self._weigh_anew(logs)
+
+    def _weigh_anew(self, logs: NDArray[np.float64]) -> None:
+        self._offset = float(np.nan_to_num(logs.max(), neginf=0.0))
+        with np.errstate(over="ignore"):
+            super().update_many(np.arange(self.capacity), np.exp(logs - self._offset))
 
     def copy(self: TreeT) -> TreeT:
         """Return another tree with the same weights."""
@@ -151,11 +164,36 @@ class SumTree(_core.SumTree):
             return self.weights(), self._logs, self._offset, self._temperature, attributes
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if not (isinstance(state, tuple) and len(state) == 5):
-            raise TypeError(f"SumTree.__setstate__: state is {state!r}, expected five parts")
-        weights, logs, self._offset, self._temperature, attributes = state
-        self._logs = None if logs is None else logs.copy()
-        self._lock = threading.Lock()
-        super().update_many(np.arange(self.capacity), weights)
-        if attributes:
-            self.__dict__.update(attributes)
+        match state:
+            case (
+                weights,
+                (None | np.ndarray()) as logs,
+                float() as offset,
+                (None | float()) as temperature,
+                (None | dict()) as attributes,
+            ) if (logs is None or (logs.dtype, logs.shape) == (np.float64, (self.capacity,))) and (
+                attributes is None or hasattr(self, "__dict__")
+            ):
+                super().update_many(np.arange(self.capacity), weights)
+                self._begin(None if logs is None else logs.copy(), offset, temperature)
+                if attributes:
+                    self.__dict__.update(attributes)
+            case _:
+                parts = "(weights, logs, offset, temperature, attributes)"
+                raise TypeError(f"SumTree.__setstate__: state is {state!r}, expected {parts}")
+
+
+_trees: weakref.WeakValueDictionary[int, SumTree] = weakref.WeakValueDictionary()
+
+
+def _mend_after_fork() -> None:
+    """In the child: a tree's lock may be held by a thread that is not there, in the middle of its work."""
+    for tree in list(_trees.values()):
+        if tree._lock.locked():
+            tree._lock = threading.Lock()
+            if tree._logs is not None:
+                tree._weigh_anew(tree._logs)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mend_after_fork)

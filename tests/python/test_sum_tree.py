@@ -275,6 +275,8 @@ def test_scores_refused():
     for call, error, text in [
         (lambda: tree.update_scores([0], [np.nan]), ValueError, "scores hold nan or inf"),
         (lambda: tree.update_scores([0], [np.inf]), ValueError, "scores hold nan or inf"),
+        (lambda: tree.update_scores([0], ["1"]), TypeError, "scores has dtype <U1, expected a floating one"),
+        (lambda: tree.update_scores([0], [1j]), TypeError, "scores has dtype complex128, expected a floating one"),
         (
             lambda: tree.update_scores([0], [1.0], temperature=0.0),
             ValueError,
@@ -338,6 +340,11 @@ RNG = np.random.default_rng(0)
             lambda t: t.sample(3, rng=RNG, replace=False),
             ValueError,
             "SumTree.sample: k is 3, expected at most 2, the number",
+        ),
+        (
+            lambda t: t.sample(10**18, rng=RNG, replace=False),
+            ValueError,
+            "SumTree.sample: k is 1000000000000000000, expected at most 2, the number",
         ),
         (
             lambda t: SumTree(4).sample(1, rng=RNG),
@@ -416,8 +423,76 @@ def test_scores_as_far_apart_as_can_be():
     tree = SumTree(3)
     tree.update_scores([0, 1], [sys.float_info.max, -sys.float_info.max])
     assert tree.weights().tolist() == [1.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="hold nan or inf"):
-        SumTree(3).update_scores([0], [1e300], temperature=1e-300)
+    for score in (1e300, -1e300):
+        with pytest.raises(ValueError, match="hold nan or inf"):
+            SumTree(3).update_scores([0], [score], temperature=1e-300)
+    tree = SumTree(3)
+    tree.update_scores([0], [sys.float_info.max])
+    tree.update_scores([1], [-sys.float_info.max])
+    assert tree.weights().tolist() == [1.0, 0.0, 0.0]
+
+
+def test_equal_shares_of_the_smallest_weights():
+    tree = tree_of([1e-322, 1e-322])  # 20 times the smallest number each: a hundredth of both is none
+    ids, probabilities = tree.sample(100, rng=RNG, stratified=True)
+    assert 45 <= ids.sum() <= 55
+    assert set(probabilities.tolist()) == {0.5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {0: np.zeros(2)},
+        {1: [0.0, 0.0, 0.0]},
+        {1: np.zeros(2)},
+        {1: np.zeros(3, np.float32)},
+        {2: "0"},
+        {3: "1"},
+        {4: 5},
+        {4: {"a": 1}},
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change):
+    tree = SumTree(3)
+    tree.update_scores([0, 1], [1.0, 2.0])
+    before = repr(tree.__getstate__())
+    state = [np.ones(3), None, 0.0, None, None]
+    for part, wrong in change.items():
+        state[part] = wrong
+    with pytest.raises((TypeError, ValueError)):
+        tree.__setstate__(tuple(state))
+    assert repr(tree.__getstate__()) == before
+    tree.update_scores([2], [2.0])
+    assert tree[1] == tree[2]
+
+
+def test_whoever_samples_while_scores_rise_finds_a_positive_weight():
+    n = 50_000
+    everything = np.arange(n)
+    tree = SumTree(n)
+    tree.update_scores(everything, np.zeros(n))
+    done = threading.Event()
+    failures = []
+
+    def rise():
+        for score in range(1000, 101_000, 1000):
+            tree.update_scores(everything, np.full(n, float(score)))
+        done.set()
+
+    def sample():
+        rng = np.random.default_rng(0)
+        try:
+            while not done.is_set():
+                tree.sample(1, rng=rng)
+        except ValueError as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work) for work in (rise, sample)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
 
 
 def test_docstrings():
@@ -462,6 +537,15 @@ from foveal import SumTree
 capacity = 100_000
 tree = SumTree(capacity)
 tree.update_many(np.arange(capacity), np.ones(capacity))
+scored = SumTree(capacity)
+
+def score():
+    scores = np.zeros(capacity)
+    while True:
+        scores += 301.0  # so that all weights are computed anew each time
+        scored.update_scores(np.arange(capacity), scores)
+
+threading.Thread(target=score, daemon=True).start()
 
 def work(seed):
     rng = np.random.default_rng(seed)
@@ -484,7 +568,16 @@ for _ in range(20):
         again = SumTree(capacity)
         again.update_many(np.arange(capacity), tree.weights())
         ids, _ = tree.sample(1000, rng=np.random.default_rng(0), replace=False)
-        os._exit(0 if total == again.total and len(set(ids.tolist())) == 1000 else 1)
+        scored.copy().update_scores([0], [0.0])
+        scored.update_scores([0, 1], [1e9, 1e9])
+        weights = scored.weights()
+        right = (
+            total == again.total
+            and len(set(ids.tolist())) == 1000
+            and weights[0] == weights[1] == 1.0
+            and not weights[2:].any()
+        )
+        os._exit(0 if right else 1)
     assert os.waitpid(child, 0)[1] == 0
 os._exit(0)
 """
