@@ -116,6 +116,10 @@ class PriorityMap(_core.PriorityMap[KeyT], MutableMapping[KeyT, float]):
         if not (isinstance(state, tuple) and len(state) == 3):
             raise TypeError(f"PriorityMap.__setstate__: state is {state!r}, expected (max, items, attributes)")
         *contents, attributes = state
+        if not (attributes is None or (isinstance(attributes, dict) and hasattr(self, "__dict__"))):
+            raise TypeError(
+                f"PriorityMap.__setstate__: attributes are {attributes!r}, expected a dict, or None where there is none"
+            )
         super().__setstate__(tuple(contents))
         if attributes:
             self.__dict__.update(attributes)

@@ -311,6 +311,14 @@ def test_repr_and_pickle():
         assert (again.max, list(again.iter_sorted())) == (True, [("a", 1.0), ("b", 0.5)])
 
 
+@pytest.mark.parametrize("attributes", [5, {"a": 1}])
+def test_a_state_that_does_not_fit_changes_nothing(attributes):
+    order = PriorityMap({"a": 1.0})
+    with pytest.raises(TypeError, match=r"PriorityMap\.__setstate__: attributes are .*, expected a dict, or None"):
+        order.__setstate__((True, [("b", 2.0)], attributes))
+    assert (order.max, dict(order)) == (False, {"a": 1.0})
+
+
 def test_zero_and_infinity():
     infinity = float("inf")
     for max in (False, True):
