@@ -1,7 +1,8 @@
 """Waiting, first come, first served; how is left to whoever drives it: a thread that blocks, a task that awaits.
 
 What somebody waits for (an item, room for one) is promised to the first in line by a permit as soon as it is there.
-Until the permit is used or given on, newcomers must leave so much untouched: they count ``line.granted``.
+Until the permit is used or given on, newcomers must leave so much untouched: they count ``line.permitted``. What was
+promised and is no more (a cancelled item) is taken back from whoever came last; he keeps his turn.
 """
 
 from __future__ import annotations
@@ -20,26 +21,42 @@ ResultT = TypeVar("ResultT")
 class Waiter:
     """Somebody who waits; `signal` is what his thread or task sleeps on, `wake()` ends that."""
 
-    __slots__ = ("granted", "signal", "wake")
+    __slots__ = ("_wake", "_woken", "granted", "signal", "turn")
 
     def __init__(self, signal: Any, wake: Callable[[], object]) -> None:
         self.signal = signal
-        self.wake = wake
         self.granted = False
+        self.turn = 0
+        """Smaller than that of whoever came later."""
+        self._wake = wake
+        self._woken = False
+
+    def wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            self._wake()
 
 
 class Line:
     """Those who wait for the same thing, in the order in which they came."""
 
-    __slots__ = ("granted", "waiting")
+    __slots__ = ("_came", "permitted", "waiting")
 
     def __init__(self) -> None:
         self.waiting: deque[Waiter] = deque()
-        self.granted = 0
-        """Permits that were given and not used yet: so many of the thing are promised."""
+        self.permitted: list[Waiter] = []
+        """Those who have a permit and have not used it yet: so many of the thing are promised."""
+        self._came = 0
 
-    def join(self, waiter: Waiter, *, in_front: bool) -> Waiter:
-        (self.waiting.appendleft if in_front else self.waiting.append)(waiter)
+    def join(self, waiter: Waiter, turn: int | None) -> Waiter:
+        """Let somebody wait: one who has waited before at the turn that he had."""
+        if turn is None:
+            self._came += 1
+            waiter.turn = self._came
+            self.waiting.append(waiter)
+        else:
+            waiter.turn = turn
+            self._rejoin(waiter)
         return waiter
 
     def grant(self) -> None:
@@ -47,8 +64,14 @@ class Line:
         if self.waiting:
             waiter = self.waiting.popleft()
             waiter.granted = True
-            self.granted += 1
+            self.permitted.append(waiter)
             waiter.wake()
+
+    def revoke(self) -> None:
+        """Take a permit back, from whoever came last."""
+        waiter = max(self.permitted, key=lambda permitted: permitted.turn)
+        self.leave(waiter)
+        self._rejoin(waiter)
 
     def release_all(self) -> None:
         """Wake everybody without a permit, to look again."""
@@ -59,11 +82,15 @@ class Line:
         """Take a waiter out who is in, and his permit; return whether he had one."""
         if waiter.granted:
             waiter.granted = False
-            self.granted -= 1
+            self.permitted.remove(waiter)
             return True
         with contextlib.suppress(ValueError):
             self.waiting.remove(waiter)
         return False
+
+    def _rejoin(self, waiter: Waiter) -> None:
+        later = (place for place, other in enumerate(self.waiting) if other.turn > waiter.turn)
+        self.waiting.insert(next(later, len(self.waiting)), waiter)
 
 
 def course(
@@ -79,12 +106,11 @@ def course(
     It yields a waiter to sleep on, without the mutex, and is sent whether that was woken in time. Whoever drives it
     closes it: when an exception ends the sleep, a permit that came meanwhile goes to the next in line.
     """
-    waiter = None
+    waiter = turn = None
     may_wait = True
     try:
         while True:
             with mutex:
-                came_back = waiter is not None
                 permit = waiter is not None and line.leave(waiter)
                 waiter = None
                 try:
@@ -96,7 +122,8 @@ def course(
                     raise
                 if not may_wait:
                     raise error
-                waiter = line.join(new_waiter(), in_front=came_back)
+                waiter = line.join(new_waiter(), turn)
+                turn = waiter.turn
             may_wait = yield waiter
     finally:
         if waiter is not None:

@@ -58,6 +58,31 @@ class _Entry:
         self.key = key
 
 
+def _to_float(name: str, argument: str, value: Any) -> float:
+    """What float() makes of it, save of strings and buffers."""
+    number = None
+    kind = type(value)
+    if not issubclass(kind, str | bytes) and (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
+        try:
+            number = float(value)
+        except TypeError:
+            pass
+        except OverflowError:
+            raise OverflowError(f"{name}: {argument} is beyond float64") from None
+    if number is None:
+        raise TypeError(f"{name}: {argument} has type {kind.__name__}, expected a real number")
+    return number
+
+
+def _to_timeout(name: str, block: bool, timeout: float | None) -> float | None:
+    if not block or timeout is None:
+        return None
+    seconds = _to_float(name, "timeout", timeout)
+    if not seconds >= 0:
+        raise ValueError(f"{name}: timeout is {timeout!r}, expected at least 0, or None")
+    return seconds
+
+
 class _Queue(Generic[ItemT]):
     """What both queues do under the mutex, and the course of the calls that may wait."""
 
@@ -74,6 +99,9 @@ class _Queue(Generic[ItemT]):
         self._getters, self._putters, self._joiners = Line(), Line(), Line()
         self._unfinished = 0
         self._is_shutdown = False
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{type(self).__name__}: a queue can be neither copied nor pickled")
 
     def update_priority(self, key: Hashable, priority: float) -> None:
         """Change the priority of the waiting item that was put with this key; it goes behind its new equals.
@@ -97,6 +125,8 @@ class _Queue(Generic[ItemT]):
                 return False
             self._entries.discard(entry)
             self._finish(1)
+            if len(self._getters.permitted) > len(self._entries):
+                self._getters.revoke()
             self._after_leaving()
             return True
 
@@ -149,13 +179,7 @@ class _Queue(Generic[ItemT]):
     def _checked(self, method: str, priority: float) -> float:
         if type(priority) is float and priority == priority:
             return priority
-        try:
-            number = None if isinstance(priority, str | bytes) else float(priority)
-        except TypeError:
-            number = None
-        if number is None:
-            name = f"{type(self).__name__}.{method}"
-            raise TypeError(f"{name}: priority has type {type(priority).__name__}, expected a real number")
+        number = _to_float(f"{type(self).__name__}.{method}", "priority", priority)
         if number != number:
             raise ValueError(f"{type(self).__name__}.{method}: priority is nan, expected a number")
         return number
@@ -194,12 +218,12 @@ class _Queue(Generic[ItemT]):
             raise ShutDown(f"{type(self).__name__}.put: the queue was shut down")
         if key is not None and key in self._by_key:
             raise ValueError(f"{type(self).__name__}.put: key {key!r} is waiting already, expected another key")
-        return self.maxsize <= 0 or len(self._entries) + self._putters.granted < self.maxsize
+        return self.maxsize <= 0 or len(self._entries) + len(self._putters.permitted) < self.maxsize
 
     def _may_get(self) -> bool:
         if self._is_shutdown and not self._entries:
             raise ShutDown(f"{type(self).__name__}.get: the queue was shut down")
-        return len(self._entries) > self._getters.granted
+        return len(self._entries) > len(self._getters.permitted)
 
     # Without the mutex again: what costs least where nobody needs to wait, and what may wait.
 
@@ -231,11 +255,6 @@ class _Queue(Generic[ItemT]):
         return course(
             self._mutex, self._joiners, self._new_waiter, lambda: self._unfinished == 0, lambda: None, TimeoutError
         )
-
-
-def _check_timeout(name: str, block: bool, timeout: float | None) -> None:
-    if block and timeout is not None and not timeout >= 0:
-        raise ValueError(f"{name}: timeout is {timeout!r}, expected at least 0, or None")
 
 
 class PriorityQueue(_Queue[ItemT]):
@@ -301,7 +320,7 @@ class PriorityQueue(_Queue[ItemT]):
             An item with this key is waiting; the priority is NaN; the timeout is negative.
         """
         priority = self._checked("put", priority)
-        _check_timeout("PriorityQueue.put", block, timeout)
+        timeout = _to_timeout("PriorityQueue.put", block, timeout)
         if self._try_put(item, priority, key):
             return
         if not block:
@@ -323,7 +342,7 @@ class PriorityQueue(_Queue[ItemT]):
         ShutDown
             The queue was shut down and is empty.
         """
-        _check_timeout("PriorityQueue.get", block, timeout)
+        timeout = _to_timeout("PriorityQueue.get", block, timeout)
         if (item := self._try_get()) is not _NOTHING:
             return item
         if not block:
@@ -396,7 +415,7 @@ class AsyncPriorityQueue(_Queue[ItemT]):
     ) -> None:
         """Put an item in, waiting for room if need be; see :meth:`PriorityQueue.put`."""
         priority = self._checked("put", priority)
-        _check_timeout("AsyncPriorityQueue.put", block, timeout)
+        timeout = _to_timeout("AsyncPriorityQueue.put", block, timeout)
         if self._try_put(item, priority, key):
             return
         if not block:
@@ -405,7 +424,7 @@ class AsyncPriorityQueue(_Queue[ItemT]):
 
     async def get(self, block: bool = True, timeout: float | None = None) -> ItemT:
         """Take the first item out, waiting for one if need be; see :meth:`PriorityQueue.get`."""
-        _check_timeout("AsyncPriorityQueue.get", block, timeout)
+        timeout = _to_timeout("AsyncPriorityQueue.get", block, timeout)
         if (item := self._try_get()) is not _NOTHING:
             return item
         if not block:

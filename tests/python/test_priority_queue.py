@@ -1,15 +1,20 @@
 """foveal.PriorityQueue and AsyncPriorityQueue: one set of rules, in threads and in tasks."""
 
 import asyncio
+import copy
 import doctest
+import pickle
 import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
+from fractions import Fraction
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -189,8 +194,30 @@ def test_timeouts():
     for call in (lambda: jobs.get(timeout=-1), lambda: jobs.put("c", 1.0, timeout=-1)):
         with pytest.raises(ValueError, match="timeout is -1, expected at least 0, or None"):
             call()
+    with pytest.raises(TypeError, match=r"PriorityQueue\.get: timeout has type str, expected a real number"):
+        jobs.get(timeout="1")
+    with pytest.raises(OverflowError, match=r"PriorityQueue\.get: timeout is beyond float64"):
+        jobs.get(timeout=10**400)
     with pytest.raises(Empty):
         jobs.get(block=False, timeout=-1)  # not looked at
+
+
+def test_numbers_of_other_kinds():
+    jobs = PriorityQueue()
+    with pytest.raises(Empty):
+        jobs.get(timeout=np.float32(0.01))
+    with pytest.raises(Empty):
+        jobs.get(timeout=Decimal("0.01"))
+    jobs.put("b", Fraction(3, 2), timeout=10**300)
+    jobs.put("a", np.float32(1.0))
+    assert [jobs.get(), jobs.get()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("make", [PriorityQueue, AsyncPriorityQueue])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(make, duplicate):
+    with pytest.raises(TypeError, match=f"{make.__name__}: a queue can be neither copied nor pickled"):
+        duplicate(make())
 
 
 def test_waiting_getters_are_served_in_the_order_in_which_they_came():
@@ -283,6 +310,9 @@ def test_refused(make):
         (float("nan"), ValueError, f"{name}.put: priority is nan, expected a number"),
         ("1", TypeError, f"{name}.put: priority has type str, expected a real number"),
         (None, TypeError, f"{name}.put: priority has type NoneType, expected a real number"),
+        (bytearray(b"1"), TypeError, f"{name}.put: priority has type bytearray, expected a real number"),
+        (np.str_("1"), TypeError, f"{name}.put: priority has type str_, expected a real number"),
+        (10**400, OverflowError, f"{name}.put: priority is beyond float64"),
     ]:
         with pytest.raises(error) as raised:
             jobs.put_nowait("a", priority, key="a")
@@ -416,7 +446,7 @@ def test_ctrl_c(method, timeout):
         assert time.monotonic() - begin < LONG / 2
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert not any(line.waiting or line.granted for line in (jobs._getters, jobs._putters, jobs._joiners))
+    assert not any(line.waiting or line.permitted for line in (jobs._getters, jobs._putters, jobs._joiners))
     later = Call(jobs.get)
     if method == "get":
         jobs.put("here", 1.0)
@@ -458,7 +488,7 @@ def test_an_interrupted_getter_gives_its_permit_on():
     with pytest.raises(KeyboardInterrupt):
         course.throw(KeyboardInterrupt)
     assert later.result() == "a"
-    assert jobs._getters.granted == 0
+    assert not jobs._getters.permitted
 
 
 def test_a_getter_whose_time_is_up_takes_what_was_promised():
@@ -505,7 +535,7 @@ def test_threads_neither_lose_nor_double_an_item():
     for thread in consumers:
         thread.join(LONG)
     assert sorted(taken) == list(range(4000))
-    assert (jobs._getters.granted, jobs._putters.granted) == (0, 0)
+    assert (jobs._getters.permitted, jobs._putters.permitted) == ([], [])
 
 
 def test_the_interpreter_ends_while_threads_wait():
@@ -588,7 +618,43 @@ async def test_async_a_cancelled_getter_gives_its_permit_on():
     assert await second == "a"
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert jobs._getters.granted == 0
+    assert not jobs._getters.permitted
+
+
+@in_a_loop
+async def test_async_getters_whose_items_are_cancelled_keep_their_turns():
+    jobs = AsyncPriorityQueue()
+    getters = [await begun(jobs.get()) for _ in range(4)]
+    for key in "abc":
+        jobs.put_nowait(key, 1.0, key=key)
+    for key in "cab":
+        jobs.cancel(key)
+    jobs.put_nowait("first", 1.0)  # before anybody has run
+    assert await getters[0] == "first"
+    assert not any(getter.done() for getter in getters[1:])
+    for number, getter in enumerate(getters[1:]):
+        for key in range(2):
+            jobs.put_nowait(key, 1.0, key=key)
+        for key in range(2):
+            jobs.cancel(key)
+        await begun(asyncio.sleep(0))  # all who were woken are back in line
+        jobs.put_nowait(number, 1.0)
+        assert await getter == number
+    assert not jobs._getters.permitted
+
+
+@in_a_loop
+async def test_async_a_getter_whose_item_is_cancelled_may_give_up():
+    jobs = AsyncPriorityQueue()
+    first, second = [await begun(jobs.get()) for _ in range(2)]
+    jobs.put_nowait("a", 1.0, key="a")
+    jobs.cancel("a")
+    first.cancel()
+    await begun(asyncio.sleep(0))
+    jobs.put_nowait("b", 1.0)
+    assert await second == "b"
+    with pytest.raises(Empty):
+        jobs.get_nowait()
 
 
 @in_a_loop
