@@ -17,9 +17,11 @@ Stages stop at their share of `--minutes`. With the library of the emulated devi
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import importlib.util
 import json
+import mmap
 import statistics
 import sys
 import time
@@ -49,23 +51,29 @@ def load_binding() -> ModuleType:
 
 
 cuda = load_binding()
+_PROT_NONE = 0
+_mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+_mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class HostMemory:
-    """Device memory of the emulated device: NumPy arrays, aligned as an allocator would."""
+    """Device memory of the emulated device. An inaccessible page follows every array: reading past an end is fatal."""
+
+    stream = 0
 
     def upload(self, array: np.ndarray) -> tuple[int, Any]:
         """Return a pointer to a copy, and what keeps it alive."""
-        raw = np.zeros(array.nbytes + 256, np.uint8)
-        start = -raw.ctypes.data % 256
-        raw[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        return raw.ctypes.data + start, raw[start : start + array.nbytes]
+        room = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = np.frombuffer(mmap.mmap(-1, room + mmap.PAGESIZE), np.uint8)
+        if _mprotect(pages.ctypes.data + room, mmap.PAGESIZE, _PROT_NONE) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+        start = (room - array.nbytes) // 16 * 16  # 16-byte aligned, as the fast paths require
+        pages[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return pages.ctypes.data + start, pages[start : start + array.nbytes]
 
     def download(self, keep: Any) -> np.ndarray:
         """Return the bytes."""
         return np.array(keep)
-
-    stream = 0
 
 
 class TorchMemory:

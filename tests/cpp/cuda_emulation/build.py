@@ -39,7 +39,7 @@ def build(target: Path, extra: tuple[str, ...] = ()) -> None:
 
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, SOURCES))
-        subprocess.run([compiler, "-shared", *objects, "-o", str(target)], check=True)
+        subprocess.run([compiler, "-shared", *extra, *objects, "-o", str(target)], check=True)
 
 
 if __name__ == "__main__":
