@@ -1,7 +1,8 @@
 // The emulated device: fibers, barriers, asynchronous copies. See cuda/device.h for what it promises.
 //
 // One block runs at a time. A fiber runs until it meets a barrier that is not complete, then another runnable one is
-// picked.
+// picked: in even blocks so that warps keep pace, in odd ones so that a warp gets as far ahead of the others as block
+// barriers let it.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -119,6 +120,13 @@ int pick() {
   block.random ^= block.random << 17;
   // Mostly the next in line, so that a search is short; now and then anywhere, so that no order is relied on.
   const bool jump = block.random % 8 == 0;
+  if (block.index % 2 == 1) {
+    const int warp = block.current / kWarp * kWarp;
+    for (int i = 0; i < kWarp; ++i) {
+      const int candidate = warp + (block.current + 1 + i) % kWarp;
+      if (runnable(block.fibers[candidate])) return candidate;
+    }
+  }
   const int first = jump ? static_cast<int>(block.random / 8 % block.num_threads) : block.current + 1;
   for (int i = 0; i < block.num_threads; ++i) {
     const int candidate = (first + i) % block.num_threads;
