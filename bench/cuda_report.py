@@ -2,8 +2,8 @@
 
     python bench/cuda_report.py --library libfoveal_cuda.so --json report.json
 
-check     every case of `cuda_problems.correctness_grid` against float64 on the rounded inputs, outputs poisoned
-          before each run, run twice for bitwise equality, and padded against unpadded batches
+check     every case of `correctness_grid` and `gradient_grid` (cuda_problems.py) against float64 on the rounded inputs,
+          outputs poisoned before each run, run twice for bitwise equality, and padded against unpadded batches
 ceilings  device-to-device copy and 8192^3 matrix product
 ratios    forward: ours, CUDNN, FLASH, EFFICIENT in turn in one process, median and spread over rounds
 decode    one query row over a long cache, CUDA-graph replay over rotated caches larger than L2, in GB/s
@@ -170,9 +170,66 @@ class Run:
             workspace_nbytes=nbytes,
             variant=self.case.variant,
         )
-        self.keep_workspace = keep
+        self.keep_last = (out_keep, lse_keep, keep)  # the backward pass reads out and lse
         out = self.memory.download(out_keep).view(nan.dtype).reshape(self.out_shape).astype(np.float64)
         return out, self.memory.download(lse_keep).view(lse.dtype).reshape(lse.shape).astype(np.float64)
+
+
+class Backward:
+    """The backward pass of a run whose forward pass is done, gradients poisoned before every launch."""
+
+    def __init__(self, run: Run, given: dict[str, np.ndarray]) -> None:
+        self.run = run
+        self.given = cuda.Gradients()
+        self.given.dout = run._operand(given["dout"], run.case)
+        self.given.dlse = run._view(given["dlse"], run.lse_dtype)
+
+    def __call__(self) -> dict[str, np.ndarray]:
+        """Gradients by name as float64, from one call into NaN."""
+        run, case = self.run, self.run.case
+        keeps = {}
+        for name in ("q", "k", "v", "bias", "sinks"):
+            view = getattr(run.problem, name)
+            if view.rank < 0:
+                continue
+            dtype = case.dtype if name in ("q", "k", "v") else run.lse_dtype
+            nan = problems.to_dtype(np.full(tuple(view.shape[: view.rank]), np.nan), dtype)
+            pointer, keep = run.memory.upload(nan)
+            setattr(self.given, "d" + name, cuda.view(pointer, dtype, nan.shape, element_strides(nan)))
+            keeps["d" + name] = (nan, keep)
+        nbytes = run.library.workspace_nbytes(run.problem, gradients=self.given)
+        workspace, keep_workspace = run.memory.upload(np.full(nbytes, 255, np.uint8))
+        run.library.backward(
+            run.problem, self.given, stream=run.memory.stream, workspace=workspace, workspace_nbytes=nbytes
+        )
+        results = {
+            name: run.memory.download(keep).view(nan.dtype).reshape(nan.shape).astype(np.float64)
+            for name, (nan, keep) in keeps.items()
+        }
+        del keep_workspace
+        return results
+
+
+def check_gradients(library: Any, memory: Any, case: Case) -> dict[str, Any]:
+    """Errors of the gradients of one case, from the library's own out and lse, and whether they pass."""
+    arrays = problems.make_inputs(case)
+    given = problems.make_gradients(case)
+    run = Run(library, memory, case, arrays)
+    run()
+    backward = Backward(run, given)
+    found, again = backward(), backward()
+    errors = problems.gradient_errors(found, *problems.reference_gradients(case, arrays, given))
+    repeats = all(np.array_equal(found[name], again[name], equal_nan=True) for name in found)
+    plan = library.plan(run.problem, 227 * 1024, gradients=backward.given)
+    return {
+        "case": case.name(),
+        "path": plan["path"],
+        "variant": plan["variant"],
+        "error": max(errors.values()),
+        "errors": errors,
+        "repeats": repeats,
+        "passed": max(errors.values()) <= problems.GRADIENT_TOLERANCE[case.dtype] and repeats,
+    }
 
 
 def check_case(library: Any, memory: Any, case: Case) -> dict[str, Any]:
@@ -214,22 +271,51 @@ def check_padding(library: Any, memory: Any, case: Case) -> dict[str, Any]:
     return {"case": "padding " + case.name(), "passed": bool(passed)}
 
 
+def check_padded_gradients(library: Any, memory: Any, case: Case) -> dict[str, Any]:
+    """The same of dq, dk and dv, for the keys and rows that each sequence has."""
+    assert case.kv_lens is not None
+    assert case.q_lens is not None
+    arrays, given = problems.make_inputs(case), problems.make_gradients(case)
+    run = Run(library, memory, case, arrays)
+    run()
+    padded = Backward(run, given)()
+    passed = True
+    for b, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+        alone = dataclasses.replace(case, batch=1, seqlen_q=q_len, seqlen_kv=kv_len, kv_lens=None, q_lens=None)
+        part = {"q": arrays["q"][b : b + 1, :, :q_len]}
+        part |= {n: arrays[n][b : b + 1, :, :kv_len] for n in ("k", "v")}
+        run = Run(library, memory, alone, part)
+        run()
+        found = Backward(run, {name: a[b : b + 1, :, :q_len] for name, a in given.items()})()
+        passed &= np.array_equal(padded["dq"][b, :, :q_len], found["dq"][0])
+        passed &= not padded["dq"][b, :, q_len:].any()
+        for name in ("dk", "dv"):
+            passed &= np.array_equal(padded[name][b, :, :kv_len], found[name][0])
+            passed &= not padded[name][b, :, kv_len:].any()
+    return {"case": "padded gradients " + case.name(), "passed": bool(passed)}
+
+
 def stage_check(library: Any, memory: Any, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """Check the whole grid; the table names what failed."""
     results = []
     complete = True
-    for case in problems.correctness_grid(small=args.small):
+    forward = [(check_case, case) for case in problems.correctness_grid(small=args.small)]
+    backward = [(check_gradients, case) for case in problems.gradient_grid(small=args.small)]
+    for check, case in forward + backward:
         if args.filter and args.filter not in case.name():
             continue
         if time.monotonic() > deadline:
             complete = False
             break
-        results.append(check_case(library, memory, case))
+        results.append(check(library, memory, case))
     for dtype in ("bfloat16", "float16", "float32"):
         for seqlen_q in (2, 90):
             case = Case(3, 4, 2, seqlen_q, 400, 64, 64, dtype, causal=True, kv_lens=(400, 100, 257), sinks=True)
             if not args.filter:
                 results.append(check_padding(library, memory, case))
+        case = Case(3, 4, 2, 90, 150, 64, 64, dtype, causal=True, q_lens=(90, 70, 33), kv_lens=(150, 100, 57))
+        if not args.filter:
+            results.append(check_padded_gradients(library, memory, case))
     failed = [r for r in results if not r["passed"]]
     for r in failed:
         print("FAILED", json.dumps(r))
@@ -261,7 +347,8 @@ def stage_tiny(library: Any, memory: Any, args: argparse.Namespace, deadline: fl
                         1, 2, 1, seqlen_q, 300, head_dim, head_dim, dtype, causal=True, softcap=softcap, sinks=True
                     )
                     assert check_case(library, memory, case)["passed"], case.name()
-                    done += 1
+                    assert check_gradients(library, memory, case)["passed"], case.name()
+                    done += 2
     print(f"tiny: {done} launches")
     return {"passed": True, "count": done}
 

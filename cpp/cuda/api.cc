@@ -10,7 +10,8 @@
 namespace foveal::cuda {
 namespace {
 
-static_assert(std::is_standard_layout_v<AttentionProblem>, "crosses a C interface");
+static_assert(std::is_standard_layout_v<AttentionProblem> && std::is_standard_layout_v<AttentionGradients>,
+              "cross a C interface");
 
 void write_text(const char* reason, char* text, uint64_t text_nbytes) {
   if (text == nullptr || text_nbytes == 0) return;
@@ -30,25 +31,38 @@ int32_t report(Error error, char* text, uint64_t text_nbytes) {
   return kCudaErrorBase + static_cast<int32_t>(error);
 }
 
-Status canonical_problem(const Launch& launch, AttentionProblem& problem) {
-  if (launch.problem_nbytes != sizeof(AttentionProblem)) {
-    return {ErrorKind::kValue, "attention: the problem has " + std::to_string(launch.problem_nbytes) +
-                                   " bytes, the CUDA library expects " + std::to_string(sizeof(AttentionProblem))};
-  }
-  problem = *static_cast<const AttentionProblem*>(launch.problem);
-  if (problem.q.device.type != DeviceType::kCuda)
-    return {ErrorKind::kType, "attention: q is on cpu, expected a CUDA device"};
-  return canonicalize(problem);
+Status wrong_size(const char* what, uint64_t found, uint64_t expected) {
+  return {ErrorKind::kValue, "attention: the " + std::string(what) + " has " + std::to_string(found) +
+                                 " bytes, the CUDA library expects " + std::to_string(expected)};
 }
 
-// The one way from a caller's launch to a plan: judged, canonical, and for the device that holds q.
-int32_t plan_for_device(const Launch& launch, AttentionProblem& problem, Plan& plan) {
-  if (const Status status = canonical_problem(launch, problem); !status.ok()) return report(launch, status);
-  int shared_limit = 0;
-  if (const Error error = shared_memory_limit(problem.q.device.index, &shared_limit); error != kSuccess) {
+// The one way from a caller's launch to a plan: judged, canonical, forward or backward. `limit_of(device, &limit)`
+// tells the shared memory that a block may have there.
+template <class LimitOf>
+int32_t plan_launch(const Launch& launch, Plan& plan, int& device, const LimitOf& limit_of) {
+  if (launch.problem_nbytes != sizeof(AttentionProblem)) {
+    return report(launch, wrong_size("problem", launch.problem_nbytes, sizeof(AttentionProblem)));
+  }
+  if (launch.gradients != nullptr && launch.gradients_nbytes != sizeof(AttentionGradients)) {
+    return report(launch, wrong_size("record of gradients", launch.gradients_nbytes, sizeof(AttentionGradients)));
+  }
+  AttentionProblem problem = *static_cast<const AttentionProblem*>(launch.problem);
+  device = problem.q.device.index;
+  if (problem.q.device.type != DeviceType::kCuda) {
+    return report(launch, {ErrorKind::kType, "attention: q is on cpu, expected a CUDA device"});
+  }
+  AttentionGradients gradients;
+  const bool backward = launch.gradients != nullptr;
+  if (backward) gradients = *static_cast<const AttentionGradients*>(launch.gradients);
+  if (const Status status = backward ? canonicalize(problem, gradients) : canonicalize(problem); !status.ok()) {
+    return report(launch, status);
+  }
+  int limit = 0;
+  if (const Error error = limit_of(device, &limit); error != kSuccess) {
     return report(error, launch.text, launch.text_nbytes);
   }
-  return report(launch, make_plan(problem, shared_limit, launch.variant, plan));
+  return report(launch, backward ? make_backward_plan(problem, gradients, limit, plan)
+                                 : make_plan(problem, limit, launch.variant, plan));
 }
 
 }  // namespace
@@ -57,38 +71,48 @@ int32_t plan_for_device(const Launch& launch, AttentionProblem& problem, Plan& p
 using namespace foveal::cuda;
 
 uint64_t foveal_cuda_problem_nbytes() { return sizeof(foveal::AttentionProblem); }
+uint64_t foveal_cuda_gradients_nbytes() { return sizeof(foveal::AttentionGradients); }
 
 int32_t foveal_cuda_device_count(int32_t* count, char* text, uint64_t text_nbytes) {
   *count = 0;
   return report(device_count(count), text, text_nbytes);
 }
 
-int32_t foveal_cuda_attention_plan(const Launch* launch, int32_t shared_limit, int64_t out[6]) {
-  foveal::AttentionProblem problem;
+int32_t foveal_cuda_attention_plan(const Launch* launch, int32_t shared_limit, int64_t out[24]) {
   Plan plan;
-  foveal::Status status = canonical_problem(*launch, problem);
-  if (status.ok()) status = make_plan(problem, shared_limit, launch->variant, plan);
-  if (!status.ok()) return report(*launch, status);
-  const int64_t values[6] = {
-      static_cast<int64_t>(plan.path), plan.variant, plan.num_blocks, plan.num_threads, plan.shared_nbytes,
-      plan.params.num_splits};
-  std::copy(values, values + 6, out);
+  int device = 0;
+  const auto given = [shared_limit](int, int* limit) {
+    *limit = shared_limit;
+    return kSuccess;
+  };
+  if (const int32_t status = plan_launch(*launch, plan, device, given); status != 0) return status;
+  static_assert(4 + 4 * kMaxSteps == 24);
+  *out++ = static_cast<int64_t>(plan.path);
+  *out++ = plan.params.num_splits;
+  *out++ = plan.workspace_nbytes;
+  *out++ = plan.num_steps;
+  for (const Step& step : plan.steps) {
+    for (const int64_t value :
+         {int64_t{step.kernel}, step.num_blocks, int64_t{step.num_threads}, int64_t{step.shared_nbytes}}) {
+      *out++ = value;
+    }
+  }
   return 0;
 }
 
 int32_t foveal_cuda_attention_workspace(const Launch* launch, uint64_t* nbytes) {
-  foveal::AttentionProblem problem;
   Plan plan;
-  if (const int32_t status = plan_for_device(*launch, problem, plan); status != 0) return status;
+  int device = 0;
+  if (const int32_t status = plan_launch(*launch, plan, device, shared_memory_limit); status != 0) return status;
   *nbytes = static_cast<uint64_t>(plan.workspace_nbytes);
   return 0;
 }
 
-int32_t foveal_cuda_attention_forward(const Launch* launch) {
-  foveal::AttentionProblem problem;
+int32_t foveal_cuda_attention(const Launch* launch) {
   Plan plan;
-  if (const int32_t status = plan_for_device(*launch, problem, plan); status != 0) return status;
-  if (plan.path == Path::kEmpty) return 0;
+  int device = 0;
+  if (const int32_t status = plan_launch(*launch, plan, device, shared_memory_limit); status != 0) return status;
+  if (plan.num_steps == 0) return 0;
   if (launch->workspace_nbytes < static_cast<uint64_t>(plan.workspace_nbytes)) {
     return report(*launch, {foveal::ErrorKind::kMemory,
                             "attention: the workspace has " + std::to_string(launch->workspace_nbytes) +
@@ -96,13 +120,12 @@ int32_t foveal_cuda_attention_forward(const Launch* launch) {
   }
   bind_workspace(plan, launch->workspace);
 
-  const DeviceScope scope(problem.q.device.index);
-  if (scope.error() != kSuccess) return report(scope.error(), launch->text, launch->text_nbytes);
-  Error error = foveal::cuda::launch(find_kernel(plan.variant, plan.dtype), plan.num_blocks, plan.num_threads,
-                                     plan.shared_nbytes, launch->stream, plan.params);
-  if (error == kSuccess && plan.combine_blocks > 0) {
-    error = foveal::cuda::launch(combine_kernel(plan.dtype), plan.combine_blocks, kCombineRows * 32, 0, launch->stream,
-                                 plan.params);
+  const DeviceScope scope(device);
+  Error error = scope.error();
+  for (int i = 0; i < plan.num_steps && error == kSuccess; ++i) {
+    const Step& step = plan.steps[i];
+    error = foveal::cuda::launch(find_kernel(step.kernel, plan.dtype), step.num_blocks, step.num_threads,
+                                 step.shared_nbytes, launch->stream, plan.params);
   }
   return report(error, launch->text, launch->text_nbytes);
 }

@@ -71,17 +71,8 @@ FOVEAL_DEVICE void write_output(const Params& p, const Span& span, int batch, in
     }
   }
   warp_barrier();  // a warp writes out only its own rows
-  constexpr int kChunks = QTile::kChunks;
-  Element* base = static_cast<Element*>(p.out.data) + offset_of(p.out, batch, head);
-#pragma unroll 4
-  for (int i = lane; i < 16 * kM * kChunks; i += 32) {
-    const int row = warp_row + i / kChunks;
-    const int chunk = i % kChunks;
-    if (first_row + row < p.seqlen_q && chunk * 8 < p.value_dim) {
-      *reinterpret_cast<Chunk*>(base + (first_row + row) * p.out.stride[2] + chunk * 8) =
-          shared_load_128(tile + QTile::offset(row, chunk));
-    }
-  }
+  Element* target = static_cast<Element*>(p.out.data) + offset_of(p.out, batch, head, first_row);
+  store_rows<QTile, 32>(lane, tile, warp_row, 16 * kM, target, p.out.stride[2], p.seqlen_q - first_row, p.value_dim);
 }
 
 template <class Config>

@@ -11,45 +11,12 @@
 // the sum, so NaN or inf behind a mask does not reach it.
 #pragma once
 
+#include "cuda/plain.h"
+#include "cuda/reduce.h"
 #include "cuda/score.h"
 #include "cuda/shape.h"
 
 namespace foveal::cuda {
-
-constexpr int kPlainMaxDim = 256;
-
-template <class Real_, int kWarps_, int kRowsPerWarp_>
-struct PlainConfig {
-  using Real = Real_;
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kRowsPerWarp = kRowsPerWarp_;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kRows = kWarps * kRowsPerWarp;
-};
-
-template <class Real>
-FOVEAL_DEVICE Real warp_max(Real x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = maximum(x, shuffle_xor(x, step));
-  return x;
-}
-template <class Real>
-FOVEAL_DEVICE Real warp_sum(Real x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += shuffle_xor(x, step);
-  return x;
-}
-
-// Rows [first, first + count) of `a` (batch and head already in `base`) into shared rows of `pitch` elements.
-template <class Config>
-FOVEAL_DEVICE void stage_rows(typename Config::Real* target, int pitch, const Array& a, int64_t base, int first,
-                              int count, int columns) {
-  for (int i = thread_index(); i < count * columns; i += Config::kThreads) {
-    const int row = i / columns;
-    const int column = i - row * columns;
-    target[row * pitch + column] = read_real<typename Config::Real>(a, base + offset_of(a, 0, 0, first + row, column));
-  }
-}
 
 // Query rows [first_row, first_row + kRows) of one head, by all threads of the block.
 template <class Config>

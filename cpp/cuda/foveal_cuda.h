@@ -13,11 +13,13 @@ namespace foveal::cuda {
 constexpr int32_t kCudaErrorBase = 1000;
 
 struct Launch {
-  const void* problem = nullptr;  // a foveal::AttentionProblem as the caller gave it, its memory on q's device
-  uint64_t problem_nbytes = 0;    // sizeof of the caller's AttentionProblem; must be the library's
-  int32_t variant = -1;           // a kernel of kernel_list.h; -1: the default
-  void* stream = nullptr;         // cudaStream_t
-  void* workspace = nullptr;      // device memory, 256-byte aligned, live until the stream has passed
+  const void* problem = nullptr;    // a foveal::AttentionProblem as the caller gave it, its memory on q's device
+  uint64_t problem_nbytes = 0;      // sizeof of the caller's AttentionProblem; must be the library's
+  const void* gradients = nullptr;  // backward: a foveal::AttentionGradients, its memory there too
+  uint64_t gradients_nbytes = 0;    // sizeof of the caller's AttentionGradients
+  int32_t variant = -1;             // a kernel of kernel_list.h; -1: the default
+  void* stream = nullptr;           // cudaStream_t
+  void* workspace = nullptr;        // device memory, 256-byte aligned, live until the stream has passed
   uint64_t workspace_nbytes = 0;
   char* text = nullptr;  // receives a zero-terminated reason
   uint64_t text_nbytes = 0;
@@ -31,17 +33,19 @@ struct Launch {
 #define FOVEAL_CUDA_API extern "C"
 #endif
 
-// sizeof(foveal::AttentionProblem): differs when caller and library come from different trees.
+// Their sizes: they differ when caller and library come from different trees.
 FOVEAL_CUDA_API uint64_t foveal_cuda_problem_nbytes();
+FOVEAL_CUDA_API uint64_t foveal_cuda_gradients_nbytes();
 
 FOVEAL_CUDA_API int32_t foveal_cuda_device_count(int32_t* count, char* text, uint64_t text_nbytes);
 
-// Bytes of workspace that `foveal_cuda_attention_forward` needs for this launch (0: none). Launches nothing.
+// The forward pass, or the backward pass where the launch has gradients. The first function tells how many bytes of
+// workspace the second one needs (0: none) and launches nothing.
 FOVEAL_CUDA_API int32_t foveal_cuda_attention_workspace(const foveal::cuda::Launch* launch, uint64_t* nbytes);
+FOVEAL_CUDA_API int32_t foveal_cuda_attention(const foveal::cuda::Launch* launch);
 
-FOVEAL_CUDA_API int32_t foveal_cuda_attention_forward(const foveal::cuda::Launch* launch);
-
-// What would be launched, for tests and reports: path, variant, num_blocks, num_threads, shared_nbytes, num_splits.
-// Needs no GPU: `shared_limit` stands for the device's shared memory per block.
+// What would be launched, for tests and reports: path, num_splits, workspace_nbytes, num_steps, then for each of up to
+// five steps kernel, num_blocks, num_threads, shared_nbytes. Needs no GPU: `shared_limit` stands for the device's
+// shared memory per block.
 FOVEAL_CUDA_API int32_t foveal_cuda_attention_plan(const foveal::cuda::Launch* launch, int32_t shared_limit,
-                                                   int64_t plan[6]);
+                                                   int64_t plan[24]);

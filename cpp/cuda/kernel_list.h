@@ -4,6 +4,8 @@
 // device's shared memory is the default; the others are there to be measured against it.
 #pragma once
 
+#include "cuda/shape.h"
+
 // id, head-dim class, block_m, block_n, warps, policies
 #define FOVEAL_CUDA_FORWARD_KERNELS(X) \
   X(0, 64, 128, 64, 4, false)          \
@@ -30,3 +32,25 @@
 #define FOVEAL_CUDA_PLAIN_KERNELS(X) \
   X(60, float, 8, 4)                 \
   X(61, double, 4, 4)
+
+// id, head-dim class, owns keys (dk, dv) or rows (dq), m tiles a warp, walked rows, warps, column parts
+#define FOVEAL_CUDA_BACKWARD_KERNELS(X) \
+  X(80, 64, false, 2, 32, 4, 1)         \
+  X(81, 128, false, 1, 32, 8, 1)        \
+  X(82, 256, false, 1, 16, 4, 1)        \
+  X(90, 64, true, 1, 64, 8, 1)          \
+  X(91, 128, true, 1, 32, 4, 1)         \
+  X(92, 256, true, 1, 16, 8, 2)
+
+// first id, accumulator, warps, rows per warp; five kernels each, in the order of PlainBackward
+#define FOVEAL_CUDA_PLAIN_BACKWARD_KERNELS(X)      \
+  X(100, float, 8, kPlainBackwardRowsPerWarpFloat) \
+  X(105, double, 4, kPlainBackwardRowsPerWarpDouble)
+
+namespace foveal::cuda {
+
+constexpr int kCombineKernel = 50;  // the merge of split keys
+
+enum PlainBackward { kPrepareRows, kPlainRows, kPlainKeyRows, kPlainBias, kPlainSinks };
+
+}  // namespace foveal::cuda

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda/launch.h"
-#include "cuda/shape.h"
 
 namespace foveal::cuda {
 
@@ -11,19 +10,26 @@ struct KernelEntry {
   Kernel kernel;
 };
 
-// 16-bit kernels exist once per element, in files compiled with FOVEAL_CUDA_ELEMENT; null when the id is not theirs.
-Kernel find_kernel_half(int id);
-Kernel find_kernel_bfloat16(int id);
-Kernel find_kernel_plain(int id);
-Kernel combine_kernel_half();
-Kernel combine_kernel_bfloat16();
+// Null when the id is not theirs. 16-bit kernels exist once per element, in files that define FOVEAL_CUDA_ELEMENT.
+Kernel find_forward_half(int id);
+Kernel find_forward_bfloat16(int id);
+Kernel find_backward_half(int id);
+Kernel find_backward_bfloat16(int id);
+Kernel find_plain(int id);
 
 inline Kernel find_kernel(int id, DType dtype) {
-  if (const Kernel plain = find_kernel_plain(id)) return plain;
-  return dtype == DType::kFloat16 ? find_kernel_half(id) : find_kernel_bfloat16(id);
+  const bool half = dtype == DType::kFloat16;
+  if (const Kernel kernel = find_plain(id)) return kernel;
+  if (const Kernel kernel = half ? find_forward_half(id) : find_forward_bfloat16(id)) return kernel;
+  return half ? find_backward_half(id) : find_backward_bfloat16(id);
 }
-inline Kernel combine_kernel(DType dtype) {
-  return dtype == DType::kFloat16 ? combine_kernel_half() : combine_kernel_bfloat16();
+
+template <int kCount>
+Kernel find_in(const KernelEntry (&table)[kCount], int id) {
+  for (const KernelEntry& entry : table) {
+    if (entry.id == id) return entry.kernel;
+  }
+  return nullptr;
 }
 
 }  // namespace foveal::cuda

@@ -1,5 +1,4 @@
-// The tensor-core kernels of one element type; kernels_half.cu and kernels_bfloat16.cu define ELEMENT, FIND and
-// COMBINE.
+// The forward kernels of one 16-bit element; kernels_half.cu and kernels_bfloat16.cu define ELEMENT and FIND.
 #include "cuda/decode.h"
 #include "cuda/forward_mma.h"
 #include "cuda/kernel_list.h"
@@ -30,17 +29,11 @@ const KernelEntry kTable[] = {
 #define FOVEAL_ROW(id, dim, warps, stages) {id, decode_kernel<DecodeConfig<FOVEAL_CUDA_ELEMENT, dim, warps, stages>>},
         FOVEAL_CUDA_DECODE_KERNELS(FOVEAL_ROW)
 #undef FOVEAL_ROW
+            {kCombineKernel, combine_kernel},
 };
 
 }  // namespace
 
-Kernel FOVEAL_CUDA_FIND(int id) {
-  for (const KernelEntry& entry : kTable) {
-    if (entry.id == id) return entry.kernel;
-  }
-  return nullptr;
-}
-
-Kernel FOVEAL_CUDA_COMBINE() { return combine_kernel; }
+Kernel FOVEAL_CUDA_FIND(int id) { return find_in(kTable, id); }
 
 }  // namespace foveal::cuda

@@ -1,4 +1,3 @@
 #define FOVEAL_CUDA_ELEMENT Half
-#define FOVEAL_CUDA_FIND find_kernel_half
-#define FOVEAL_CUDA_COMBINE combine_kernel_half
+#define FOVEAL_CUDA_FIND find_forward_half
 #include "cuda/kernels_16bit.inl.h"

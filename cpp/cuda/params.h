@@ -47,6 +47,13 @@ struct Params {
   float* partial_out = nullptr;
   float* partial_lse = nullptr;
   int num_splits = 1;
+  // Backward. row_lse and row_delta are (B, Hq, row_pitch) of the accumulator, see backward_rows.h.
+  Array dout, dlse;     // like out; optional, like lse
+  Array dq, dk, dv;     // like q, k, v
+  Array dbias, dsinks;  // optional, of the accumulator: (B,Hq,Sq,Skv) with stride 0 on summed axes, (Hq,)
+  void* row_lse = nullptr;
+  void* row_delta = nullptr;
+  int row_pitch = 0;  // seqlen_q rounded up to kRowPitch
 };
 
 }  // namespace foveal::cuda

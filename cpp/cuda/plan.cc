@@ -30,84 +30,6 @@ constexpr KernelShape kKernels[] = {
 #undef FOVEAL_ROW
 };
 
-Status refuse(ErrorKind kind, std::string text) { return {kind, "attention: " + std::move(text)}; }
-
-Array array_of(const TensorView& view) {
-  Array a;
-  if (!view.present()) return a;
-  a.data = view.data;
-  a.dtype = view.dtype;
-  for (int i = 0; i < std::min(view.rank, 4); ++i) a.stride[i] = view.shape[i] == 1 ? 0 : view.stride[i];
-  return a;
-}
-
-// Rows that begin 16-byte aligned and lie dense, so that cp.async can fetch 8 elements at a time.
-bool loads_in_chunks(const TensorView& view) {
-  if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0 || view.shape[3] % 8 != 0) return false;
-  if (view.stride[3] != 1) return false;
-  for (int i = 0; i < 3; ++i) {
-    if (view.shape[i] > 1 && view.stride[i] % 8 != 0) return false;
-  }
-  return true;
-}
-
-Status check_extents(const AttentionProblem& p) {
-  const struct {
-    const char* name;
-    int64_t value, limit;
-  } extents[] = {
-      {"head_dim", p.q.shape[3], kMaxHeadDim},    {"v.shape[-1]", p.v.shape[3], kMaxHeadDim},
-      {"seqlen_q", p.q.shape[2], kPositionLimit}, {"seqlen_kv", p.k.shape[2], kPositionLimit},
-      {"batch", p.q.shape[0], kPositionLimit},    {"num_heads", p.q.shape[1], kPositionLimit},
-  };
-  for (const auto& e : extents) {
-    if (e.value > e.limit) {
-      return refuse(ErrorKind::kNotImplemented, std::string(e.name) + " is " + std::to_string(e.value) +
-                                                    ", the CUDA backend takes at most " + std::to_string(e.limit));
-    }
-  }
-  if (p.dropout_p != 0.0) return refuse(ErrorKind::kNotImplemented, "dropout_p is not 0, which the CUDA backend lacks");
-  if (p.packed()) return refuse(ErrorKind::kNotImplemented, "cu_seqlens_q is given, which the CUDA backend lacks");
-  if (p.paged()) return refuse(ErrorKind::kNotImplemented, "block_table is given, which the CUDA backend lacks");
-  return {};
-}
-
-int window_side(int64_t side) {
-  return side == kUnlimited ? kNoLimit : static_cast<int>(std::min<int64_t>(side, kNoLimit));
-}
-
-Params params_of(const AttentionProblem& problem) {
-  Params p;
-  p.q = array_of(problem.q);
-  p.k = array_of(problem.k);
-  p.v = array_of(problem.v);
-  p.out = array_of(problem.out);
-  p.lse = array_of(problem.lse);
-  p.weights = array_of(problem.weights);
-  p.mask = array_of(problem.mask);
-  p.bias = array_of(problem.bias);
-  p.alibi_slopes = array_of(problem.alibi_slopes);
-  p.sinks = array_of(problem.sinks);
-  p.q_lens = array_of(problem.q_lens);
-  p.kv_lens = array_of(problem.kv_lens);
-  p.q_offset = array_of(problem.q_offset);
-  p.batch = static_cast<int>(problem.q.shape[0]);
-  p.num_heads = static_cast<int>(problem.q.shape[1]);
-  p.num_kv_heads = static_cast<int>(problem.k.shape[1]);
-  p.group = p.num_kv_heads > 0 ? p.num_heads / p.num_kv_heads : 1;
-  p.seqlen_q = static_cast<int>(problem.q.shape[2]);
-  p.seqlen_kv = static_cast<int>(problem.k.shape[2]);
-  p.head_dim = static_cast<int>(problem.q.shape[3]);
-  p.value_dim = static_cast<int>(problem.v.shape[3]);
-  p.window_left = window_side(problem.window_left);
-  p.window_right = problem.causal ? 0 : window_side(problem.window_right);
-  p.scale = problem.scale;
-  p.softcap = problem.softcap;
-  return p;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 const KernelShape* choose_kernel(Path path, int dim, bool policies, int shared_limit, int variant) {
   for (const KernelShape& kernel : kKernels) {
     if (kernel.path != path || kernel.head_dim < dim || kernel.shared_nbytes > shared_limit) continue;
@@ -124,10 +46,9 @@ void plan_plain(Plan& plan) {
   const Params& p = plan.params;
   const int rows = wide ? kPlainRowsDouble : kPlainRowsFloat;
   plan.path = Path::kPlain;
-  plan.variant = wide ? 61 : 60;
-  plan.num_threads = wide ? kPlainThreadsDouble : kPlainThreadsFloat;
-  plan.shared_nbytes = plain_shared_nbytes(wide ? 8 : 4, rows, p.head_dim, p.value_dim);
-  plan.num_blocks = ceil_div(p.seqlen_q, rows) * p.num_heads * p.batch;
+  plan.add({wide ? 61 : 60, ceil_div(p.seqlen_q, rows) * p.num_heads * p.batch,
+            wide ? kPlainThreadsDouble : kPlainThreadsFloat,
+            plain_shared_nbytes(wide ? 8 : 4, rows, p.head_dim, p.value_dim)});
 }
 
 }  // namespace
@@ -160,29 +81,36 @@ Status make_plan(const AttentionProblem& problem, int shared_limit, int variant,
       return refuse(ErrorKind::kValue,
                     "variant is " + std::to_string(variant) + ", which does not fit this problem or device");
     }
-    plan.variant = kernel->id;
-    plan.num_threads = kernel->num_threads;
-    plan.shared_nbytes = kernel->shared_nbytes;
+    Step step{kernel->id, 0, kernel->num_threads, kernel->shared_nbytes};
     if (plan.path == Path::kForward) {
-      plan.num_blocks = ceil_div(p.seqlen_q, kernel->block_m) * p.num_heads * p.batch;
+      step.num_blocks = ceil_div(p.seqlen_q, kernel->block_m) * p.num_heads * p.batch;
+      plan.add(step);
     } else {
       plan.params.num_splits = static_cast<int>(std::max<int64_t>(1, ceil_div(p.seqlen_kv, kSplitKeys)));
-      plan.num_blocks = ceil_div(rows, kPackedRows) * p.num_splits * p.num_kv_heads * p.batch;
+      step.num_blocks = ceil_div(rows, kPackedRows) * p.num_splits * p.num_kv_heads * p.batch;
+      plan.add(step);
       if (p.num_splits > 1) {
         const int64_t out_rows = static_cast<int64_t>(p.batch) * p.num_heads * p.seqlen_q;
-        plan.combine_blocks = ceil_div(out_rows, kCombineRows);
+        plan.add({kCombineKernel, ceil_div(out_rows, kCombineRows), kCombineRows * 32, 0});
         plan.workspace_nbytes = p.num_splits * out_rows * (p.value_dim + 1) * static_cast<int64_t>(sizeof(float));
       }
     }
   }
-  if (plan.num_blocks > std::numeric_limits<int32_t>::max()) {
-    return refuse(ErrorKind::kNotImplemented,
-                  std::to_string(plan.num_blocks) + " blocks are more than one CUDA launch takes");
-  }
-  if (plan.shared_nbytes > shared_limit) {
-    return refuse(ErrorKind::kNotImplemented, "needs " + std::to_string(plan.shared_nbytes) +
-                                                  " bytes of shared memory, the device has " +
-                                                  std::to_string(shared_limit));
+  return check_steps(plan, shared_limit);
+}
+
+Status check_steps(const Plan& plan, int shared_limit) {
+  for (int i = 0; i < plan.num_steps; ++i) {
+    const Step& step = plan.steps[i];
+    if (step.num_blocks > std::numeric_limits<int32_t>::max()) {
+      return refuse(ErrorKind::kNotImplemented,
+                    std::to_string(step.num_blocks) + " blocks are more than one CUDA launch takes");
+    }
+    if (step.shared_nbytes > shared_limit) {
+      return refuse(ErrorKind::kNotImplemented, "needs " + std::to_string(step.shared_nbytes) +
+                                                    " bytes of shared memory, the device has " +
+                                                    std::to_string(shared_limit));
+    }
   }
   return {};
 }
@@ -190,8 +118,14 @@ Status make_plan(const AttentionProblem& problem, int shared_limit, int variant,
 void bind_workspace(Plan& plan, void* workspace) {
   if (plan.workspace_nbytes == 0) return;
   Params& p = plan.params;
-  p.partial_out = static_cast<float*>(workspace);
-  p.partial_lse = p.partial_out + static_cast<int64_t>(p.num_splits) * p.batch * p.num_heads * p.seqlen_q * p.value_dim;
+  if (p.row_pitch > 0) {
+    p.row_lse = workspace;
+    p.row_delta = static_cast<char*>(workspace) + plan.workspace_nbytes / 2;
+  } else {
+    p.partial_out = static_cast<float*>(workspace);
+    p.partial_lse =
+        p.partial_out + static_cast<int64_t>(p.num_splits) * p.batch * p.num_heads * p.seqlen_q * p.value_dim;
+  }
 }
 
 }  // namespace foveal::cuda

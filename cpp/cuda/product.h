@@ -1,4 +1,5 @@
-// The two products of a warp: scores S = Q K^T and output O += P V, for kM tiles of 16 query rows.
+// The two products of a warp: scores S = Q K^T and output O += P V, for kM tiles of 16 query rows. The backward pass
+// multiplies other arrays in the same two forms.
 //
 // Accumulators of m16n8k16 double as its A operand: columns 16j..16j+15 of P are exactly score tiles 2j and 2j+1, so P
 // never leaves registers. Each K or V fragment is loaded once and used for all kM row tiles.
@@ -47,10 +48,10 @@ FOVEAL_DEVICE void pack_weights(uint32_t (&a)[4], const float (&low)[4], const f
   a[3] = pack<Element>(high[2], high[3]);
 }
 
-// out[m][d][i]: row as above, value column 8d + 2*pair + i%2.
+// out[m][d][i]: row as above, value column 8d + 2*pair + i%2. V may be wider than `out`: its first columns then.
 template <class Element, class VTile, int kM, int kN, int kD>
 FOVEAL_DEVICE void multiply_pv(float (&out)[kM][kD][4], const float (&weight)[kM][kN][4], uint32_t v) {
-  static_assert(VTile::kRows == kN * 8 && VTile::kColumns == kD * 8);
+  static_assert(VTile::kRows == kN * 8 && VTile::kColumns >= kD * 8);
   const uint32_t lane_v = lane_address_b_trans<VTile>(v);
 #pragma unroll
   for (int n = 0; n < kN; n += 2) {

@@ -27,10 +27,19 @@ class ScorePolicy {
   }
 
   FOVEAL_DEVICE Real apply(Real dot, int query, int key, int position) const {
+    Real slope;
+    return apply(dot, query, key, position, slope);
+  }
+
+  // `slope` receives the derivative of the score by scale * dot: 1 without a softcap.
+  FOVEAL_DEVICE Real apply(Real dot, int query, int key, int position, Real& slope) const {
     Real s = dot * static_cast<Real>(p_.scale);
+    slope = Real(1);
     if (p_.softcap > 0.0) {
       const Real cap = static_cast<Real>(p_.softcap);
-      s = cap * hyperbolic_tangent(s / cap);
+      const Real t = hyperbolic_tangent(s / cap);
+      slope = fused_multiply_add(-t, t, Real(1));
+      s = cap * t;
     }
     if (p_.bias.data) s += read_real<Real>(p_.bias, bias_ + offset_of(p_.bias, 0, 0, query, key));
     const int distance = position < key ? key - position : position - key;

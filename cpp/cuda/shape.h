@@ -33,4 +33,25 @@ constexpr int plain_shared_nbytes(int itemsize, int rows, int head_dim, int valu
   return itemsize * (rows * head_dim + kPlainKeys * (width + 1));
 }
 
+// backward_mma.h: two owned tiles, and two stages of two walked tiles with lse and delta of their rows
+constexpr int kRowPitch = 64;  // row_lse and row_delta are whole in every walked tile
+constexpr int backward_owned_rows(int m_tiles, int warps, int column_parts) {
+  return warps / column_parts * 16 * m_tiles;
+}
+constexpr int backward_shared_nbytes(int head_dim, int owned, int walked) {
+  return 2 * tile_nbytes(owned, head_dim) + 2 * (2 * tile_nbytes(walked, head_dim) + 2 * walked * 4);
+}
+
+// backward_plain.h: two owned rows each, and 32 padded walked rows
+constexpr int kPlainBackwardRowsPerWarpFloat = 4;
+constexpr int kPlainBackwardRowsPerWarpDouble = 2;
+constexpr int plain_backward_shared_nbytes(int itemsize, int rows, int head_dim, int value_dim) {
+  const int width = head_dim > value_dim ? head_dim : value_dim;
+  return itemsize * (rows * (head_dim + value_dim) + kPlainKeys * (width + 1));
+}
+
+// backward_rows.h and backward_bias.h
+constexpr int kPreparedRows = 8;  // rows of one block, a warp each
+constexpr int kSinkThreads = 256;
+
 }  // namespace foveal::cuda

@@ -2,7 +2,8 @@
 //
 // Row i sits at position offset + i and sees the keys of [first_key(i), end_key(i)); both bounds grow with i, so the
 // range of a block of rows runs from the first row's first key to the last row's end, and a block of keys needs no mask
-// when it starts at or after the last row's first key and ends at or before the first row's end.
+// when it starts at or after the last row's first key and ends at or before the first row's end. Seen from a key, the
+// rows are [first_row(j), end_row(j)), which grow with j in the same way.
 #pragma once
 
 #include "cuda/operand.h"
@@ -31,6 +32,15 @@ struct Span {
     const int key = offset + row + right + 1;
     return key > kv_len ? kv_len : key;
   }
+  FOVEAL_DEVICE int first_row(int key) const {
+    const int row = key - offset - right;
+    return row < 0 ? 0 : row;
+  }
+  FOVEAL_DEVICE int end_row(int key) const {
+    const int last = key - offset + left;
+    return last < q_len ? last + 1 : q_len;
+  }
+  FOVEAL_DEVICE bool sees(int row, int key) const { return row < q_len && key >= first_key(row) && key < end_key(row); }
 };
 
 }  // namespace foveal::cuda

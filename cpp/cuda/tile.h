@@ -77,6 +77,22 @@ FOVEAL_DEVICE void load_tile(int thread, uint32_t tile, const Element* source, i
   }
 }
 
+// The other way: rows [tile_row, tile_row + num_rows) of a tile to an array of the same form, which begins at tile row
+// 0. Rows at or past `row_limit` and columns at or past `num_columns` are not written.
+template <class Tile, int kThreads, class Element>
+FOVEAL_DEVICE void store_rows(int thread, uint32_t tile, int tile_row, int num_rows, Element* target,
+                              int64_t row_stride, int row_limit, int num_columns) {
+#pragma unroll 4
+  for (int i = thread; i < num_rows * Tile::kChunks; i += kThreads) {
+    const int row = tile_row + i / Tile::kChunks;
+    const int chunk = i % Tile::kChunks;
+    if (row < row_limit && chunk * 8 < num_columns) {
+      *reinterpret_cast<Chunk*>(target + row * row_stride + chunk * 8) =
+          shared_load_128(tile + Tile::offset(row, chunk));
+    }
+  }
+}
+
 // Does either 16-bit element of `word` hold inf or NaN? An exponent of all ones carries into the cleared sign bit.
 template <class Element>
 FOVEAL_DEVICE bool has_nonfinite(uint32_t word);

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 LIBRARY_PATH = Path(__file__).with_name("libfoveal_cuda.so")
 MAX_RANK = 8
@@ -21,7 +22,8 @@ DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3, "bool": 4, "i
 UNLIMITED = -1
 DEVICE_CUDA = 1
 CUDA_ERROR_BASE = 1000
-PATHS = ("empty", "plain", "forward", "decode")
+PATHS = ("empty", "plain", "forward", "decode", "backward", "backward_plain")
+MAX_STEPS = 5
 DEFAULT_VARIANT = -1
 
 _ERRORS: dict[int, type[Exception]] = {1: TypeError, 2: ValueError, 3: NotImplementedError, 4: MemoryError}
@@ -96,10 +98,26 @@ class Problem(ctypes.Structure):
             getattr(self, name).rank = -1
 
 
+_GRADIENTS = ("dout", "dlse", "dq", "dk", "dv", "dbias", "dsinks")
+
+
+class Gradients(ctypes.Structure):
+    """`foveal::AttentionGradients`."""
+
+    _fields_ = [(name, View) for name in _GRADIENTS]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in _GRADIENTS:
+            getattr(self, name).rank = -1
+
+
 class _Launch(ctypes.Structure):
     _fields_ = [
         ("problem", ctypes.c_void_p),
         ("problem_nbytes", ctypes.c_uint64),
+        ("gradients", ctypes.c_void_p),
+        ("gradients_nbytes", ctypes.c_uint64),
         ("variant", ctypes.c_int32),
         ("stream", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
@@ -143,12 +161,14 @@ class Library:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._dll = ctypes.CDLL(str(path))
-        self._dll.foveal_cuda_problem_nbytes.restype = ctypes.c_uint64
-        expected = self._dll.foveal_cuda_problem_nbytes()
-        if expected != ctypes.sizeof(Problem):
-            raise ImportError(
-                f"{path}: AttentionProblem has {expected} bytes there, {ctypes.sizeof(Problem)} here; rebuild foveal"
-            )
+        for name, ours in (("problem", Problem), ("gradients", Gradients)):
+            nbytes_of = getattr(self._dll, f"foveal_cuda_{name}_nbytes")
+            nbytes_of.restype = ctypes.c_uint64
+            if nbytes_of() != ctypes.sizeof(ours):
+                raise ImportError(
+                    f"{path}: Attention{name.capitalize()} has {nbytes_of()} bytes there, {ctypes.sizeof(ours)} here; "
+                    "rebuild foveal"
+                )
 
     def device_count(self) -> int:
         """How many GPUs the runtime sees; `CudaError` without a driver."""
@@ -157,17 +177,36 @@ class Library:
         _raise(self._dll.foveal_cuda_device_count(ctypes.byref(count), text, ctypes.c_uint64(_TEXT_NBYTES)), text)
         return count.value
 
-    def plan(self, problem: Problem, shared_limit: int, variant: int = DEFAULT_VARIANT) -> dict[str, int | str]:
-        """Tell what would be launched on a device whose blocks may have `shared_limit` bytes of shared memory."""
-        launch, text = _launch(problem, variant)
-        values = (ctypes.c_int64 * 6)()
-        _raise(self._dll.foveal_cuda_attention_plan(ctypes.byref(launch), ctypes.c_int32(shared_limit), values), text)
-        names = ("variant", "num_blocks", "num_threads", "shared_nbytes", "num_splits")
-        return {"path": PATHS[values[0]], **dict(zip(names, values[1:], strict=True))}
+    def plan(
+        self,
+        problem: Problem,
+        shared_limit: int,
+        variant: int = DEFAULT_VARIANT,
+        gradients: Gradients | None = None,
+    ) -> dict[str, Any]:
+        """Tell what would be launched on a device whose blocks may have `shared_limit` bytes of shared memory.
 
-    def workspace_nbytes(self, problem: Problem, variant: int = DEFAULT_VARIANT) -> int:
-        """Bytes of device memory that `forward` needs beside the outputs."""
-        launch, text = _launch(problem, variant)
+        `steps` are the launches in order; beside them stands the first one's, or the default's where there is none.
+        """
+        launch, text = _launch(problem, gradients, variant)
+        values = (ctypes.c_int64 * (4 + 4 * MAX_STEPS))()
+        _raise(self._dll.foveal_cuda_attention_plan(ctypes.byref(launch), ctypes.c_int32(shared_limit), values), text)
+        path, num_splits, workspace_nbytes, num_steps = values[:4]
+        names = ("variant", "num_blocks", "num_threads", "shared_nbytes")
+        steps = [dict(zip(names, values[i : i + 4], strict=True)) for i in range(4, 4 + 4 * MAX_STEPS, 4)]
+        return {
+            "path": PATHS[path],
+            "num_splits": num_splits,
+            "workspace_nbytes": workspace_nbytes,
+            "steps": steps[:num_steps],
+            **steps[0],
+        }
+
+    def workspace_nbytes(
+        self, problem: Problem, variant: int = DEFAULT_VARIANT, gradients: Gradients | None = None
+    ) -> int:
+        """Bytes of device memory that `forward` (with gradients: `backward`) needs beside the outputs."""
+        launch, text = _launch(problem, gradients, variant)
         nbytes = ctypes.c_uint64()
         _raise(self._dll.foveal_cuda_attention_workspace(ctypes.byref(launch), ctypes.byref(nbytes)), text)
         return nbytes.value
@@ -182,14 +221,37 @@ class Library:
         variant: int = DEFAULT_VARIANT,
     ) -> None:
         """Enqueue the forward pass on `stream`; returns before it has run."""
-        launch, text = _launch(problem, variant)
+        self._enqueue(problem, None, stream, workspace, workspace_nbytes, variant)
+
+    def backward(
+        self,
+        problem: Problem,
+        gradients: Gradients,
+        *,
+        stream: int = 0,
+        workspace: int = 0,
+        workspace_nbytes: int = 0,
+    ) -> None:
+        """Enqueue the backward pass of a problem whose `out` and `lse` the forward pass has filled or will fill."""
+        self._enqueue(problem, gradients, stream, workspace, workspace_nbytes, DEFAULT_VARIANT)
+
+    def _enqueue(
+        self,
+        problem: Problem,
+        gradients: Gradients | None,
+        stream: int,
+        workspace: int,
+        workspace_nbytes: int,
+        variant: int,
+    ) -> None:
+        launch, text = _launch(problem, gradients, variant)
         launch.stream = stream
         launch.workspace = workspace
         launch.workspace_nbytes = workspace_nbytes
-        _raise(self._dll.foveal_cuda_attention_forward(ctypes.byref(launch)), text)
+        _raise(self._dll.foveal_cuda_attention(ctypes.byref(launch)), text)
 
 
-def _launch(problem: Problem, variant: int) -> tuple[_Launch, ctypes.Array[ctypes.c_char]]:
+def _launch(problem: Problem, gradients: Gradients | None, variant: int) -> tuple[_Launch, ctypes.Array[ctypes.c_char]]:
     text = ctypes.create_string_buffer(_TEXT_NBYTES)
     launch = _Launch(
         problem=ctypes.addressof(problem),
@@ -198,6 +260,9 @@ def _launch(problem: Problem, variant: int) -> tuple[_Launch, ctypes.Array[ctype
         text=ctypes.addressof(text),
         text_nbytes=_TEXT_NBYTES,
     )
+    if gradients is not None:
+        launch.gradients = ctypes.addressof(gradients)
+        launch.gradients_nbytes = ctypes.sizeof(gradients)
     return launch, text
 
 

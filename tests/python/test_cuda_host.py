@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,46 @@ def test_kernels_agree_with_float64(emulated: Any, part: int) -> None:
     assert not failed
 
 
+@pytest.mark.parametrize("part", range(8))
+def test_gradients_agree_with_float64(emulated: Any, part: int) -> None:
+    failed = []
+    cases = list(problems.gradient_grid(small=True))
+    of = {dtype: [c for c in cases if c.dtype == dtype] for dtype in problems.GRADIENT_TOLERANCE}
+    # The dtypes differ in two instructions each: all options once, of the others every third or seventh.
+    chosen = of["bfloat16"] + of["float16"][::3] + of["float32"][::7] + of["float64"][3::7]
+    for case in chosen[part::8]:
+        result = cuda_report.check_gradients(emulated, cuda_report.HostMemory(), case)
+        if not result["passed"]:
+            failed.append(result)
+    assert not failed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_gradients_of_a_padded_batch_equal_each_sequence_alone(emulated: Any, dtype: str) -> None:
+    case = Case(3, 4, 2, 90, 150, 64, 64, dtype, causal=True, q_lens=(90, 70, 33), kv_lens=(150, 100, 57))
+    assert cuda_report.check_padded_gradients(emulated, cuda_report.HostMemory(), case)["passed"]
+
+
+def test_gradients_are_zero_where_there_is_nothing_to_attend(emulated: Any) -> None:
+    no_keys = Case(1, 2, 1, 5, 0, 64, 64, "float16", sinks=True)
+    result = cuda_report.check_gradients(emulated, cuda_report.HostMemory(), no_keys)
+    assert result["passed"], result
+    no_rows = Case(2, 2, 1, 0, 9, 64, 64, "float16", bias="float32", bias_axes="k")
+    result = cuda_report.check_gradients(emulated, cuda_report.HostMemory(), no_rows)
+    assert result["passed"], result
+
+
+def test_padded_rows_have_no_gradient_beside_a_nan_key(emulated: Any) -> None:
+    case = Case(1, 1, 1, 70, 32, 64, 64, "float16", q_lens=(33,))
+    arrays = problems.make_inputs(case)
+    arrays["k"][:, :, 5] = np.nan
+    run = cuda_report.Run(emulated, cuda_report.HostMemory(), case, arrays)
+    run()
+    dq = cuda_report.Backward(run, problems.make_gradients(case))()["dq"]
+    assert np.isnan(dq[:, :, :33]).all()
+    assert not dq[:, :, 33:].any()
+
+
 @pytest.mark.parametrize("seqlen_q", [2, 90])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_padded_batch_equals_each_sequence_alone(emulated: Any, dtype: str, seqlen_q: int) -> None:
@@ -80,9 +121,18 @@ def test_lengths_beyond_the_arrays_are_cut(emulated: Any) -> None:
 # --- plan ------------------------------------------------------------------------------------------------------------
 
 
-def plan_of(library: Any, case: Case, shared_limit: int = HOPPER_SHARED) -> dict[str, Any]:
+def plan_of(
+    library: Any, case: Case, shared_limit: int = HOPPER_SHARED, backward: bool = False, dbias: str | None = None
+) -> dict[str, Any]:
     """What would be launched, for views whose memory is never touched."""
-    problem = cuda.Problem()
+    problem, gradients = cuda.Problem(), cuda.Gradients()
+    addresses = itertools.count(1)
+    extents = {"b": case.batch, "h": case.num_heads, "q": case.seqlen_q, "k": case.seqlen_kv}
+
+    def put(target: Any, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        strides = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
+        setattr(target, name, cuda.view(next(addresses) << 40, dtype, shape, strides))
+
     for name, heads, seqlen, dim in (
         ("q", case.num_heads, case.seqlen_q, case.head_dim),
         ("k", case.num_kv_heads, case.seqlen_kv, case.head_dim),
@@ -90,11 +140,18 @@ def plan_of(library: Any, case: Case, shared_limit: int = HOPPER_SHARED) -> dict
         ("out", case.num_heads, case.seqlen_q, case.value_dim),
     ):
         shape = (case.batch, heads, seqlen, dim)
-        strides = (heads * seqlen * dim, seqlen * dim, dim, 1)
-        address = {"q": 1, "k": 2, "v": 3, "out": 4}[name] << 44
-        setattr(problem, name, cuda.view(address, case.dtype, shape, strides))
+        put(problem, name, case.dtype, shape)
+        put(gradients, "d" + name, case.dtype, shape)
+    put(problem, "lse", "float64" if case.dtype == "float64" else "float32", shape[:3])
     problem.softcap = case.softcap
-    return dict(library.plan(problem, shared_limit, case.variant))
+    if dbias is not None:
+        bias = tuple(n if axis in dbias else 1 for axis, n in extents.items())
+        put(problem, "bias", "float32", bias)
+        put(gradients, "dbias", "float64" if case.dtype == "float64" else "float32", bias)
+    if case.sinks:
+        put(problem, "sinks", "float32", (case.num_heads,))
+        put(gradients, "dsinks", "float64" if case.dtype == "float64" else "float32", (case.num_heads,))
+    return dict(library.plan(problem, shared_limit, case.variant, gradients if backward else None))
 
 
 BASE = Case(2, 8, 2, 1000, 1000, 128, 128, "bfloat16")
@@ -146,6 +203,39 @@ def test_splits_depend_on_neither_batch_nor_heads(emulated: Any) -> None:
     assert many["num_blocks"] == 3 * few["num_blocks"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "path", "kernels"),
+    [
+        ({}, "backward", [100, 81, 91]),
+        ({"head_dim": 64, "value_dim": 64, "sinks": True}, "backward", [100, 80, 90, 104]),
+        ({"head_dim": 64, "value_dim": 136}, "backward", [100, 82, 92]),
+        ({"head_dim": 100, "value_dim": 100}, "backward_plain", [100, 101, 102]),
+        ({"dtype": "float32"}, "backward_plain", [100, 101, 102]),
+        ({"dtype": "float64", "sinks": True}, "backward_plain", [105, 106, 107, 109]),
+        ({"seqlen_q": 0}, "backward", [91]),
+        ({"seqlen_kv": 0}, "backward", [100, 81]),
+        ({"batch": 0}, "empty", []),
+    ],
+)
+def test_steps_of_the_backward_pass(emulated: Any, changes: dict[str, Any], path: str, kernels: list[int]) -> None:
+    plan = plan_of(emulated, dataclasses.replace(BASE, **changes), backward=True)
+    assert (plan["path"], [step["variant"] for step in plan["steps"]]) == (path, kernels)
+
+
+def test_backward_grids_and_workspace(emulated: Any) -> None:
+    plan = plan_of(emulated, BASE, backward=True, dbias="hk")
+    blocks = {step["variant"]: step["num_blocks"] for step in plan["steps"]}
+    assert plan["workspace_nbytes"] == 2 * 4 * (2 * 8 * 1024)  # lse and delta of rows padded to 64
+    assert blocks == {100: 2 * 8 * 1024 // 8, 81: 2 * 8 * 8, 91: 2 * 2 * 16, 103: 8 * 32}
+    small = plan_of(
+        emulated, dataclasses.replace(BASE, head_dim=256, value_dim=256), AMPERE_CONSUMER_SHARED, True, "hk"
+    )
+    assert max(step["shared_nbytes"] for step in small["steps"]) <= AMPERE_CONSUMER_SHARED
+    wide = dataclasses.replace(BASE, head_dim=256, value_dim=256, dtype="float64")
+    small = plan_of(emulated, wide, AMPERE_CONSUMER_SHARED, True, "hk")
+    assert max(step["shared_nbytes"] for step in small["steps"]) <= AMPERE_CONSUMER_SHARED
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +273,20 @@ def test_a_library_from_another_tree_is_refused(emulated: Any, monkeypatch: pyte
     monkeypatch.setattr(cuda, "Problem", Longer)
     with pytest.raises(ImportError, match="rebuild foveal"):
         cuda.Library(emulated.path)
+
+
+def test_gradients_are_judged_as_on_the_cpu(emulated: Any) -> None:
+    case = Case(1, 1, 1, 4, 6, 64, 64, "float16")
+    run = cuda_report.Run(emulated, cuda_report.HostMemory(), case, problems.make_inputs(case))
+    run()
+    backward = cuda_report.Backward(run, problems.make_gradients(case))
+    backward()
+    backward.given.dk.shape[2] = 5
+    with pytest.raises(ValueError, match=r"attention: dk has shape \(1, 1, 5, 64\)"):
+        emulated.backward(run.problem, backward.given)
+    backward.given.dk.shape[2] = 6
+    with pytest.raises(MemoryError, match=r"the workspace has 0 bytes, expected 512"):
+        emulated.backward(run.problem, backward.given)
 
 
 # --- the oracle and the report ---------------------------------------------------------------------------------------

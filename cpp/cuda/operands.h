@@ -1,0 +1,25 @@
+// From a canonical AttentionProblem to what kernels read, and what a kernel may not be given. Host only, no CUDA.
+#pragma once
+
+#include <string>
+
+#include "cuda/params.h"
+#include "foveal/attention.h"
+
+namespace foveal::cuda {
+
+constexpr int kMaxHeadDim = 256;
+
+// What is beyond the backend as a whole, whichever path a problem takes.
+Status check_extents(const AttentionProblem& problem);
+
+// All but the workspace.
+Params params_of(const AttentionProblem& problem);
+void add_gradients(const AttentionGradients& gradients, Params& params);
+
+// Rows that begin 16-byte aligned and lie dense, so that cp.async can fetch 8 elements at a time.
+bool loads_in_chunks(const TensorView& view);
+
+Status refuse(ErrorKind kind, const std::string& text);
+
+}  // namespace foveal::cuda
