@@ -46,7 +46,7 @@ class Case:
     layout: str = "bhsd"
     strided: bool = False  # the last axis of q, k, v has stride 2
     poison: bool = False  # NaN in every key and value that no row sees, and in some that only some rows see
-    poison_rows: bool = False  # NaN in query row 1 and in row 2 of dout: the keys that they do not see stay without
+    poison_rows: str = ""  # "q" or "dout", which has NaN in row 2: the keys that this row does not see stay without
     variant: int = -1
 
     def name(self) -> str:
@@ -128,8 +128,8 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
                 hidden[:, -2] = True  # seen by the last rows alone: theirs is NaN, the others' must not be
             arrays["k"][b][hidden] = np.nan
             arrays["v"][b][hidden] = np.nan
-    if case.poison_rows:
-        arrays["q"][:, :, 1] = np.nan
+    if case.poison_rows == "q":
+        arrays["q"][:, :, 2] = np.nan
     return arrays
 
 
@@ -195,7 +195,7 @@ def make_gradients(case: Case, seed: int = 1) -> dict[str, np.ndarray]:
     for b in range(case.batch):
         dout[b, :, lengths(case, b)[0] :] = np.nan
         dlse[b, :, lengths(case, b)[0] :] = np.nan
-    if case.poison_rows:
+    if case.poison_rows == "dout":
         dout[:, :, 2] = np.nan
     return {"dout": dout, "dlse": dlse}
 
@@ -357,8 +357,9 @@ def gradient_grid(small: bool) -> Iterator[Case]:
         {"head_dim": 192, "value_dim": 128, "causal": True},
         {"kv_lens": (33, 0), "q_lens": (38, 3), "causal": True},
         {"kv_lens": (20, 70), "poison": True, "sinks": True, "seqlen_q": 70},
-        {"poison_rows": True, "causal": True, "q_offset": 0, "seqlen_q": 130},
-        {"poison_rows": True, "window": (9, 3)},
+        {"poison_rows": "q", "causal": True, "q_offset": 0, "seqlen_q": 130},
+        {"poison_rows": "dout", "causal": True, "q_offset": 0, "seqlen_q": 130},
+        {"poison_rows": "dout", "window": (9, 3)},
     ]
     for dtype in ("bfloat16", "float16", "float32", "float64"):
         for extra in options:

@@ -111,6 +111,7 @@ class Run:
     def __init__(self, library: Any, memory: Any, case: Case, arrays: dict[str, np.ndarray]) -> None:
         self.library, self.memory, self.case = library, memory, case
         self.keep: list[Any] = []
+        self.packed = False
         p = self.problem = cuda.Problem()
         for name in ("q", "k", "v"):
             setattr(p, name, self._operand(arrays[name], case))
@@ -153,6 +154,25 @@ class Run:
             view.stride[3] = 2
         return view
 
+    @staticmethod
+    def drop_batch(target: Any, names: tuple[str, ...]) -> None:
+        """Turn views (1,H,T,...) of packed arrays into (T,H,...), of lse into (H,T)."""
+        for name in names:
+            view = getattr(target, name)
+            axes = (2, 1, 3) if view.rank == 4 else (1, 2)
+            shape, stride = [view.shape[i] for i in axes], [view.stride[i] for i in axes]
+            view.rank -= 1
+            for i in range(len(axes)):
+                view.shape[i], view.stride[i] = shape[i], stride[i]
+
+    def pack(self, begins: dict[str, np.ndarray]) -> None:
+        """Make the one batch element of the case packed sequences."""
+        self.drop_batch(self.problem, ("q", "k", "v"))
+        self.problem.cu_seqlens_q = self._view(begins["q"], "int32")
+        self.problem.cu_seqlens_kv = self._view(begins["kv"], "int32")
+        self.problem.layout = 1
+        self.packed = True
+
     def __call__(self) -> tuple[np.ndarray, np.ndarray]:
         """(out, lse) as float64, from one launch into NaN."""
         nan = problems.to_dtype(np.full(self.out_shape, np.nan), self.case.dtype)
@@ -161,6 +181,8 @@ class Run:
         lse_pointer, lse_keep = self.memory.upload(lse)
         self.problem.out = cuda.view(out_pointer, self.case.dtype, self.out_shape, element_strides(nan))
         self.problem.lse = cuda.view(lse_pointer, self.lse_dtype, lse.shape, element_strides(lse))
+        if self.packed:
+            self.drop_batch(self.problem, ("out", "lse"))
         nbytes = self.library.workspace_nbytes(self.problem, variant=self.case.variant)
         workspace, keep = self.memory.upload(np.full(nbytes, 255, np.uint8))
         self.library.forward(
@@ -193,9 +215,14 @@ class Backward:
             if view.rank < 0:
                 continue
             dtype = case.dtype if name in ("q", "k", "v") else run.lse_dtype
-            nan = problems.to_dtype(np.full(tuple(view.shape[: view.rank]), np.nan), dtype)
+            shape = tuple(view.shape[: view.rank])
+            if run.packed and name in ("q", "k", "v"):
+                shape = (1, shape[1], shape[0], shape[2])
+            nan = problems.to_dtype(np.full(shape, np.nan), dtype)
             pointer, keep = run.memory.upload(nan)
             setattr(self.given, "d" + name, cuda.view(pointer, dtype, nan.shape, element_strides(nan)))
+            if run.packed and name in ("q", "k", "v"):
+                run.drop_batch(self.given, ("d" + name,))
             keeps["d" + name] = (nan, keep)
         nbytes = run.library.workspace_nbytes(run.problem, gradients=self.given)
         workspace, keep_workspace = run.memory.upload(np.full(nbytes, 255, np.uint8))
@@ -295,6 +322,157 @@ def check_padded_gradients(library: Any, memory: Any, case: Case) -> dict[str, A
     return {"case": "padded gradients " + case.name(), "passed": bool(passed)}
 
 
+def check_packed(library: Any, memory: Any, case: Case, margin: int = 3) -> dict[str, Any]:
+    """Check packed sequences, with `margin` tokens of none at both ends, against float64 and against each alone.
+
+    `case` has the lengths in q_lens and kv_lens. Bits are compared where the sequence alone takes the same path, which
+    is not the decoding one.
+    """
+    assert case.q_lens is not None
+    assert case.kv_lens is not None
+    arrays, given = problems.make_inputs(case), problems.make_gradients(case)
+    alones = []
+    for b, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+        alone = dataclasses.replace(case, batch=1, seqlen_q=q_len, seqlen_kv=kv_len, kv_lens=None, q_lens=None)
+        part = {name: a for name, a in arrays.items() if name in ("alibi_slopes", "sinks")}
+        part["q"] = arrays["q"][b : b + 1, :, :q_len]
+        part |= {name: arrays[name][b : b + 1, :, :kv_len] for name in ("k", "v")}
+        alones.append((alone, part, {name: a[b : b + 1, :, :q_len] for name, a in given.items()}))
+
+    def pack(parts: list[np.ndarray], fill: float) -> np.ndarray:
+        ends = np.full_like(parts[0][0][:, :1], fill).repeat(margin, 1)
+        return np.concatenate([ends, *(part[0] for part in parts), ends], axis=1)[None]  # (1,H,T,...)
+
+    packed = dict(arrays)
+    for name in ("q", "k", "v"):
+        packed[name] = pack([part[name] for _, part, _ in alones], np.nan)
+    rows = {name: pack([grads[name] for _, _, grads in alones], np.nan) for name in given}
+    begins = {
+        side: margin + np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
+        for side, lens in (("q", case.q_lens), ("kv", case.kv_lens))
+    }
+    total = {side: int(b[-1]) + margin for side, b in begins.items()}
+    whole = dataclasses.replace(
+        case, batch=1, seqlen_q=total["q"], seqlen_kv=total["kv"], q_lens=None, kv_lens=None, layout="bshd"
+    )
+    run = Run(library, memory, whole, {name: a for name, a in packed.items() if not name.endswith("_lens")})
+    run.pack(begins)
+    if case.q_offset is not None:
+        run.problem.q_offset = run._view(np.full(len(case.q_lens), case.q_offset, np.int64), "int64")
+    out, lse = run()
+    backward = Backward(run, rows)
+    run.drop_batch(backward.given, ("dout", "dlse"))
+    gradients = backward()
+
+    failed = []
+
+    def expect(what: str, passed: bool) -> None:
+        if not passed:
+            failed.append(what)
+
+    worst = 0.0
+    forward_path = run.library.plan(run.problem, 227 * 1024)["path"]
+    for b, (alone, part, grads) in enumerate(alones):
+        q_at = slice(begins["q"][b], begins["q"][b + 1])
+        kv_at = slice(begins["kv"][b], begins["kv"][b + 1])
+        expected, expected_lse = problems.reference(alone, part)
+        error = problems.relative_error(out[0, :, q_at], expected[0])
+        expect(f"out {b}: {error}", error <= problems.TOLERANCE[case.dtype])
+        lse_error = problems.absolute_error(lse[0, :, q_at], expected_lse[0])
+        expect(f"lse {b}: {lse_error}", lse_error <= problems.LSE_TOLERANCE[case.dtype])
+        worst = max(worst, error)
+        wanted, magnitude = problems.reference_gradients(alone, part, grads)
+        found = {name: gradients[name][0][:, q_at if name == "dq" else kv_at][None] for name in ("dq", "dk", "dv")}
+        for name, error in problems.gradient_errors(found, wanted, {}).items():
+            expect(f"{name} {b}: {error}", error <= problems.GRADIENT_TOLERANCE[case.dtype])
+        if "sinks" in arrays and b == 0:
+            sums, sizes = np.zeros(case.num_heads), np.zeros(case.num_heads)
+        if "sinks" in arrays:
+            sums += wanted["dsinks"]
+            sizes += magnitude["dsinks"]
+        single = Run(library, memory, dataclasses.replace(alone, layout="bshd"), part)
+        out_alone, lse_alone = single()
+        if library.plan(single.problem, 227 * 1024)["path"] == forward_path:
+            expect(f"bits of out {b}", np.array_equal(out[0, :, q_at], out_alone[0]))
+            expect(f"bits of lse {b}", np.array_equal(lse[0, :, q_at], lse_alone[0]))
+            again = Backward(single, grads)()
+            for name in found:
+                expect(f"bits of {name} {b}", np.array_equal(found[name], again[name]))
+    if "sinks" in arrays:
+        error = float(np.linalg.norm(gradients["dsinks"] - sums) / np.linalg.norm(sizes))
+        expect(f"dsinks: {error}", error <= problems.GRADIENT_TOLERANCE[case.dtype])
+    for array, begin in ((out, begins["q"]), (gradients["dq"], begins["q"]), (gradients["dk"], begins["kv"])):
+        none = np.concatenate([array[0, :, : begin[0]], array[0, :, begin[-1] :]], axis=1)
+        expect("zeros of tokens of no sequence", bool(none.size == 0 or not none.any()))
+    ends = np.concatenate([lse[0, :, : begins["q"][0]], lse[0, :, begins["q"][-1] :]], axis=1)
+    expect("lse of rows of no sequence", bool(np.isneginf(ends).all()))
+    return {
+        "case": "packed " + case.name(),
+        "error": worst,
+        "path": forward_path,
+        "failed": failed,
+        "passed": not failed,
+    }
+
+
+def check_paged(library: Any, memory: Any, case: Case, page_size: int) -> dict[str, Any]:
+    """Check that keys in shuffled pages, NaN wherever no key lies, give the bits of keys in a row (same path only)."""
+    assert case.kv_lens is not None
+    arrays = problems.make_inputs(case)
+    in_rows = Run(library, memory, case, arrays)
+    expected, expected_lse = in_rows()
+    pages_each = -(-case.seqlen_kv // page_size)
+    num_pages = case.batch * pages_each + 3
+    rng = np.random.default_rng(page_size)
+    table = rng.permutation(num_pages)[: case.batch * pages_each].reshape(case.batch, pages_each).astype(np.int32)
+    paged = dict(arrays)
+    for name in ("k", "v"):
+        source = arrays[name]
+        pages = np.full((num_pages, case.num_kv_heads, page_size, source.shape[3]), np.nan).astype(source.dtype)
+        for b, kv_len in enumerate(case.kv_lens):
+            for j in range(kv_len):
+                pages[table[b, j // page_size], :, j % page_size] = source[b, :, j]
+        paged[name] = pages
+    for b, kv_len in enumerate(case.kv_lens):
+        table[b, -(-kv_len // page_size) :] = -(10**6)  # never read
+    run = Run(library, memory, case, paged)
+    run.problem.block_table = run._view(table, "int32")
+    out, lse = run()
+    path, path_in_rows = (library.plan(r.problem, 227 * 1024)["path"] for r in (run, in_rows))
+    same = np.array_equal(out, expected) and np.array_equal(lse, expected_lse)
+    reference, _ = problems.reference(case, arrays)
+    error = problems.relative_error(out, reference)
+    passed = error <= problems.TOLERANCE[case.dtype] and (same or path != path_in_rows)
+    return {"case": f"pages of {page_size} {case.name()}", "path": path, "same": same, "error": error, "passed": passed}
+
+
+def paged_cases() -> list[tuple[Case, int]]:
+    """Pages that are whole tiles of the decoding kernel, and pages that are not."""
+    shape: dict[str, Any] = {"batch": 3, "num_heads": 4, "num_kv_heads": 2, "seqlen_q": 2, "seqlen_kv": 340}
+    shape |= {"head_dim": 64, "value_dim": 64, "kv_lens": (340, 0, 259), "causal": True}
+    return [
+        (Case(**shape, dtype="bfloat16"), 16),
+        (Case(**shape, dtype="float16", sinks=True), 64),
+        (Case(**shape, dtype="float16", softcap=9.0), 24),
+        (Case(**{**shape, "head_dim": 128, "value_dim": 120, "window": (300, None)}, dtype="bfloat16"), 1),
+        (Case(**shape, dtype="float32"), 8),
+        (Case(**{**shape, "seqlen_q": 40}, dtype="bfloat16"), 32),
+    ]
+
+
+def packed_cases() -> list[Case]:
+    """Lengths of none, one, whole and ragged blocks; the batch is as wide as its longest sequence."""
+    q_lens, kv_lens = (70, 0, 1, 64, 9, 33), (90, 5, 30, 64, 0, 140)
+    shape: dict[str, Any] = {"batch": 6, "num_heads": 4, "num_kv_heads": 2, "seqlen_q": 70, "seqlen_kv": 140}
+    shape |= {"head_dim": 64, "value_dim": 64, "q_lens": q_lens, "kv_lens": kv_lens}
+    return [
+        Case(**shape, dtype="bfloat16", causal=True, sinks=True),
+        Case(**shape, dtype="float16", window=(20, 5), alibi=True),
+        Case(**shape, dtype="float32", causal=True),
+        Case(**{**shape, "head_dim": 128, "value_dim": 72}, dtype="float16", softcap=7.0, q_offset=3, causal=True),
+    ]
+
+
 def stage_check(library: Any, memory: Any, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """Check the whole grid; the table names what failed."""
     results = []
@@ -316,12 +494,15 @@ def stage_check(library: Any, memory: Any, args: argparse.Namespace, deadline: f
         case = Case(3, 4, 2, 90, 150, 64, 64, dtype, causal=True, q_lens=(90, 70, 33), kv_lens=(150, 100, 57))
         if not args.filter:
             results.append(check_padded_gradients(library, memory, case))
+    if not args.filter:
+        results += [check_packed(library, memory, case) for case in packed_cases()]
+        results += [check_paged(library, memory, case, page_size) for case, page_size in paged_cases()]
     failed = [r for r in results if not r["passed"]]
     for r in failed:
         print("FAILED", json.dumps(r))
     worst: dict[str, float] = {}
     for r in results:
-        if "error" in r:
+        if "error" in r and not r["case"].startswith(("packed", "pages")):
             key = f"{r['path']} {r['case'].split()[4]}"
             worst[key] = max(worst.get(key, 0.0), r["error"])
     for key, error in sorted(worst.items()):

@@ -197,11 +197,6 @@ class Canonicalizer {
 
   // Which of the optional arrays go together.
   void check_combination() const {
-    const bool special = p_.packed() || p_.cu_seqlens_kv.present() || p_.paged();
-    if (special && p_.q.device.type != DeviceType::kCpu) {
-      throw Rejection{ErrorKind::kNotImplemented,
-                      "attention: q is on " + text_of(p_.q.device) + ", expected cpu for packed sequences and pages"};
-    }
     if (p_.packed() != p_.cu_seqlens_kv.present()) {
       reject_value(std::string(p_.packed() ? "cu_seqlens_kv" : "cu_seqlens_q") + " is absent, expected both");
     }
@@ -222,13 +217,14 @@ class Canonicalizer {
     if (p_.k_scale.present() && !p_.paged()) reject_value("k_scale is given without block_table");
   }
 
-  // Returns the longest length.
+  // Returns the longest length; that of all tokens together where another device has the values.
   int64_t check_cu_seqlens(const char* name, const TensorView& begins, int64_t total, const char* source) {
     if (begins.rank != 1 || begins.shape[0] < 1) reject_shape(name, begins, "(B + 1,)");
     if (begins.shape[0] != p_.cu_seqlens_q.shape[0]) {
       reject_shape(name, begins, text_of(p_.cu_seqlens_q.shape, 1) + " (from cu_seqlens_q)");
     }
     scores_[0] = begins.shape[0] - 1;
+    if (begins.device.type != DeviceType::kCpu) return total;
     int64_t before = 0, longest = 0;
     for_each_integer(begins, [&](int64_t b, int64_t begin) {
       if (begin < before || begin > total) {
@@ -247,7 +243,8 @@ class Canonicalizer {
   void check_block_table() const {
     const TensorView& table = p_.block_table;
     const int64_t page_size = p_.k.shape[kSeq], num_pages = p_.k.shape[kBatch];
-    for (int64_t b = 0; b < table.shape[0]; ++b) {
+    const int64_t judged = table.device.type == DeviceType::kCpu ? table.shape[0] : 0;
+    for (int64_t b = 0; b < judged; ++b) {
       const int64_t used = divide_up(load_integer(p_.kv_lens, b), std::max<int64_t>(page_size, 1));
       for (int64_t x = 0; x < used; ++x) {
         const int64_t page = integer_at(table, b * table.stride[0] + x * table.stride[1]);

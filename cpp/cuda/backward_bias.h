@@ -2,8 +2,9 @@
 // dbias).
 //
 // A block owns kRows x 32 elements of dbias, or as many as are left of a broadcast axis, and walks over every pair that
-// adds to them, in a fixed order: no two blocks write the same element and none waits for another. It computes its
-// scores anew, by the plain routine for every dtype: a bias that wants a gradient is rare next to one that does not.
+// adds to them, in a fixed order (packed sequences have no bias here): no two blocks write the same element and none
+// waits for another. It computes its scores anew, by the plain routine for every dtype: a bias that wants a gradient is
+// rare next to one that does not.
 //
 //   shared memory   [ q kRows x D ][ dout kRows x Dv ][ keys, then values: 32 x (max(D, Dv) + 1) ]; at the end the sums
 #pragma once
@@ -55,7 +56,7 @@ FOVEAL_DEVICE void differentiate_bias(const Params& p) {
     const Span span(p, batch);
     for (int head = own_head; head < end_head; ++head) {
       const int kv_head = head / p.group;
-      const int64_t rows = (static_cast<int64_t>(batch) * p.num_heads + head) * p.row_pitch;
+      const int64_t rows = row_start(p, span, batch, head);
       const ScorePolicy<Real> policy(p, batch, head);
       for (int row = own_rows; row < end_row; row += kRows) {
         const int num_rows = span.q_len - row < kRows ? span.q_len - row : kRows;

@@ -149,16 +149,16 @@ FOVEAL_DEVICE void backward_mma(const Params& p) {
   const Array& walked2 = kOwnsKeys ? p.dout : p.v;
 
   // Under a causal mask late rows see most keys and early keys are seen by most rows: those blocks start first.
-  const int own_extent = kOwnsKeys ? p.seqlen_kv : p.seqlen_q;
-  const int num_blocks = (own_extent + kOwned - 1) / kOwned;
-  const int num_heads = kOwnsKeys ? p.num_kv_heads : p.num_heads;
-  const int block = kOwnsKeys ? block_index_x() % num_blocks : num_blocks - 1 - block_index_x() % num_blocks;
-  const int head = block_index_x() / num_blocks % num_heads;
-  const int batch = block_index_x() / num_blocks / num_heads;
-
-  const Span span(p, batch);
+  const Block block = locate_block<kOwned, kOwnsKeys>(p, kOwnsKeys ? p.num_kv_heads : p.num_heads, !kOwnsKeys);
+  const Span span(p, block.segment);
+  const int batch = span.batch;
+  const int head = block.head;
+  const int first_own = block.first;
+  const int own_extent = kOwnsKeys ? span.kv_extent : span.q_extent;
+  if (first_own >= own_extent) return;
+  const int own_begin = kOwnsKeys ? span.kv_begin : span.q_begin;
+  const int walked_begin = kOwnsKeys ? span.q_begin : span.kv_begin;
   const int own_len = kOwnsKeys ? span.kv_len : span.q_len;
-  const int first_own = block * kOwned;
   const int end_own = first_own + kOwned < own_len ? first_own + kOwned : own_len;
   int begin = 0, num_walked = 0;  // in tiles
   if (end_own > first_own) {
@@ -177,19 +177,21 @@ FOVEAL_DEVICE void backward_mma(const Params& p) {
   const int lane_own = first_own + warp_row + lane_index() / 4;
 
   const auto q_head_of = [&](int step) { return kOwnsKeys ? head * p.group + step / num_walked : head; };
-  const auto rows_of = [&](int q_head) { return (static_cast<int64_t>(batch) * p.num_heads + q_head) * p.row_pitch; };
+  const auto rows_of = [&](int q_head) { return row_start(p, span, block.segment, q_head); };
   const auto load_walked = [&](int step) {
     const uint32_t stage = stages + step % 2 * kStageNbytes;
     const int q_head = q_head_of(step);
     const int walked_head = kOwnsKeys ? q_head : head / p.group;
     const int first = (begin + step % num_walked) * kWalked;
     const int limit = kOwnsKeys ? span.q_len : span.kv_len;
-    load_tile<WalkedTile, kThreads>(thread_index(), stage,
-                                    static_cast<const Element*>(walked1.data) + offset_of(walked1, batch, walked_head),
-                                    walked1.stride[2], first, limit, p.head_dim);
-    load_tile<WalkedTile, kThreads>(thread_index(), stage + WalkedTile::kNbytes,
-                                    static_cast<const Element*>(walked2.data) + offset_of(walked2, batch, walked_head),
-                                    walked2.stride[2], first, limit, p.value_dim);
+    load_tile<WalkedTile, kThreads>(
+        thread_index(), stage,
+        static_cast<const Element*>(walked1.data) + offset_of(walked1, batch, walked_head, walked_begin),
+        walked1.stride[2], first, limit, p.head_dim);
+    load_tile<WalkedTile, kThreads>(
+        thread_index(), stage + WalkedTile::kNbytes,
+        static_cast<const Element*>(walked2.data) + offset_of(walked2, batch, walked_head, walked_begin),
+        walked2.stride[2], first, limit, p.value_dim);
     if constexpr (kOwnsKeys) {
       if (thread_index() < kWalked / 2) {  // kWalked / 4 chunks of lse, as many of delta
         const int chunk = thread_index() % (kWalked / 4);
@@ -202,10 +204,10 @@ FOVEAL_DEVICE void backward_mma(const Params& p) {
 
   if (num_steps > 0) {
     load_tile<OwnedTile, kThreads>(thread_index(), own1_tile,
-                                   static_cast<const Element*>(own1.data) + offset_of(own1, batch, head),
+                                   static_cast<const Element*>(own1.data) + offset_of(own1, batch, head, own_begin),
                                    own1.stride[2], first_own, own_len, p.head_dim);
     load_tile<OwnedTile, kThreads>(thread_index(), own2_tile,
-                                   static_cast<const Element*>(own2.data) + offset_of(own2, batch, head),
+                                   static_cast<const Element*>(own2.data) + offset_of(own2, batch, head, own_begin),
                                    own2.stride[2], first_own, own_len, p.value_dim);
     load_walked(0);
     cp_async_commit();
@@ -260,7 +262,7 @@ FOVEAL_DEVICE void backward_mma(const Params& p) {
     static_assert(plain_backward_shared_nbytes(4, Plain::kRows, Config::kHeadDim, Config::kHeadDim) <=
                   backward_shared_nbytes(Config::kHeadDim, kOwned, kWalked));
     for (int own = first_own; own < first_own + kOwned && own < own_extent; own += Plain::kRows) {
-      backward_plain_rows<Plain, kOwnsKeys>(p, span, batch, head, own);
+      backward_plain_rows<Plain, kOwnsKeys>(p, span, block.segment, head, own);
     }
     return;
   }
@@ -269,13 +271,15 @@ FOVEAL_DEVICE void backward_mma(const Params& p) {
   put_sums<Config>(own1_tile, warp_row, first_column / 8, sum1, static_cast<float>(p.scale));
   if constexpr (kOwnsKeys) put_sums<Config>(own2_tile, warp_row, first_column / 8, sum2, 1.0f);
   block_barrier();
-  store_rows<OwnedTile, kThreads>(thread_index(), own1_tile, 0, kOwned,
-                                  static_cast<Element*>(target.data) + offset_of(target, batch, head, first_own),
-                                  target.stride[2], own_extent - first_own, p.head_dim);
+  store_rows<OwnedTile, kThreads>(
+      thread_index(), own1_tile, 0, kOwned,
+      static_cast<Element*>(target.data) + offset_of(target, batch, head, own_begin + first_own), target.stride[2],
+      own_extent - first_own, p.head_dim);
   if constexpr (kOwnsKeys) {
-    store_rows<OwnedTile, kThreads>(thread_index(), own2_tile, 0, kOwned,
-                                    static_cast<Element*>(p.dv.data) + offset_of(p.dv, batch, head, first_own),
-                                    p.dv.stride[2], own_extent - first_own, p.value_dim);
+    store_rows<OwnedTile, kThreads>(
+        thread_index(), own2_tile, 0, kOwned,
+        static_cast<Element*>(p.dv.data) + offset_of(p.dv, batch, head, own_begin + first_own), p.dv.stride[2],
+        own_extent - first_own, p.value_dim);
   }
 }
 

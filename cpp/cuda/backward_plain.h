@@ -60,7 +60,7 @@ FOVEAL_DEVICE void add_rows(Real (&sum)[kR][kColumns], const Real (&factor)[kR],
 
 // Rows or keys [first_own, first_own + kRows) of one head (of queries, or of keys and values), by all threads.
 template <class Config, bool kOwnsKeys>
-FOVEAL_DEVICE void backward_plain_rows(const Params& p, const Span& span, int batch, int head, int first_own) {
+FOVEAL_DEVICE void backward_plain_rows(const Params& p, const Span& span, int segment, int head, int first_own) {
   using Real = typename Config::Real;
   constexpr int kR = Config::kRowsPerWarp;
   constexpr int kColumns = kPlainMaxDim / 32;
@@ -70,7 +70,10 @@ FOVEAL_DEVICE void backward_plain_rows(const Params& p, const Span& span, int ba
   const Array& walked2 = kOwnsKeys ? p.dout : p.v;
   const Array& target = kOwnsKeys ? p.dk : p.dq;
   const int own_len = kOwnsKeys ? span.kv_len : span.q_len;
-  const int own_extent = kOwnsKeys ? p.seqlen_kv : p.seqlen_q;
+  const int own_extent = kOwnsKeys ? span.kv_extent : span.q_extent;
+  const int own_begin = kOwnsKeys ? span.kv_begin : span.q_begin;
+  const int walked_begin = kOwnsKeys ? span.q_begin : span.kv_begin;
+  const int batch = span.batch;
   const int lane = lane_index();
   const int warp_row = thread_index() / 32 * kR;
   const int pitch = (p.head_dim > p.value_dim ? p.head_dim : p.value_dim) + 1;
@@ -87,20 +90,20 @@ FOVEAL_DEVICE void backward_plain_rows(const Params& p, const Span& span, int ba
 
   block_barrier();  // shared memory may still hold what the caller did before
   if (end > begin) {
-    stage_rows<Config>(shared1, p.head_dim, own1, offset_of(own1, batch, head), first_own, end_own - first_own,
-                       p.head_dim);
-    stage_rows<Config>(shared2, p.value_dim, own2, offset_of(own2, batch, head), first_own, end_own - first_own,
-                       p.value_dim);
+    stage_rows<Config>(shared1, p.head_dim, own1, offset_of(own1, batch, head, own_begin), first_own,
+                       end_own - first_own, p.head_dim);
+    stage_rows<Config>(shared2, p.value_dim, own2, offset_of(own2, batch, head, own_begin), first_own,
+                       end_own - first_own, p.value_dim);
   }
   Real sum1[kR][kColumns] = {}, sum2[kR][kColumns] = {};
   for (int member = 0; member < (kOwnsKeys ? p.group : 1); ++member) {
     const int q_head = kOwnsKeys ? head * p.group + member : head;
     const int walked_head = kOwnsKeys ? q_head : head / p.group;
-    const int64_t rows = (static_cast<int64_t>(batch) * p.num_heads + q_head) * p.row_pitch;
+    const int64_t rows = row_start(p, span, segment, q_head);
     const ScorePolicy<Real> policy(p, batch, q_head);
     const auto stage = [&](const Array& a, int first, int count, int columns) {
       block_barrier();
-      stage_rows<Config>(walked, pitch, a, offset_of(a, batch, walked_head), first, count, columns);
+      stage_rows<Config>(walked, pitch, a, offset_of(a, batch, walked_head, walked_begin), first, count, columns);
       block_barrier();
     };
     for (int first = begin; first < end; first += kPlainKeys) {
@@ -137,21 +140,20 @@ FOVEAL_DEVICE void backward_plain_rows(const Params& p, const Span& span, int ba
     for (int c = 0; c < kColumns; ++c) {
       const int d = lane + 32 * c;
       if (d < p.head_dim) {
-        write_real(target, offset_of(target, batch, head, own, d), sum1[r][c] * static_cast<Real>(p.scale));
+        write_real(target, offset_of(target, batch, head, own_begin + own, d), sum1[r][c] * static_cast<Real>(p.scale));
       }
-      if (kOwnsKeys && d < p.value_dim) write_real(p.dv, offset_of(p.dv, batch, head, own, d), sum2[r][c]);
+      if (kOwnsKeys && d < p.value_dim) write_real(p.dv, offset_of(p.dv, batch, head, own_begin + own, d), sum2[r][c]);
     }
   }
 }
 
 template <class Config, bool kOwnsKeys>
 FOVEAL_DEVICE void backward_plain(const Params& p) {
-  const int num_blocks = ((kOwnsKeys ? p.seqlen_kv : p.seqlen_q) + Config::kRows - 1) / Config::kRows;
-  const int num_heads = kOwnsKeys ? p.num_kv_heads : p.num_heads;
-  const int first_own = block_index_x() % num_blocks * Config::kRows;
-  const int head = block_index_x() / num_blocks % num_heads;
-  const int batch = block_index_x() / num_blocks / num_heads;
-  backward_plain_rows<Config, kOwnsKeys>(p, Span(p, batch), batch, head, first_own);
+  const Block block = locate_block<Config::kRows, kOwnsKeys>(p, kOwnsKeys ? p.num_kv_heads : p.num_heads, false);
+  const Span span(p, block.segment);
+  if (block.first < (kOwnsKeys ? span.kv_extent : span.q_extent)) {
+    backward_plain_rows<Config, kOwnsKeys>(p, span, block.segment, block.head, block.first);
+  }
 }
 
 }  // namespace foveal::cuda

@@ -5,43 +5,45 @@
 //   row_delta   dout . out - dlse (Dao et al. 2022, appendix B.2), 0 for those rows
 //   dsinks_h    - sum over batch and rows of exp(sink - lse) * delta: a sink is a score whose dout . v is 0
 //
-// Both row arrays are (B, Hq, row_pitch): padded to whole tiles, so that a tile's rows load in 16-byte chunks.
+// The rows of a segment and head begin at row_start, a multiple of kRowPitch, and are padded to one: so the rows of a
+// walked tile load in 16-byte chunks.
 #pragma once
 
+#include "cuda/pair_gradient.h"
 #include "cuda/reduce.h"
-#include "cuda/score.h"
-#include "cuda/shape.h"
 
 namespace foveal::cuda {
 
-// One warp a row.
+// A block takes kRowPitch rows of one head, each warp one after another.
 template <class Real>
 FOVEAL_DEVICE void prepare_rows(const Params& p) {
   const Real infinity = -static_cast<Real>(negative_infinity());
-  const int64_t row = static_cast<int64_t>(block_index_x()) * kPreparedRows + thread_index() / 32;
-  if (row >= static_cast<int64_t>(p.batch) * p.num_heads * p.row_pitch) return;
-  const int query = static_cast<int>(row % p.row_pitch);
-  const int head = static_cast<int>(row / p.row_pitch % p.num_heads);
-  const int batch = static_cast<int>(row / p.row_pitch / p.num_heads);
-  const Span span(p, batch);
-  Real lse = infinity, delta = Real(0);
-  if (query < span.q_len) {
-    const Real found = read_real<Real>(p.lse, offset_of(p.lse, batch, head, query));
-    if (found != -infinity) {
-      lse = found;
-      const int64_t out = offset_of(p.out, batch, head, query), dout = offset_of(p.dout, batch, head, query);
+  const Block block = locate_block<kRowPitch, false>(p, p.num_heads, false);
+  const Span span(p, block.segment);
+  if (block.first >= span.q_extent) return;
+  const int64_t start = row_start(p, span, block.segment, block.head);
+  for (int query = block.first + thread_index() / 32; query < block.first + kRowPitch; query += kPrepareThreads / 32) {
+    Real lse = infinity, delta = Real(0);
+    if (query < span.q_len) {
+      const int row = span.q_begin + query;
+      const Real found = read_real<Real>(p.lse, offset_of(p.lse, span.batch, block.head, row));
+      if (found != -infinity) {
+        lse = found;
+        const int64_t out = offset_of(p.out, span.batch, block.head, row);
+        const int64_t dout = offset_of(p.dout, span.batch, block.head, row);
 #pragma unroll 1
-      for (int d = lane_index(); d < p.value_dim; d += 32) {
-        delta = fused_multiply_add(read_real<Real>(p.dout, dout + d * p.dout.stride[3]),
-                                   read_real<Real>(p.out, out + d * p.out.stride[3]), delta);
+        for (int d = lane_index(); d < p.value_dim; d += 32) {
+          delta = fused_multiply_add(read_real<Real>(p.dout, dout + d * p.dout.stride[3]),
+                                     read_real<Real>(p.out, out + d * p.out.stride[3]), delta);
+        }
+        delta = warp_sum(delta);
+        if (p.dlse.data) delta -= read_real<Real>(p.dlse, offset_of(p.dlse, span.batch, block.head, row));
       }
-      delta = warp_sum(delta);
-      if (p.dlse.data) delta -= read_real<Real>(p.dlse, offset_of(p.dlse, batch, head, query));
     }
-  }
-  if (lane_index() == 0) {
-    static_cast<Real*>(p.row_lse)[row] = lse;
-    static_cast<Real*>(p.row_delta)[row] = delta;
+    if (lane_index() == 0) {
+      static_cast<Real*>(p.row_lse)[start + query] = lse;
+      static_cast<Real*>(p.row_delta)[start + query] = delta;
+    }
   }
 }
 
@@ -52,9 +54,10 @@ FOVEAL_DEVICE void differentiate_sinks(const Params& p) {
   const Real sink = read_real<Real>(p.sinks, offset_of(p.sinks, head));
   Real sum = Real(0);
   if (sink != static_cast<Real>(negative_infinity())) {
-    for (int batch = 0; batch < p.batch; ++batch) {
-      const int64_t base = (static_cast<int64_t>(batch) * p.num_heads + head) * p.row_pitch;
-      for (int query = thread_index(); query < p.seqlen_q; query += kSinkThreads) {
+    for (int segment = 0; segment < num_segments(p); ++segment) {
+      const Span span(p, segment);
+      const int64_t base = row_start(p, span, segment, head);
+      for (int query = thread_index(); query < span.q_len; query += kSinkThreads) {
         const Real lse = static_cast<const Real*>(p.row_lse)[base + query];
         sum = fused_multiply_add(-exponential(sink - lse), static_cast<const Real*>(p.row_delta)[base + query], sum);
       }

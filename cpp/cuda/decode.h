@@ -61,6 +61,25 @@ FOVEAL_DEVICE void multiply_pv_guarded(float (&out)[1][kD][4], const float (&wei
   }
 }
 
+// kWarpKeys keys (or values) of a paged cache, by one warp: from one page where pages are whole tiles, else row by row.
+template <class Element, class KTile>
+FOVEAL_DEVICE void load_paged_tile(int lane, uint32_t tile, const Params& p, const Array& a, int batch, int kv_head,
+                                   int first_key, int key_limit, int num_columns) {
+  const Element* data = static_cast<const Element*>(a.data);
+  if (p.page_size % kWarpKeys == 0) {
+    const Element* source = data + key_offset(p, a, batch, kv_head, first_key);
+    load_tile<KTile, 32>(lane, tile, source, a.stride[2], 0, key_limit - first_key, num_columns);
+    return;
+  }
+  for (int i = lane; i < kWarpKeys * KTile::kChunks; i += 32) {
+    const int row = i / KTile::kChunks;
+    const int chunk = i % KTile::kChunks;
+    const bool valid = first_key + row < key_limit && chunk * 8 < num_columns;
+    const int64_t source = valid ? key_offset(p, a, batch, kv_head, first_key + row) + chunk * 8 : 0;
+    cp_async_16(tile + KTile::offset(row, chunk), data + source, valid);
+  }
+}
+
 // A finished row: normalised output element `value` at column d, and at column 0 the lse, with the sink included.
 template <class Element>
 FOVEAL_DEVICE void write_row(const Params& p, int batch, int head, int query, int d, float value, RowEnd end) {
@@ -129,8 +148,15 @@ FOVEAL_DEVICE void decode(const Params& p) {
   const auto load = [&](int tile, int stage) {
     if (tile < tile_end) {
       const uint32_t k_tile = ring + stage * 2 * KTile::kNbytes;
-      load_tile<KTile, 32>(lane, k_tile, k, p.k.stride[2], tile * kWarpKeys, span.kv_len, p.head_dim);
-      load_tile<KTile, 32>(lane, k_tile + KTile::kNbytes, v, p.v.stride[2], tile * kWarpKeys, span.kv_len, p.value_dim);
+      const int first = tile * kWarpKeys;
+      if (p.block_table.data) {
+        load_paged_tile<Element, KTile>(lane, k_tile, p, p.k, batch, kv_head, first, span.kv_len, p.head_dim);
+        load_paged_tile<Element, KTile>(lane, k_tile + KTile::kNbytes, p, p.v, batch, kv_head, first, span.kv_len,
+                                        p.value_dim);
+      } else {
+        load_tile<KTile, 32>(lane, k_tile, k, p.k.stride[2], first, span.kv_len, p.head_dim);
+        load_tile<KTile, 32>(lane, k_tile + KTile::kNbytes, v, p.v.stride[2], first, span.kv_len, p.value_dim);
+      }
     }
     cp_async_commit();
   };

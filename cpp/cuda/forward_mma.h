@@ -60,8 +60,8 @@ FOVEAL_DEVICE void write_output(const Params& p, const Span& span, int batch, in
         end = include_sink(lse, sink);
         end.factor = sum != 0.0f ? divide(end.factor, sum) : 0.0f;
       }
-      if (p.lse.data && query < p.seqlen_q && lane % 4 == 0) {
-        static_cast<float*>(p.lse.data)[offset_of(p.lse, batch, head, query)] = end.lse;
+      if (p.lse.data && query < span.q_extent && lane % 4 == 0) {
+        static_cast<float*>(p.lse.data)[offset_of(p.lse, batch, head, span.q_begin + query)] = end.lse;
       }
 #pragma unroll
       for (int d = 0; d < kD; ++d) {
@@ -71,8 +71,8 @@ FOVEAL_DEVICE void write_output(const Params& p, const Span& span, int batch, in
     }
   }
   warp_barrier();  // a warp writes out only its own rows
-  Element* target = static_cast<Element*>(p.out.data) + offset_of(p.out, batch, head, first_row);
-  store_rows<QTile, 32>(lane, tile, warp_row, 16 * kM, target, p.out.stride[2], p.seqlen_q - first_row, p.value_dim);
+  Element* target = static_cast<Element*>(p.out.data) + offset_of(p.out, batch, head, span.q_begin + first_row);
+  store_rows<QTile, 32>(lane, tile, warp_row, 16 * kM, target, p.out.stride[2], span.q_extent - first_row, p.value_dim);
 }
 
 template <class Config>
@@ -85,14 +85,13 @@ FOVEAL_DEVICE void forward_mma(const Params& p) {
   constexpr int kD = Config::kHeadDim / 8;
 
   // Blocks of one head follow each other, so that its K and V stay in L2; the long rows of a causal head come first.
-  const int num_blocks_m = (p.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
-  const int block_m = num_blocks_m - 1 - block_index_x() % num_blocks_m;
-  const int head = block_index_x() / num_blocks_m % p.num_heads;
-  const int batch = block_index_x() / num_blocks_m / p.num_heads;
+  const Block block = locate_block<Config::kBlockM, false>(p, p.num_heads, true);
+  const Span span(p, block.segment);
+  const int batch = span.batch;
+  const int head = block.head;
   const int kv_head = head / p.group;
-
-  const Span span(p, batch);
-  const int first_row = block_m * Config::kBlockM;
+  const int first_row = block.first;
+  if (first_row >= span.q_extent) return;
   const int end_row = first_row + Config::kBlockM < span.q_len ? first_row + Config::kBlockM : span.q_len;
   const int block_begin = span.first_key(first_row) / Config::kBlockN;
   const int block_end = end_row > first_row ? (span.end_key(end_row - 1) + Config::kBlockN - 1) / Config::kBlockN : 0;
@@ -100,9 +99,9 @@ FOVEAL_DEVICE void forward_mma(const Params& p) {
   const uint32_t q_tile = shared_address(shared_memory());
   const uint32_t k_tile = q_tile + QTile::kNbytes;
   const uint32_t v_tile = k_tile + KTile::kNbytes;
-  const Element* q = static_cast<const Element*>(p.q.data) + offset_of(p.q, batch, head);
-  const Element* k = static_cast<const Element*>(p.k.data) + offset_of(p.k, batch, kv_head);
-  const Element* v = static_cast<const Element*>(p.v.data) + offset_of(p.v, batch, kv_head);
+  const Element* q = static_cast<const Element*>(p.q.data) + offset_of(p.q, batch, head, span.q_begin);
+  const Element* k = static_cast<const Element*>(p.k.data) + offset_of(p.k, batch, kv_head, span.kv_begin);
+  const Element* v = static_cast<const Element*>(p.v.data) + offset_of(p.v, batch, kv_head, span.kv_begin);
   const uint32_t q_warp = q_tile + (thread_index() / 32) * 16 * kM * QTile::kRowNbytes;
   const int lane_row = first_row + (thread_index() / 32) * 16 * kM + lane_index() / 4;
   const auto query_of = [&](int m, int half) { return lane_row + 16 * m + 8 * half; };
@@ -118,8 +117,8 @@ FOVEAL_DEVICE void forward_mma(const Params& p) {
                                        span.kv_len, p.head_dim);
     cp_async_commit();
   }
-  for (int block = block_begin; block < block_end; ++block) {
-    const int first_key = block * Config::kBlockN;
+  for (int key_block = block_begin; key_block < block_end; ++key_block) {
+    const int first_key = key_block * Config::kBlockN;
     const bool masked = first_key < span.first_key(end_row - 1) ||
                         first_key + Config::kBlockN > span.end_key(first_row) ||
                         (Config::kPolicies && (p.mask.data || p.bias.data));
@@ -144,7 +143,7 @@ FOVEAL_DEVICE void forward_mma(const Params& p) {
     } else {
       block_barrier();
     }
-    if (block + 1 < block_end) {
+    if (key_block + 1 < block_end) {
       load_tile<KTile, Config::kThreads>(thread_index(), k_tile, k, p.k.stride[2], first_key + Config::kBlockN,
                                          span.kv_len, p.head_dim);
     }
@@ -156,8 +155,8 @@ FOVEAL_DEVICE void forward_mma(const Params& p) {
     using Plain = PlainConfig<float, Config::kWarps, kPlainRowsPerWarp>;
     static_assert(plain_shared_nbytes(4, Plain::kRows, Config::kHeadDim, Config::kHeadDim) <=
                   forward_shared_nbytes(Config::kHeadDim, Config::kBlockM, Config::kBlockN));
-    for (int row = first_row; row < first_row + Config::kBlockM && row < p.seqlen_q; row += Plain::kRows) {
-      forward_plain_rows<Plain>(p, span, batch, head, row);
+    for (int row = first_row; row < first_row + Config::kBlockM && row < span.q_extent; row += Plain::kRows) {
+      forward_plain_rows<Plain>(p, span, head, row);
     }
     return;
   }

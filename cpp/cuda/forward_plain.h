@@ -20,11 +20,12 @@ namespace foveal::cuda {
 
 // Query rows [first_row, first_row + kRows) of one head, by all threads of the block.
 template <class Config>
-FOVEAL_DEVICE void forward_plain_rows(const Params& p, const Span& span, int batch, int head, int first_row) {
+FOVEAL_DEVICE void forward_plain_rows(const Params& p, const Span& span, int head, int first_row) {
   using Real = typename Config::Real;
   constexpr int kR = Config::kRowsPerWarp;
   constexpr int kColumns = kPlainMaxDim / 32;
   const Real minus_infinity = static_cast<Real>(negative_infinity());
+  const int batch = span.batch;
   const int kv_head = head / p.group;
   const int lane = lane_index();
   const int warp_row = thread_index() / 32 * kR;
@@ -39,14 +40,15 @@ FOVEAL_DEVICE void forward_plain_rows(const Params& p, const Span& span, int bat
 
   block_barrier();  // shared memory may still hold what the caller did before
   if (end_row > first_row) {
-    stage_rows<Config>(q, p.head_dim, p.q, offset_of(p.q, batch, head), first_row, end_row - first_row, p.head_dim);
+    stage_rows<Config>(q, p.head_dim, p.q, offset_of(p.q, batch, head, span.q_begin), first_row, end_row - first_row,
+                       p.head_dim);
   }
 
   // Scores of this lane's key for the warp's rows, -inf where unseen. K passes through `kv`.
   const auto score_keys = [&](Real(&score)[kR], int first_key) {
     block_barrier();
     const int count = end_key - first_key < kPlainKeys ? end_key - first_key : kPlainKeys;
-    stage_rows<Config>(kv, pitch, p.k, offset_of(p.k, batch, kv_head), first_key, count, p.head_dim);
+    stage_keys<Config>(kv, pitch, p, p.k, batch, kv_head, span.kv_begin + first_key, count, p.head_dim);
     block_barrier();
     for (int r = 0; r < kR; ++r) score[r] = Real(0);
     if (lane < count) {
@@ -92,7 +94,7 @@ FOVEAL_DEVICE void forward_plain_rows(const Params& p, const Span& span, int bat
     }
     block_barrier();
     const int count = end_key - first_key < kPlainKeys ? end_key - first_key : kPlainKeys;
-    stage_rows<Config>(kv, pitch, p.v, offset_of(p.v, batch, kv_head), first_key, count, p.value_dim);
+    stage_keys<Config>(kv, pitch, p, p.v, batch, kv_head, span.kv_begin + first_key, count, p.value_dim);
     block_barrier();
     for (int key = 0; key < count; ++key) {
 #pragma unroll
@@ -122,14 +124,14 @@ FOVEAL_DEVICE void forward_plain_rows(const Params& p, const Span& span, int bat
     }
     inverse[r] = row_sum[r] != Real(0) ? factor / total : Real(0);
     lse[r] = total != Real(0) ? top + logarithm(total) : minus_infinity;
-    if (query >= p.seqlen_q) continue;
-    const int64_t base = offset_of(p.out, batch, head, query);
+    if (query >= span.q_extent) continue;
+    const int64_t base = offset_of(p.out, batch, head, span.q_begin + query);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int d = lane + 32 * c;
       if (d < p.value_dim) write_real(p.out, base + d * p.out.stride[3], out[r][c] * inverse[r]);
     }
-    if (p.lse.data && lane == 0) write_real(p.lse, offset_of(p.lse, batch, head, query), lse[r]);
+    if (p.lse.data && lane == 0) write_real(p.lse, offset_of(p.lse, batch, head, span.q_begin + query), lse[r]);
   }
 
   if (p.weights.data) {  // a second pass over the keys, now that the denominators are known
@@ -152,11 +154,9 @@ FOVEAL_DEVICE void forward_plain_rows(const Params& p, const Span& span, int bat
 
 template <class Config>
 FOVEAL_DEVICE void forward_plain(const Params& p) {
-  const int num_blocks = (p.seqlen_q + Config::kRows - 1) / Config::kRows;
-  const int first_row = block_index_x() % num_blocks * Config::kRows;
-  const int head = block_index_x() / num_blocks % p.num_heads;
-  const int batch = block_index_x() / num_blocks / p.num_heads;
-  forward_plain_rows<Config>(p, Span(p, batch), batch, head, first_row);
+  const Block block = locate_block<Config::kRows, false>(p, p.num_heads, false);
+  const Span span(p, block.segment);
+  if (block.first < span.q_extent) forward_plain_rows<Config>(p, span, block.head, block.first);
 }
 
 }  // namespace foveal::cuda

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) plain_bias_kernel(const _
   differentiate_bias<Config>(params);
 }
 template <class Real>
-__global__ void __launch_bounds__(kPreparedRows * 32) prepare_rows_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const __grid_constant__ Params params) {
   prepare_rows<Real>(params);
 }
 template <class Real>

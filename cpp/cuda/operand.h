@@ -55,4 +55,12 @@ FOVEAL_DEVICE int read_clamped(const Array& a, int64_t offset, int low, int high
   return static_cast<int>(value < low ? low : value > high ? high : value);
 }
 
+// Where key (or value) `key` of a kv head begins: in a row of its own batch element, or in a page. A page that the
+// cache does not have is cut to one that it has.
+FOVEAL_DEVICE int64_t key_offset(const Params& p, const Array& a, int batch, int kv_head, int key) {
+  if (p.block_table.data == nullptr) return offset_of(a, batch, kv_head, key);
+  const int64_t entry = offset_of(p.block_table, batch, key / p.page_size);
+  return offset_of(a, read_clamped(p.block_table, entry, 0, p.num_pages - 1), kv_head, key % p.page_size);
+}
+
 }  // namespace foveal::cuda

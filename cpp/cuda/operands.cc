@@ -18,6 +18,12 @@ int window_side(int64_t side) {
   return side == kUnlimited ? kNoLimit : static_cast<int>(std::min<int64_t>(side, kNoLimit));
 }
 
+// With pages: what those of one sequence hold.
+int64_t seqlen_kv_of(const AttentionProblem& p) {
+  if (!p.paged()) return p.k.shape[2];
+  return p.k.shape[0] > 0 ? p.block_table.shape[1] * p.k.shape[2] : 0;
+}
+
 }  // namespace
 
 Status refuse(ErrorKind kind, const std::string& text) { return {kind, "attention: " + text}; }
@@ -37,7 +43,7 @@ Status check_extents(const AttentionProblem& p) {
     int64_t value, limit;
   } extents[] = {
       {"head_dim", p.q.shape[3], kMaxHeadDim},    {"v.shape[-1]", p.v.shape[3], kMaxHeadDim},
-      {"seqlen_q", p.q.shape[2], kPositionLimit}, {"seqlen_kv", p.k.shape[2], kPositionLimit},
+      {"seqlen_q", p.q.shape[2], kPositionLimit}, {"seqlen_kv", seqlen_kv_of(p), kPositionLimit},
       {"batch", p.q.shape[0], kPositionLimit},    {"num_heads", p.q.shape[1], kPositionLimit},
   };
   for (const auto& e : extents) {
@@ -47,8 +53,12 @@ Status check_extents(const AttentionProblem& p) {
     }
   }
   if (p.dropout_p != 0.0) return refuse(ErrorKind::kNotImplemented, "dropout_p is not 0, which the CUDA backend lacks");
-  if (p.packed()) return refuse(ErrorKind::kNotImplemented, "cu_seqlens_q is given, which the CUDA backend lacks");
-  if (p.paged()) return refuse(ErrorKind::kNotImplemented, "block_table is given, which the CUDA backend lacks");
+  if (p.packed() && (p.mask.present() || p.bias.present())) {
+    // Their shape would name the longest lengths, which only the device knows.
+    return refuse(ErrorKind::kNotImplemented, std::string(p.mask.present() ? "mask" : "bias") +
+                                                  " is given with cu_seqlens, which the CUDA backend lacks");
+  }
+  if (p.k_scale.present()) return refuse(ErrorKind::kNotImplemented, "k_scale is given, which the CUDA backend lacks");
   return {};
 }
 
@@ -67,12 +77,19 @@ Params params_of(const AttentionProblem& problem) {
   p.q_lens = array_of(problem.q_lens);
   p.kv_lens = array_of(problem.kv_lens);
   p.q_offset = array_of(problem.q_offset);
+  p.cu_seqlens_q = array_of(problem.cu_seqlens_q);
+  p.cu_seqlens_kv = array_of(problem.cu_seqlens_kv);
   p.batch = static_cast<int>(problem.q.shape[0]);
   p.num_heads = static_cast<int>(problem.q.shape[1]);
   p.num_kv_heads = static_cast<int>(problem.k.shape[1]);
   p.group = p.num_kv_heads > 0 ? p.num_heads / p.num_kv_heads : 1;
   p.seqlen_q = static_cast<int>(problem.q.shape[2]);
-  p.seqlen_kv = static_cast<int>(problem.k.shape[2]);
+  p.seqlen_kv = static_cast<int>(seqlen_kv_of(problem));
+  if (problem.paged()) {
+    p.block_table = array_of(problem.block_table);
+    p.num_pages = static_cast<int>(problem.k.shape[0]);
+    p.page_size = static_cast<int>(problem.k.shape[2]);
+  }
   p.head_dim = static_cast<int>(problem.q.shape[3]);
   p.value_dim = static_cast<int>(problem.v.shape[3]);
   p.window_left = window_side(problem.window_left);

@@ -7,8 +7,15 @@
 #pragma once
 
 #include "cuda/score.h"
+#include "cuda/shape.h"
 
 namespace foveal::cuda {
+
+// Where the rows of one head of a segment begin in row_lse and row_delta (backward_rows.h): a multiple of kRowPitch.
+FOVEAL_DEVICE int64_t row_start(const Params& p, const Span& span, int segment, int head) {
+  if (p.cu_seqlens_q.data == nullptr) return (static_cast<int64_t>(segment) * p.num_heads + head) * p.row_pitch;
+  return static_cast<int64_t>(head) * p.row_pitch + (span.q_begin / kRowPitch + segment) * kRowPitch;
+}
 
 template <class Real>
 struct PairGradient {

@@ -31,6 +31,14 @@ struct Params {
   Array alibi_slopes;               // optional (B,Hq)
   Array sinks;                      // optional (Hq,)
   Array q_lens, kv_lens, q_offset;  // optional (B,)
+  // Packed sequences, both or none, (B+1,): q, k, v, out, lse then have batch stride 0, and seqlen_q and seqlen_kv are
+  // the numbers of all tokens.
+  Array cu_seqlens_q, cu_seqlens_kv;
+  // Paged keys, (B, pages a sequence): k and v are (num_pages,Hkv,page_size,.), and key j of element b is row
+  // j % page_size of page block_table[b][j / page_size]; seqlen_kv is what the pages of a sequence hold.
+  Array block_table;
+  int num_pages = 0;
+  int page_size = 0;
   int batch = 0;
   int num_heads = 0;
   int num_kv_heads = 0;
@@ -47,13 +55,13 @@ struct Params {
   float* partial_out = nullptr;
   float* partial_lse = nullptr;
   int num_splits = 1;
-  // Backward. row_lse and row_delta are (B, Hq, row_pitch) of the accumulator, see backward_rows.h.
+  // Backward. row_lse and row_delta are (B, Hq, row_pitch) of the accumulator, packed (Hq, row_pitch): backward_rows.h.
   Array dout, dlse;     // like out; optional, like lse
   Array dq, dk, dv;     // like q, k, v
   Array dbias, dsinks;  // optional, of the accumulator: (B,Hq,Sq,Skv) with stride 0 on summed axes, (Hq,)
   void* row_lse = nullptr;
   void* row_delta = nullptr;
-  int row_pitch = 0;  // seqlen_q rounded up to kRowPitch
+  int row_pitch = 0;  // a multiple of kRowPitch
 };
 
 }  // namespace foveal::cuda

@@ -27,4 +27,16 @@ FOVEAL_DEVICE void stage_rows(typename Config::Real* target, int pitch, const Ar
   }
 }
 
+// The same of the keys or values [first, first + count) of a kv head, wherever they lie.
+template <class Config>
+FOVEAL_DEVICE void stage_keys(typename Config::Real* target, int pitch, const Params& p, const Array& a, int batch,
+                              int kv_head, int first, int count, int columns) {
+  for (int i = thread_index(); i < count * columns; i += Config::kThreads) {
+    const int row = i / columns;
+    const int column = i - row * columns;
+    target[row * pitch + column] =
+        read_real<typename Config::Real>(a, key_offset(p, a, batch, kv_head, first + row) + column * a.stride[3]);
+  }
+}
+
 }  // namespace foveal::cuda

@@ -46,7 +46,7 @@ void plan_plain(Plan& plan) {
   const Params& p = plan.params;
   const int rows = wide ? kPlainRowsDouble : kPlainRowsFloat;
   plan.path = Path::kPlain;
-  plan.add({wide ? 61 : 60, ceil_div(p.seqlen_q, rows) * p.num_heads * p.batch,
+  plan.add({wide ? 61 : 60, blocks_of_head(p, p.seqlen_q, rows) * p.num_heads,
             wide ? kPlainThreadsDouble : kPlainThreadsFloat,
             plain_shared_nbytes(wide ? 8 : 4, rows, p.head_dim, p.value_dim)});
 }
@@ -59,13 +59,16 @@ Status make_plan(const AttentionProblem& problem, int shared_limit, int variant,
   if (Status status = check_extents(problem); !status.ok()) return status;
   plan.params = params_of(problem);
   const Params& p = plan.params;
-  if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0) return {};
+  if ((p.batch == 0 && !p.cu_seqlens_q.data) || p.num_heads == 0 || p.seqlen_q == 0) return {};
 
   const bool half = plan.dtype == DType::kFloat16 || plan.dtype == DType::kBFloat16;
   const bool chunks = loads_in_chunks(problem.q) &&
                       (p.seqlen_kv == 0 || (loads_in_chunks(problem.k) && loads_in_chunks(problem.v))) &&
                       loads_in_chunks(problem.out);
-  if (!half || !chunks || p.head_dim == 0 || p.value_dim == 0 || problem.weights.present()) {
+  const int64_t rows = static_cast<int64_t>(p.seqlen_q) * p.group;
+  const bool decode = rows <= kDecodeRows && !p.cu_seqlens_q.data;
+  const bool loadable = half && chunks && p.head_dim > 0 && p.value_dim > 0 && (decode || !p.block_table.data);
+  if (!loadable || problem.weights.present()) {
     if (variant != kDefaultVariant) {
       return refuse(ErrorKind::kValue,
                     "variant is " + std::to_string(variant) + ", expected the default on the plain path");
@@ -73,8 +76,7 @@ Status make_plan(const AttentionProblem& problem, int shared_limit, int variant,
     plan_plain(plan);
   } else {
     const bool policies = p.mask.data || p.bias.data || p.alibi_slopes.data || p.softcap > 0.0 || !(p.scale > 0.0);
-    const int64_t rows = static_cast<int64_t>(p.seqlen_q) * p.group;
-    plan.path = rows <= kDecodeRows ? Path::kDecode : Path::kForward;
+    plan.path = decode ? Path::kDecode : Path::kForward;
     const KernelShape* kernel =
         choose_kernel(plan.path, std::max(p.head_dim, p.value_dim), policies, shared_limit, variant);
     if (kernel == nullptr) {
@@ -83,7 +85,7 @@ Status make_plan(const AttentionProblem& problem, int shared_limit, int variant,
     }
     Step step{kernel->id, 0, kernel->num_threads, kernel->shared_nbytes};
     if (plan.path == Path::kForward) {
-      step.num_blocks = ceil_div(p.seqlen_q, kernel->block_m) * p.num_heads * p.batch;
+      step.num_blocks = blocks_of_head(p, p.seqlen_q, kernel->block_m) * p.num_heads;
       plan.add(step);
     } else {
       plan.params.num_splits = static_cast<int>(std::max<int64_t>(1, ceil_div(p.seqlen_kv, kSplitKeys)));

@@ -2,9 +2,10 @@
 // CUDA: the whole decision can be tested on a machine without a GPU.
 //
 //   kEmpty           no query row: nothing is launched
-//   kPlain           float32, float64, strides or extents that 16-byte loads cannot take, `weights`
-//   kForward         16-bit elements, many query rows
-//   kDecode          16-bit elements, at most kDecodeRows query rows per key/value head: keys are split, then merged
+//   kPlain           float32, float64, strides or extents that 16-byte loads cannot take, `weights`, many rows of pages
+//   kForward         16-bit elements, many query rows, or packed sequences
+//   kDecode          16-bit elements, at most kDecodeRows query rows per key/value head: keys are split, then merged;
+//                    they may lie in pages
 //   kBackward        16-bit elements: dq, then dk and dv, by tensor cores
 //   kBackwardPlain   the rest, as above
 //
@@ -58,5 +59,10 @@ Status check_steps(const Plan& plan, int shared_limit);
 void bind_workspace(Plan& plan, void* workspace);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of one head, over all of the batch: as locate_block of segment.h counts them.
+inline int64_t blocks_of_head(const Params& p, int seqlen, int rows) {
+  return p.cu_seqlens_q.data ? seqlen / rows + p.batch + 2 : ceil_div(seqlen, rows) * p.batch;
+}
 
 }  // namespace foveal::cuda

@@ -41,9 +41,9 @@ Step mma_step(const Params& p, bool owns_keys, int shared_limit) {
   const int dim = std::max(p.head_dim, p.value_dim);
   for (const KernelShape& kernel : kKernels) {
     if (kernel.owns_keys != owns_keys || kernel.head_dim < dim || kernel.shared_nbytes > shared_limit) continue;
-    const int64_t blocks = owns_keys ? ceil_div(p.seqlen_kv, kernel.owned) * p.num_kv_heads
-                                     : ceil_div(p.seqlen_q, kernel.owned) * p.num_heads;
-    return {kernel.id, blocks * p.batch, kernel.num_threads, kernel.shared_nbytes};
+    const int64_t blocks = owns_keys ? blocks_of_head(p, p.seqlen_kv, kernel.owned) * p.num_kv_heads
+                                     : blocks_of_head(p, p.seqlen_q, kernel.owned) * p.num_heads;
+    return {kernel.id, blocks, kernel.num_threads, kernel.shared_nbytes};
   }
   return {};
 }
@@ -64,14 +64,16 @@ Status make_backward_plan(const AttentionProblem& problem, const AttentionGradie
   plan.params = params_of(problem);
   add_gradients(g, plan.params);
   Params& p = plan.params;
-  p.row_pitch = static_cast<int>(ceil_div(p.seqlen_q, kRowPitch) * kRowPitch);
+  const bool packed = p.cu_seqlens_q.data != nullptr;
+  p.row_pitch = static_cast<int>((packed ? blocks_of_head(p, p.seqlen_q, kRowPitch) : ceil_div(p.seqlen_q, kRowPitch)) *
+                                 kRowPitch);
 
   const bool wide = plan.dtype == DType::kFloat64;
   const PlainShape& plain = kPlainShapes[wide ? 1 : 0];
   const int itemsize = wide ? 8 : 4;
-  const int64_t num_rows = static_cast<int64_t>(p.batch) * p.num_heads * p.row_pitch;
+  const int64_t num_rows = static_cast<int64_t>(packed ? 1 : p.batch) * p.num_heads * p.row_pitch;
   plan.workspace_nbytes = 2 * num_rows * itemsize;
-  plan.add({plain.first_id + kPrepareRows, ceil_div(num_rows, kPreparedRows), kPreparedRows * 32, 0});
+  plan.add({plain.first_id + kPrepareRows, blocks_of_head(p, p.seqlen_q, kRowPitch) * p.num_heads, kPrepareThreads, 0});
 
   const int shared = plain_backward_shared_nbytes(itemsize, plain.rows, p.head_dim, p.value_dim);
   const bool half = plan.dtype == DType::kFloat16 || plan.dtype == DType::kBFloat16;
@@ -84,9 +86,9 @@ Status make_backward_plan(const AttentionProblem& problem, const AttentionGradie
   if (keys.kernel != kDefaultVariant) {
     plan.path = Path::kBackward;
   } else {
-    rows = {plain.first_id + kPlainRows, ceil_div(p.seqlen_q, plain.rows) * p.num_heads * p.batch, plain.num_threads,
+    rows = {plain.first_id + kPlainRows, blocks_of_head(p, p.seqlen_q, plain.rows) * p.num_heads, plain.num_threads,
             shared};
-    keys = {plain.first_id + kPlainKeyRows, ceil_div(p.seqlen_kv, plain.rows) * p.num_kv_heads * p.batch,
+    keys = {plain.first_id + kPlainKeyRows, blocks_of_head(p, p.seqlen_kv, plain.rows) * p.num_kv_heads,
             plain.num_threads, shared};
   }
   plan.add(rows);

@@ -51,7 +51,7 @@ constexpr int plain_backward_shared_nbytes(int itemsize, int rows, int head_dim,
 }
 
 // backward_rows.h and backward_bias.h
-constexpr int kPreparedRows = 8;  // rows of one block, a warp each
+constexpr int kPrepareThreads = 256;
 constexpr int kSinkThreads = 256;
 
 }  // namespace foveal::cuda

@@ -91,6 +91,25 @@ def test_gradients_are_zero_where_there_is_nothing_to_attend(emulated: Any) -> N
     assert result["passed"], result
 
 
+@pytest.mark.parametrize("index", range(len(cuda_report.packed_cases())))
+def test_packed_sequences(emulated: Any, index: int) -> None:
+    result = cuda_report.check_packed(emulated, cuda_report.HostMemory(), cuda_report.packed_cases()[index])
+    assert not result["failed"]
+
+
+def test_packed_sequences_without_a_token(emulated: Any) -> None:
+    case = Case(1, 2, 1, 20, 30, 64, 64, "float16", q_lens=(20,), kv_lens=(0,))
+    assert not cuda_report.check_packed(emulated, cuda_report.HostMemory(), case, margin=0)["failed"]
+
+
+@pytest.mark.parametrize("index", range(len(cuda_report.paged_cases())))
+def test_keys_in_pages(emulated: Any, index: int) -> None:
+    case, page_size = cuda_report.paged_cases()[index]
+    result = cuda_report.check_paged(emulated, cuda_report.HostMemory(), case, page_size)
+    assert result["passed"], result
+    assert result["path"] == ("plain" if case.dtype == "float32" or case.seqlen_q > 32 else "decode")
+
+
 def test_padded_rows_have_no_gradient_beside_a_nan_key(emulated: Any) -> None:
     case = Case(1, 1, 1, 70, 32, 64, 64, "float16", q_lens=(33,))
     arrays = problems.make_inputs(case)
