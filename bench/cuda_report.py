@@ -6,6 +6,7 @@ check     every case of `correctness_grid` and `gradient_grid` (cuda_problems.py
           outputs poisoned before each run, run twice for bitwise equality, and padded against unpadded batches
 ceilings  device-to-device copy and 8192^3 matrix product
 ratios    forward: ours, CUDNN, FLASH, EFFICIENT in turn in one process, median and spread over rounds
+gradients the same of the backward pass alone
 decode    one query row over a long cache, CUDA-graph replay over rotated caches larger than L2, in GB/s
 sweep     every kernel variant on the shapes of `ratios`
 tiny      a few small launches for compute-sanitizer
@@ -590,6 +591,36 @@ class TorchForward:
         return self.out
 
 
+class TorchBackward:
+    """Our backward on torch CUDA tensors, after one forward; everything allocated once."""
+
+    def __init__(self, library: Any, q: Any, k: Any, v: Any, dout: Any, causal: bool) -> None:
+        forward = TorchForward(library, q, k, v, causal)
+        torch, self.forward = forward.torch, forward
+        lse = torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
+        forward.problem.lse = cuda.view(lse.data_ptr(), "float32", lse.shape, lse.stride())
+        forward()
+        self.gradients = [torch.empty_like(x) for x in (q, k, v)]
+        self.given = cuda.Gradients()
+        for name, tensor in zip(("dout", "dq", "dk", "dv"), (dout, *self.gradients), strict=True):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            setattr(self.given, name, cuda.view(tensor.data_ptr(), dtype, tensor.shape, tensor.stride()))
+        nbytes = library.workspace_nbytes(forward.problem, gradients=self.given)
+        self.workspace = torch.empty(nbytes, device=q.device, dtype=torch.uint8)
+        self.keep = (lse, dout)
+
+    def __call__(self) -> Any:
+        """Launch once."""
+        self.forward.library.backward(
+            self.forward.problem,
+            self.given,
+            stream=self.forward.torch.cuda.current_stream().cuda_stream,
+            workspace=self.workspace.data_ptr(),
+            workspace_nbytes=self.workspace.numel(),
+        )
+        return self.gradients
+
+
 def speed_shapes() -> list[tuple[int, int, int, int, bool]]:
     """(batch, heads, length, head_dim, causal) with batch * length = 16k and heads * head_dim = 2048."""
     return [
@@ -656,6 +687,43 @@ def stage_ratios(library: Any, memory: Any, args: argparse.Namespace, deadline: 
             f"{n} {row[n]:.0f}" + (f" (x{row['ratio_' + n][1]:.2f})" if n != "ours" else "") for n in times
         )
         print(f"  d{head_dim} s{seqlen} {'causal' if causal else 'full  '} TFLOP/s: {text}")
+    return {"rows": rows}
+
+
+def stage_gradients(library: Any, memory: Any, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
+    """Median rates of the backward pass alone, five products counted, ours and each peer's that has one."""
+    torch = memory.torch
+    rows = []
+    for batch, heads, seqlen, head_dim, causal in speed_shapes():
+        if time.monotonic() > deadline:
+            print("  cut short by time")
+            break
+        q, k, v, dout = (
+            torch.randn(batch, heads, seqlen, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=i < 3)
+            for i in range(4)
+        )
+        ours = TorchBackward(library, q.detach(), k.detach(), v.detach(), dout, causal)
+        candidates: dict[str, Callable[[], Any]] = {"ours": ours}
+        for name, call in peers(torch, q, k, v, causal).items():
+            candidates[name] = partial(torch.autograd.grad, call(), (q, k, v), dout, retain_graph=True)
+        wanted = next(call for name, call in candidates.items() if name != "ours")()
+        for mine, theirs in zip(ours(), wanted, strict=True):
+            difference = float((mine.float() - theirs.float()).norm() / theirs.float().norm())
+            assert difference < 1e-2, f"ours differs from the peer by {difference}"
+        for call in candidates.values():
+            time_cuda(torch, call, 3)
+        times: dict[str, list[float]] = {name: [] for name in candidates}
+        for _ in range(args.rounds):
+            for name, call in candidates.items():
+                times[name].append(time_cuda(torch, call, args.launches))
+        work = 2.5 * flop(batch, heads, seqlen, head_dim, causal) / 1e12
+        row: dict[str, Any] = {"batch": batch, "heads": heads, "seqlen": seqlen, "head_dim": head_dim, "causal": causal}
+        row |= {name: work / statistics.median(samples) for name, samples in times.items()}
+        rows.append(row)
+        text = "  ".join(
+            f"{n} {row[n]:.0f}" + (f" (x{row['ours'] / row[n]:.2f})" if n != "ours" else "") for n in times
+        )
+        print(f"  d{head_dim} s{seqlen} {'causal' if causal else 'full  '} backward TFLOP/s: {text}")
     return {"rows": rows}
 
 
@@ -736,6 +804,7 @@ STAGES = {
     "tiny": stage_tiny,
     "ceilings": stage_ceilings,
     "ratios": stage_ratios,
+    "gradients": stage_gradients,
     "decode": stage_decode,
     "sweep": stage_sweep,
 }
@@ -746,7 +815,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, required=True, help="the backend's shared object")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the emulated device")
-    parser.add_argument("--stages", default="check,ceilings,ratios,decode,sweep", help="comma separated, in this order")
+    parser.add_argument(
+        "--stages", default="check,ceilings,ratios,gradients,decode,sweep", help="comma separated, in this order"
+    )
     parser.add_argument("--small", action="store_true", help="sizes that an emulated device can run")
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=5)
