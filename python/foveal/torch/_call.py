@@ -224,6 +224,10 @@ def _is_bshd(layout: Any) -> bool:
     return bool(layout == "bshd")
 
 
+# What a CUDA kernel refuses, it refuses in the words of NumPy's callers.
+_WORDED = (NotImplementedError, TypeError, ValueError, MemoryError)
+
+
 def _explained(
     error: Exception,
     arguments: dict[str, Any],
@@ -232,6 +236,12 @@ def _explained(
 ) -> BaseException:
     """Find the exception that NumPy callers would get for what made the call raise ``error``."""
     if isinstance(error, NotImplementedError) and str(error).startswith(f"{function}: "):
+        return error
+    if (
+        isinstance(error, _WORDED)
+        and str(error).startswith("attention: ")
+        and getattr(arguments["q"], "is_cuda", False)
+    ):
         return error
     if isinstance(error, NotImplementedError) and "jvp" in str(error):  # Dynamo allows our Function none to say it in
         return NotImplementedError("attention: there is no forward-mode derivative, expected reverse mode")

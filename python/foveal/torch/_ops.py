@@ -222,18 +222,19 @@ def _backward_fake(
 # --- autocast --------------------------------------------------------------------------------------------------------
 
 
-def _autocast(op: torch._ops.OpOverload, first: int) -> Callable[..., Any]:
+def _autocast(op: torch._ops.OpOverload, first: int, device: str = "cpu") -> Callable[..., Any]:
     """Cast q, k and v, which share a dtype, and nothing else; ``first`` is the place of q."""
+    key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}[device]
 
     def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         # Like torch's own rules, leave float64 alone.
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     def rule(_: torch._C.DispatchKeySet, *values: Any, **named: Any) -> Any:
-        dtype = torch.get_autocast_dtype("cpu")
+        dtype = torch.get_autocast_dtype(device)
         arguments = [*values]
         arguments[first : first + 3] = [cast(tensor, dtype) for tensor in arguments[first : first + 3]]
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return op(*arguments, **named)
 
     return rule
@@ -391,6 +392,10 @@ def _register() -> None:
     register_flop_formula(ops.attention_forward)(_forward_flops)
     register_flop_formula(ops.attention_forward_out)(_forward_out_flops)
     register_flop_formula(ops.attention_backward)(_backward_flops)
+
+    from foveal.torch import _cuda_ops
+
+    _cuda_ops.register(_library, *_SCHEMAS)
 
 
 _register()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from foveal.torch import _cuda_ops
 from foveal.torch._autograd import is_differentiated
 from foveal.torch._ops import Options, _autocast, _check, _library, _new_lse_and_weights, _new_out, _shim_is_missing
 
@@ -156,6 +157,7 @@ def _register() -> None:
     _library.impl(torch.ops.foveal.attention_kvcache.default, _kvcache_kernel, "Autograd", with_keyset=True)
     varlen = torch.ops.foveal.attention_varlen_forward.default
     _library.impl(varlen, _autocast(varlen, 0), "AutocastCPU", with_keyset=True)
+    _cuda_ops.register(_library, "attention_varlen_forward", "attention_varlen_backward")
 
 
 _register()
