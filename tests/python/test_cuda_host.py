@@ -245,7 +245,7 @@ def test_backward_grids_and_workspace(emulated: Any) -> None:
     plan = plan_of(emulated, BASE, backward=True, dbias="hk")
     blocks = {step["variant"]: step["num_blocks"] for step in plan["steps"]}
     assert plan["workspace_nbytes"] == 2 * 4 * (2 * 8 * 1024)  # lse and delta of rows padded to 64
-    assert blocks == {100: 2 * 8 * 1024 // 8, 81: 2 * 8 * 8, 91: 2 * 2 * 16, 103: 8 * 32}
+    assert blocks == {100: 2 * 8 * 1024 // 64, 81: 2 * 8 * 8, 91: 2 * 2 * 16, 103: 8 * 32}
     small = plan_of(
         emulated, dataclasses.replace(BASE, head_dim=256, value_dim=256), AMPERE_CONSUMER_SHARED, True, "hk"
     )
