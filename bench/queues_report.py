@@ -89,7 +89,7 @@ def check_queues(makes: Sequence[type[Queue]], kind: str) -> None:
         raise RuntimeError("bench: two queues hand out a different order")
 
 
-def loop_row(ours: type[Queue], work: str, kind: str, n: int, budget: float) -> Row:
+def loop_row(ours: type[Queue], work: str, kind: str, n: int, label: str, budget: float) -> Row:
     makes = {"foveal": ours, **PEERS}
     check_queues(list(makes.values()), kind)
     keys = keys_of(kind, n)
@@ -102,13 +102,13 @@ def loop_row(ours: type[Queue], work: str, kind: str, n: int, budget: float) -> 
         return Contender(name, lambda: made.pop_push(next(calls)[1]))
 
     times = take_turns([contender(name, make) for name, make in makes.items()], budget=budget * len(makes))
-    return row(f"{ours.__name__} {work.replace('_', '+')}, {kind} keys, {magnitude(n)}", times, CALLS)
+    return row(label, times, CALLS)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def update_many_row(n: int, budget: float) -> Row:
+def update_many_row(n: int, label: str, budget: float) -> Row:
     ids, first = np.arange(n), np.random.default_rng(1).random(n)
     ours, calls = foveal.IndexedHeap.from_arrays(ids, first), fresh(n, BATCH)
     contenders = [Contender("foveal", lambda: ours.update_many(*next(calls)))]
@@ -120,7 +120,7 @@ def update_many_row(n: int, budget: float) -> Row:
         made, lists = make(ids.tolist(), first.tolist()), fresh_lists(n, BATCH, range(n), rounds=4)
         contenders.append(Contender(name, lambda made=made, lists=lists: made.update(*next(lists))))
     times = take_turns(contenders, budget=budget * len(contenders))
-    return row(f"update_many of {BATCH}, {magnitude(n)}", times, BATCH)
+    return row(label, times, BATCH)
 
 
 def check_loop(ids: Any, first: Any) -> None:
@@ -131,7 +131,7 @@ def check_loop(ids: Any, first: Any) -> None:
         raise RuntimeError("bench: update_many and the C++ loop differ")
 
 
-def two_threads_row(n: int, budget: float) -> Row:
+def two_threads_row(n: int, label: str, budget: float) -> Row:
     """Two threads that update the same heap, against one that does the work of both."""
     heap = foveal.IndexedHeap.from_arrays(np.arange(n), np.random.default_rng(1).random(n))
     calls = fresh(n, 10 * BATCH, 8)
@@ -147,7 +147,7 @@ def two_threads_row(n: int, budget: float) -> Row:
                 call.result()
 
         times = take_turns([Contender("foveal", together), Contender("one thread", alone)], budget=2 * budget)
-    return row(f"update_many in 2 threads, {magnitude(n)}", times, 20 * BATCH)
+    return row(label, times, 20 * BATCH)
 
 
 # ---- queues that block -----------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def two_threads_row(n: int, budget: float) -> Row:
 WAITING = 1000
 
 
-def queue_row(budget: float) -> Row:
+def queue_row(label: str, budget: float) -> Row:
     """Put and get by one thread; nobody waits."""
     ours: foveal.PriorityQueue[int] = foveal.PriorityQueue()
     theirs: queue.PriorityQueue[tuple[float, int]] = queue.PriorityQueue()
@@ -175,10 +175,10 @@ def queue_row(budget: float) -> Row:
             theirs.get()
 
     times = take_turns([Contender("foveal", our_turn), Contender("theirs", their_turn)], budget=2 * budget)
-    return row(f"PriorityQueue put+get, {magnitude(WAITING)}", times, WAITING, theirs="queue.PriorityQueue")
+    return row(label, times, WAITING, theirs="queue.PriorityQueue")
 
 
-def async_queue_row(budget: float) -> Row:
+def async_queue_row(label: str, budget: float) -> Row:
     """The same by one task."""
     ours: foveal.AsyncPriorityQueue[int] = foveal.AsyncPriorityQueue()
     theirs: asyncio.PriorityQueue[tuple[float, int]] = asyncio.PriorityQueue()
@@ -204,13 +204,13 @@ def async_queue_row(budget: float) -> Row:
     ]
     times = take_turns(contenders, budget=2 * budget)
     loop.close()
-    return row(f"AsyncPriorityQueue put+get, {magnitude(WAITING)}", times, WAITING, theirs="asyncio.PriorityQueue")
+    return row(label, times, WAITING, theirs="asyncio.PriorityQueue")
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
-def sum_tree_row(work: str, n: int, budget: float) -> Row:
+def sum_tree_row(work: str, n: int, label: str, budget: float) -> Row:
     everything, weights = np.arange(n), np.random.default_rng(1).random(n)
     rng, calls = np.random.default_rng(2), fresh(n, SAMPLE)
     ours = foveal.SumTree(n)
@@ -247,7 +247,7 @@ def sum_tree_row(work: str, n: int, budget: float) -> Row:
             raise RuntimeError(f"bench: {contender.name} does not sample in proportion to weight")
     contenders = updates if work == "update_many" else samples
     times = take_turns(contenders, budget=budget * len(contenders))
-    return row(f"SumTree.{work} of {SAMPLE}, {magnitude(n)}", times, SAMPLE)
+    return row(label, times, SAMPLE)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -255,11 +255,11 @@ def sum_tree_row(work: str, n: int, budget: float) -> Row:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A row to be, and the aims for it: how many times faster than a peer."""
+    """A row to be, the label that the table will print, and the aims for it: how many times faster than a peer."""
 
     group: str
     label: str
-    measure: Callable[[float], Row]  # (seconds to spend on each contender)
+    measure: Callable[[str, float], Row]  # (label, seconds to spend on each contender)
     aims: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def missed(self, row: Row) -> list[str]:
@@ -272,22 +272,25 @@ class Measurement:
 
 def measurements() -> Iterator[Measurement]:
     sizes = (1000, 100_000, 1_000_000)
-    for n, work in itertools.product(sizes, ("update", "pop_push")):
+    for n, work in itertools.product(sizes, ("update", "pop+push")):
         measure = functools.partial(loop_row, IndexedHeap, work, "int", n)
-        yield Measurement("one call an element", f"IndexedHeap {work} {magnitude(n)}", measure, {"pqdict": 10.0})
-    for kind, n, (work, aim) in itertools.product(("int", "str"), sizes, (("update", 2.5), ("pop_push", 5.0))):
+        label = f"IndexedHeap {work}, int keys, {magnitude(n)}"
+        yield Measurement("one call an element", label, measure, {"pqdict": 10.0})
+    for kind, n, (work, aim) in itertools.product(("int", "str"), sizes, (("update", 2.5), ("pop+push", 5.0))):
         measure = functools.partial(loop_row, PriorityMap, work, kind, n)
-        aims = {"pqdict": aim} if kind == "str" else {}
-        yield Measurement("one call an element", f"PriorityMap {work} {kind} {magnitude(n)}", measure, aims)
+        label = f"PriorityMap {work}, {kind} keys, {magnitude(n)}"
+        yield Measurement("one call an element", label, measure, {"pqdict": aim} if kind == "str" else {})
     for n in sizes:
         aims = {"C++ loop": 0.8, **dict.fromkeys(PEERS, 20.0)} if n == 100_000 else {}
-        yield Measurement("batches", f"update_many {magnitude(n)}", functools.partial(update_many_row, n), aims)
-    yield Measurement("threads", "threads", functools.partial(two_threads_row, 1_000_000), {"one thread": 1.7})
-    yield Measurement("queues that block", "PriorityQueue", queue_row)
-    yield Measurement("queues that block", "AsyncPriorityQueue", async_queue_row)
+        label = f"update_many of {BATCH}, {magnitude(n)}"
+        yield Measurement("batches", label, functools.partial(update_many_row, n), aims)
+    label = f"update_many in 2 threads, {magnitude(1_000_000)}"
+    yield Measurement("threads", label, functools.partial(two_threads_row, 1_000_000), {"one thread": 1.7})
+    yield Measurement("queues that block", f"PriorityQueue put+get, {magnitude(WAITING)}", queue_row)
+    yield Measurement("queues that block", f"AsyncPriorityQueue put+get, {magnitude(WAITING)}", async_queue_row)
     for (work, aim), n in itertools.product((("update_many", 1.0), ("sample", 1.5)), (10_000, 1_000_000)):
-        measure = functools.partial(sum_tree_row, work, n)
-        yield Measurement("sampling", f"SumTree {work} {magnitude(n)}", measure, {"torchrl": aim, "cpprb": aim})
+        label = f"SumTree.{work} of {SAMPLE}, {magnitude(n)}"
+        yield Measurement("sampling", label, functools.partial(sum_tree_row, work, n), {"torchrl": aim, "cpprb": aim})
 
 
 def machine() -> dict[str, object]:
@@ -336,7 +339,7 @@ def main() -> None:
     rows: dict[str, list[Row]] = {}
     missed = []
     for m in tqdm(chosen, bar_format="{l_bar}{bar}| {elapsed}<{remaining}"):
-        measured = m.measure(0.33 if options.quick else 3.0)
+        measured = m.measure(m.label, 0.33 if options.quick else 3.0)
         rows.setdefault(m.group, []).append(measured)
         missed += m.missed(measured)
         gc.collect()
