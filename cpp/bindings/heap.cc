@@ -154,9 +154,7 @@ struct Writes {
 void check_presence(const char* function, const Writes& writes, IndexedHeap& heap, bool expected, const char* hint) {
   const std::span<const int64_t> ids = writes.ids.span();
   size_t i = 0;
-  without_gil(ids.size(), [&] {
-    while (i < ids.size() && heap.contains(ids[i]) == expected) ++i;
-  });
+  without_gil(ids.size(), [&] { i = expected ? heap.find_absent(ids) : heap.find_present(ids); });
   if (i == ids.size()) return;
   fail(expected ? PyExc_KeyError : PyExc_ValueError, "%s: ids[%zu] is %lld, which is %s, expected %s", function, i,
        static_cast<long long>(ids[i]), expected ? "absent" : "present", hint);

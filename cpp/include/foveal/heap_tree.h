@@ -122,9 +122,10 @@ class HeapTree {
     }
   }
 
-  // Brings the cache lines that an update of `id` will need; all the way up for a pop.
+  // Brings the cache lines that an update of `id` will need; all the way up for a pop; the leaf's to read it.
   FOVEAL_HEAP_INLINE void prefetch(int64_t id) const { prefetch_levels(id, root_level_ < 2 ? root_level_ : 2); }
   FOVEAL_HEAP_INLINE void prefetch_path(int64_t id) const { prefetch_levels(id, root_level_); }
+  FOVEAL_HEAP_INLINE void prefetch_leaf(int64_t id) const { __builtin_prefetch(&leaf(id)); }
 
  private:
   static constexpr int64_t kAlignment = 128;

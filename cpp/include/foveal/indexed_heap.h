@@ -11,6 +11,7 @@
 // after construction.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cassert>
@@ -70,16 +71,21 @@ class BasicIndexedHeap {
 
   // Inserts an absent id; false, and nothing changed, when it was present.
   bool push(int64_t id, double priority) {
+    tree_.prefetch(at(id));
     if (write<Write::kInsert>(id, key_of(priority))) return false;
     count(1);
     return true;
   }
 
   // Changes the priority of a present id; false when it was absent.
-  bool update(int64_t id, double priority) { return write<Write::kUpdate>(id, key_of(priority)); }
+  bool update(int64_t id, double priority) {
+    tree_.prefetch(at(id));
+    return write<Write::kUpdate>(id, key_of(priority));
+  }
 
   // Inserts or changes; returns whether the id was present.
   bool upsert(int64_t id, double priority) {
+    tree_.prefetch(at(id));
     const bool present = write<Write::kUpsert>(id, key_of(priority));
     if (!present) count(1);
     return present;
@@ -125,6 +131,15 @@ class BasicIndexedHeap {
   }
 
   bool contains(int64_t id) { return priority(id).has_value(); }
+
+  // The place in `ids` of the first that is absent, or present, each looked at in its turn; ids.size() if there is
+  // none. An element that is on its way in or out may count as present.
+  size_t find_absent(std::span<const int64_t> ids) const {
+    return find(ids, [this](int64_t id) { return is_vacant(id); });
+  }
+  size_t find_present(std::span<const int64_t> ids) {
+    return find(ids, [this](int64_t id) { return !is_vacant(id) && contains(id); });
+  }
 
   std::optional<HeapEntry> peek() {
     Memory memory;
@@ -211,7 +226,9 @@ class BasicIndexedHeap {
   static constexpr uint64_t kFlags = Tree::kDirty | Tree::kClaim;
   static constexpr int64_t kMinSubtrees =
       16;  // subtrees for pop_relaxed: fewer contend, more are farther from the front
-  static constexpr size_t kPrefetchAhead = 8;  // elements of a batch
+  // Elements of a batch whose cache lines are under way: those of the tree, of leaves alone.
+  static constexpr size_t kPrefetchAhead = 8;
+  static constexpr size_t kLookAhead = 32;
 
   static int64_t checked(int64_t capacity) {
     if (capacity < 1 || capacity > kMaxCapacity) {
@@ -280,8 +297,7 @@ class BasicIndexedHeap {
   // Returns whether the id was present before.
   template <Write kWrite>
   bool write(int64_t id, uint64_t key) {
-    tree_.prefetch(at(id));
-    HeapWord& leaf = tree_.leaf(id);
+    HeapWord& leaf = tree_.leaf(at(id));
     Memory memory;
     for (;;) {
       memory.forget_all_but();
@@ -365,10 +381,23 @@ class BasicIndexedHeap {
     return z ^ (z >> 31);
   }
 
+  bool is_vacant(int64_t id) const { return Atomics::load_key(tree_.leaf(id)) == kAbsent; }
+
+  template <class Test>
+  size_t find(std::span<const int64_t> ids, Test test) const {
+    size_t i = 0;
+    for (; i < ids.size(); ++i) {
+      if (i + kLookAhead < ids.size()) tree_.prefetch_leaf(at(ids[i + kLookAhead]));
+      if (test(ids[i])) break;
+    }
+    return i;
+  }
+
   template <Write kWrite, class Skipped>
   void write_many(std::span<const int64_t> ids, std::span<const double> priorities, Skipped&& skipped) {
     assert(ids.size() == priorities.size());
     Tally inserted{*this};
+    for (const int64_t id : ids.first(std::min(kPrefetchAhead, ids.size()))) tree_.prefetch(at(id));
     for (size_t i = 0; i < ids.size(); ++i) {
       if (i + kPrefetchAhead < ids.size()) tree_.prefetch(at(ids[i + kPrefetchAhead]));
       const bool present = write<kWrite>(ids[i], key_of(priorities[i]));

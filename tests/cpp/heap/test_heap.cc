@@ -158,6 +158,10 @@ void test_batches() {
   for (double& priority : priorities) priority = static_cast<double>(random() % 1000);
   heap.assign(ids, priorities);
   FOVEAL_CHECK(heap.size() == static_cast<int64_t>(ids.size()));
+  FOVEAL_CHECK(heap.find_absent(ids) == ids.size() && heap.find_present(ids) == 0);
+  const std::vector<int64_t> mixed = {0, 2, 5, 4, 7};
+  FOVEAL_CHECK(heap.find_absent(mixed) == 2 && heap.find_present(std::span(mixed).subspan(2)) == 1);
+  FOVEAL_CHECK(heap.find_absent({}) == 0 && heap.find_present({}) == 0);
 
   std::vector<size_t> skipped;
   const auto note = [&skipped](size_t i) { skipped.push_back(i); };
