@@ -8,8 +8,6 @@
 #include "bindings/torch_ops.h"
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -20,10 +18,9 @@
 
 #include "attention/rejection.h"
 #include "attention/threads.h"
-#include "bindings/dlpack.h"
 #include "bindings/errors.h"
 #include "bindings/gil.h"
-#include "bindings/torch_shim.h"
+#include "bindings/torch_arguments.h"
 #include "foveal/attention.h"
 
 namespace py = pybind11;
@@ -31,257 +28,7 @@ namespace py = pybind11;
 namespace foveal {
 namespace {
 
-using torch_shim::StableIValue;
-
-torch_shim::Functions torch;  // filled once by register_torch_ops
-
-thread_local Status last_failure;
-
-[[noreturn]] void fail(Status status) {
-  last_failure = std::move(status);
-  throw std::runtime_error(last_failure.text);
-}
-
-void require(int32_t shim_result, const char* what) {
-  if (shim_result != 0) throw std::runtime_error(std::string("attention: torch failed to ") + what);
-}
-
-// --- tensors ---------------------------------------------------------------------------------------------------------
-
-class Tensor {  // an owned handle, or none
- public:
-  Tensor() = default;
-  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
-  Tensor(Tensor&& other) noexcept : handle_(other.release()) {}
-  Tensor& operator=(Tensor&& other) noexcept {
-    std::swap(handle_, other.handle_);
-    return *this;
-  }
-  ~Tensor() {
-    if (handle_ != nullptr) torch.aoti_torch_delete_tensor_object(handle_);
-  }
-  AtenTensorHandle get() const { return handle_; }
-  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
-  explicit operator bool() const { return handle_ != nullptr; }
-
- private:
-  AtenTensorHandle handle_ = nullptr;
-};
-
-constexpr std::array kDTypes = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16,
-                                DType::kBool,    DType::kInt8,    DType::kInt32,   DType::kInt64};
-
-// torch's numbers for kDTypes and for the CPU, read once: they are no part of its ABI.
-std::array<int32_t, kDTypes.size()> dtype_codes;
-int32_t cpu_device = 0;
-
-void read_codes() {
-  dtype_codes = {torch.aoti_torch_dtype_float32(),  torch.aoti_torch_dtype_float64(), torch.aoti_torch_dtype_float16(),
-                 torch.aoti_torch_dtype_bfloat16(), torch.aoti_torch_dtype_bool(),    torch.aoti_torch_dtype_int8(),
-                 torch.aoti_torch_dtype_int32(),    torch.aoti_torch_dtype_int64()};
-  cpu_device = torch.aoti_torch_device_type_cpu();
-}
-
-// Only strided CPU tensors come here: the dispatcher sends every other kind to another key.
-TensorView view_of(const char* name, const Tensor& tensor) {
-  TensorView view;
-  int64_t rank = 0;
-  int64_t* sizes = nullptr;
-  int64_t* strides = nullptr;
-  int32_t code = 0;
-  const void* data = nullptr;
-  require(torch.aoti_torch_get_dim(tensor.get(), &rank), "give a rank");
-  require(torch.aoti_torch_get_sizes(tensor.get(), &sizes), "give sizes");
-  require(torch.aoti_torch_get_strides(tensor.get(), &strides), "give strides");
-  require(torch.aoti_torch_get_dtype(tensor.get(), &code), "give a dtype");
-  require(torch.torch_get_const_data_ptr(tensor.get(), &data),
-          "give a pointer");  // leaves a copy-on-write tensor shared
-  const auto known = std::find(dtype_codes.begin(), dtype_codes.end(), code);
-  if (known == dtype_codes.end())
-    throw std::runtime_error(std::string("attention: no kernel reads the dtype of ") + name);
-  view.dtype = kDTypes[static_cast<size_t>(known - dtype_codes.begin())];
-  view.data = const_cast<void*>(data);
-  view.rank = static_cast<int32_t>(rank);
-  std::copy_n(sizes, std::min<int64_t>(rank, kMaxRank), view.shape);
-  std::copy_n(strides, std::min<int64_t>(rank, kMaxRank), view.stride);
-  return view;
-}
-
-// A new contiguous tensor of this shape without its first `dropped` axes, and its view with all axes.
-Tensor allocate(DType dtype, const int64_t* shape, int rank, int dropped, TensorView& view) {
-  view = contiguous_view(nullptr, dtype, shape, rank);
-  const auto index = static_cast<size_t>(std::find(kDTypes.begin(), kDTypes.end(), dtype) - kDTypes.begin());
-  AtenTensorHandle handle = nullptr;
-  if (torch.aoti_torch_empty_strided(rank - dropped, shape + dropped, view.stride + dropped, dtype_codes[index],
-                                     cpu_device, 0, &handle) != 0) {
-    fail({ErrorKind::kMemory, "attention: out of memory"});
-  }
-  Tensor tensor(handle);
-  require(torch.torch_get_mutable_data_ptr(handle, &view.data), "give a pointer");
-  return tensor;
-}
-
-// --- arguments -------------------------------------------------------------------------------------------------------
-
-// Takes the arguments off the stack in the schema's order. Nothing here throws, so that a kernel owns every tensor
-// before its first check.
-class ArgumentReader {
- public:
-  explicit ArgumentReader(const StableIValue* stack) : next_(stack) {}
-
-  Tensor tensor() { return Tensor(reinterpret_cast<AtenTensorHandle>(*next_++)); }
-  Tensor optional_tensor() {
-    const std::optional<StableIValue> value = optional();
-    return value ? Tensor(reinterpret_cast<AtenTensorHandle>(*value)) : Tensor();
-  }
-  bool boolean() { return (*next_++ & 0xff) != 0; }
-  double real() { return real_of(*next_++); }
-  std::optional<double> optional_real() {
-    const std::optional<StableIValue> value = optional();
-    return value ? std::optional(real_of(*value)) : std::nullopt;
-  }
-  std::optional<int64_t> optional_integer() {
-    const std::optional<StableIValue> value = optional();
-    return value ? std::optional(static_cast<int64_t>(*value)) : std::nullopt;
-  }
-
- private:
-  std::optional<StableIValue> optional() {
-    auto* cell = reinterpret_cast<StableIValue*>(*next_++);
-    if (cell == nullptr) return std::nullopt;
-    const StableIValue value = *cell;
-    if (torch.torch_delete_stable_ivalue != nullptr) {
-      torch.torch_delete_stable_ivalue(cell);
-    } else {
-      delete cell;
-    }
-    return value;
-  }
-  static double real_of(StableIValue bits) {
-    double value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-
-  const StableIValue* next_;
-};
-
-// What every op but `attention_plain` has. Each op reads its own arguments in its schema's order.
-struct ProblemArguments {
-  Tensor q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, q_offsets, seed;
-  bool causal = false;
-  std::optional<int64_t> q_offset, window_left, window_right;
-  std::optional<double> scale;
-  double softcap = 0.0, dropout_p = 0.0;
-  bool bshd = false;
-
-  void read_qkv(ArgumentReader& read) {
-    q = read.tensor();
-    k = read.tensor();
-    v = read.tensor();
-  }
-  void read_arrays(ArgumentReader& read) {
-    mask = read.optional_tensor();
-    bias = read.optional_tensor();
-    alibi_slopes = read.optional_tensor();
-    sinks = read.optional_tensor();
-  }
-  void read_numbers(ArgumentReader& read) {
-    q_offsets = read.optional_tensor();
-    seed = read.optional_tensor();
-    causal = read.boolean();
-    q_offset = read.optional_integer();
-    window_left = read.optional_integer();
-    window_right = read.optional_integer();
-    scale = read.optional_real();
-    softcap = read.real();
-    dropout_p = read.real();
-  }
-  void read_all(ArgumentReader& read) {
-    read_qkv(read);
-    read_arrays(read);
-    q_lens = read.optional_tensor();
-    kv_lens = read.optional_tensor();
-    read_numbers(read);
-    bshd = read.boolean();
-  }
-};
-
-struct ForwardArguments : ProblemArguments {
-  explicit ForwardArguments(ArgumentReader& read) {
-    read_all(read);
-    return_weights = read.boolean();
-  }
-
-  bool return_weights;
-};
-
-struct BackwardArguments {
-  explicit BackwardArguments(ArgumentReader& read)
-      : dout(read.tensor()), dlse(read.optional_tensor()), out(read.tensor()), lse(read.tensor()) {
-    problem.read_all(read);
-    bias_grad = read.boolean();
-    sinks_grad = read.boolean();
-  }
-
-  Tensor dout, dlse, out, lse;
-  ProblemArguments problem;
-  bool bias_grad, sinks_grad;
-};
-
-TensorView optional_view(const char* name, const Tensor& tensor) {
-  return tensor ? view_of(name, tensor) : TensorView{};
-}
-
-// None is unlimited, so the core's own sign for that is no number to accept.
-int64_t window_side(const char* name, std::optional<int64_t> width) {
-  if (width.value_or(0) < 0) {
-    fail({ErrorKind::kValue,
-          std::string("attention: ") + name + " is " + std::to_string(*width) + ", expected None or at least 0"});
-  }
-  return width.value_or(kUnlimited);
-}
-
-uint64_t seed_of(const Tensor& tensor, double dropout_p) {
-  if (!tensor) {
-    if (dropout_p != 0.0) fail({ErrorKind::kValue, "attention: seed is absent, expected one with dropout_p"});
-    return 0;
-  }
-  const TensorView seed = view_of("seed", tensor);
-  if (seed.rank != 0 || seed.dtype != DType::kInt64)
-    fail({ErrorKind::kType, "attention: seed is no int64 tensor of shape (), as the op expects it"});
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data));
-}
-
-// Borrows from `arguments`.
-AttentionProblem problem_of(ProblemArguments& arguments) {
-  AttentionProblem problem;
-  problem.q = view_of("q", arguments.q);
-  problem.k = view_of("k", arguments.k);
-  problem.v = view_of("v", arguments.v);
-  problem.mask = optional_view("mask", arguments.mask);
-  problem.bias = optional_view("bias", arguments.bias);
-  problem.alibi_slopes = optional_view("alibi_slopes", arguments.alibi_slopes);
-  problem.sinks = optional_view("sinks", arguments.sinks);
-  problem.q_lens = optional_view("q_lens", arguments.q_lens);
-  problem.kv_lens = optional_view("kv_lens", arguments.kv_lens);
-  problem.q_offset = optional_view("q_offset", arguments.q_offsets);
-  if (arguments.q_offset) {
-    problem.q_offset.data = &*arguments.q_offset;
-    problem.q_offset.dtype = DType::kInt64;
-    problem.q_offset.rank = 0;
-  }
-  problem.layout = arguments.bshd ? Layout::kBshd : Layout::kBhsd;
-  problem.causal = arguments.causal;
-  problem.window_left = window_side("window[0]", arguments.window_left);
-  problem.window_right = window_side("window[1]", arguments.window_right);
-  problem.has_scale = arguments.scale.has_value();
-  problem.scale = arguments.scale.value_or(0.0);
-  problem.softcap = arguments.softcap;
-  problem.dropout_p = arguments.dropout_p;
-  problem.seed = seed_of(arguments.seed, arguments.dropout_p);
-  return problem;
-}
+using namespace torch_shim;
 
 // --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
@@ -386,6 +133,15 @@ void attention_plain(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = result(results.out);
 }
 
+struct ForwardArguments : ProblemArguments {
+  explicit ForwardArguments(ArgumentReader& read) {
+    read_all(read);
+    return_weights = read.boolean();
+  }
+
+  bool return_weights;
+};
+
 void attention_forward_boxed(StableIValue* stack, uint64_t, uint64_t) {
   ArgumentReader read(stack);
   ForwardArguments arguments(read);
@@ -433,6 +189,19 @@ void differentiate(StableIValue* stack, AttentionProblem& problem, const Tensor&
   stack[1] = result(dk);
   stack[0] = result(dq);
 }
+
+struct BackwardArguments {
+  explicit BackwardArguments(ArgumentReader& read)
+      : dout(read.tensor()), dlse(read.optional_tensor()), out(read.tensor()), lse(read.tensor()) {
+    problem.read_all(read);
+    bias_grad = read.boolean();
+    sinks_grad = read.boolean();
+  }
+
+  Tensor dout, dlse, out, lse;
+  ProblemArguments problem;
+  bool bias_grad, sinks_grad;
+};
 
 void attention_backward_boxed(StableIValue* stack, uint64_t, uint64_t) {
   ArgumentReader read(stack);
@@ -532,12 +301,12 @@ constexpr char kVarlen[] = "attention_varlen", kCache[] = "attention_kvcache";
 
 // Returns what the ops still lack: "" or the library or symbol that is missing.
 std::string register_torch_ops(const std::vector<std::string>& libraries) {
-  if (std::string missing = torch_shim::find_functions(libraries, torch); !missing.empty()) return missing;
+  if (std::string missing = find_functions(libraries, torch); !missing.empty()) return missing;
   read_codes();
   static TorchLibraryHandle library = nullptr;  // kept: the registrations end with it
   require(torch.aoti_torch_library_init_impl("foveal", "CPU", "torch_ops.cc", __LINE__, &library), "open a library");
-  const auto implement = [](const char* name, torch_shim::BoxedKernel kernel) {
-    require(torch.torch_library_impl(library, name, kernel, torch_shim::kConventionVersion), "register a kernel");
+  const auto implement = [](const char* name, BoxedKernel kernel) {
+    require(torch.torch_library_impl(library, name, kernel, kConventionVersion), "register a kernel");
   };
   implement("attention_plain", attention_plain);
   implement("attention_forward", attention_forward_boxed);

@@ -7,8 +7,7 @@ namespace foveal {
 
 // Adds to the module:
 //   register_torch_ops(libraries)   gives the ops their CPU kernels through torch's stable C shim
-//   raise_torch_failure()           raises what the last kernel on this thread failed with, if anything
-//   attention_over_pointers(...)    the same kernels for a torch without that shim
+//   take_torch_failure(message)     the exception that the kernel which failed on this thread meant, if any
 void bind_torch_ops(pybind11::module_& module);
 
 }  // namespace foveal
