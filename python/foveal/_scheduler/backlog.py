@@ -23,6 +23,8 @@ What comes next is decided by one of two servers:
 Aging: a score that grows at a common rate while it waits is ``score + rate*(now - queued)``. The part ``rate*now`` is
 common to all, so neither softmax nor order sees it, and ``score - rate*queued`` never needs re-keying.
 
+Scores are cut off at +-1e290, so that no difference of two overflows.
+
 Not thread-safe: the scheduler calls it with its mutex held.
 """
 
@@ -32,7 +34,7 @@ import math
 import random
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +48,7 @@ _CAPACITY = 64  # of the smallest heap
 # V of at most _LARGEST_V a key V + charge/weight still tells weights up to exp(20) apart); down to where V follows.
 _DEEPEST, _HIGHEST, _HIGH, _LOW = -600.0, 600.0, 20.0, -25.0
 _LARGEST_V = 2.0**20
+_LARGEST_SCORE = 1e290
 _PATIENCE = 16  # a pass over all tasks is due when changes times this exceed their number: about 1 us a change
 _RESOLVE = 1.125  # with `breadth` the temperature is solved anew when the number of tasks has changed by this factor
 
@@ -85,6 +88,17 @@ class Backlog:
         self._solved_for = 0  # how many tasks there were when `temperature` was solved for
         self._changes = 0  # since the last rebase
 
+    def restart(self, tasks: Iterable[Task]) -> None:
+        """Begin anew with none of `tasks`, all that are unfinished; the rotation keeps its order."""
+        self._clear()
+        places = dict.fromkeys(self._rotation)
+        for task in tasks:
+            task.residual = -1.0
+            task.in_rotation = task in places
+            if task.slot >= 0:
+                task.slot = -1
+        self._rotation = deque(task for task in places if task.finished is None)
+
     def __len__(self) -> int:
         return self._count
 
@@ -106,8 +120,8 @@ class Backlog:
         """Add a task; `attention` is the scorer's part of its score."""
         if len(self._slots) == self._heap.capacity:
             self._make_room()
-        own = task.urgency + task.importance - self._aging * task.queued
-        score = own + attention
+        own = self._own_score(task)
+        score = _cut_off(own + attention)
         log_weight = self._log_weight(score)
         if self._policy == "strict":
             key = -score
@@ -178,9 +192,9 @@ class Backlog:
 
     def update(self, task: Task) -> None:
         """Re-key one task after its urgency or importance has changed."""
-        score = own = task.urgency + task.importance - self._aging * task.queued
+        score = own = self._own_score(task)
         if self._features is not None:
-            score += self._scores[task.slot] - self._own[task.slot]
+            score = _cut_off(own + (self._scores[task.slot] - float(self._own[task.slot])))
             self._own[task.slot] = own
         if score == self._scores[task.slot]:
             return
@@ -198,7 +212,11 @@ class Backlog:
 
     def update_all(self, attention: Floats) -> None:
         """Give every task, in the order of iteration, a new attention score, and re-key all with one update_many."""
-        self._rebase(self._own[self._occupied()] + attention)
+        attention = np.clip(attention, -_LARGEST_SCORE, _LARGEST_SCORE)
+        self._rebase(np.clip(self._own[self._occupied()] + attention, -_LARGEST_SCORE, _LARGEST_SCORE))
+
+    def _own_score(self, task: Task) -> float:
+        return _cut_off(task.urgency + task.importance - self._aging * task.queued)
 
     def _is_rotations_turn(self) -> bool:
         if self._floor <= 0.0 or self._policy == "strict":
@@ -290,7 +308,8 @@ class Backlog:
             keys = -scores
         else:
             left = np.maximum(all_keys[slots] - self._v, 0.0)
-            keys = left * np.exp(old_log_weights) * np.exp(-self._log_weights(scores))
+            with np.errstate(all="ignore"):
+                keys = left * np.exp(old_log_weights) * np.exp(-self._log_weights(scores))
             self._v = 0.0
         all_scores[slots] = scores
         all_keys[slots] = keys
@@ -298,10 +317,11 @@ class Backlog:
 
     def _log_weights(self, scores: Floats) -> Floats:
         gaps = scores - (0.0 if self._reference is None else self._reference)
-        if self.temperature > 0.0:
-            gaps /= self.temperature
-        else:
-            gaps[gaps != 0.0] *= math.inf
+        with np.errstate(all="ignore"):
+            if self.temperature > 0.0:
+                gaps /= self.temperature
+            else:
+                gaps[gaps != 0.0] *= math.inf
         return np.clip(gaps, _DEEPEST, _HIGHEST)
 
     def _make_room(self) -> None:
@@ -322,3 +342,9 @@ class Backlog:
             self._features[: self._count] = features[occupied]
             self._own = np.zeros(capacity)
             self._own[: self._count] = own[occupied]
+
+
+def _cut_off(score: float) -> float:
+    if -_LARGEST_SCORE <= score <= _LARGEST_SCORE:
+        return score
+    return min(max(-_LARGEST_SCORE, score), _LARGEST_SCORE)  # in this order nan, an age beyond all, is the smallest

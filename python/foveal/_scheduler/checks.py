@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Hashable
 from typing import Any
+
+
+def text_of(value: object, longest: int = 80) -> str:
+    """Give the repr, at most so many characters of it, or say what it is where that raises."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def check_finite(function: str, name: str, value: Any) -> None:
@@ -13,7 +23,11 @@ def check_finite(function: str, name: str, value: Any) -> None:
         return
     try:
         finite = math.isfinite(value)
-    except TypeError:
+    except OverflowError:
+        raise ValueError(
+            f"{function}: {name} is an integer beyond the largest float, expected a finite number"
+        ) from None
+    except (TypeError, ValueError):
         raise TypeError(f"{function}: {name} has type {type(value).__name__}, expected a real number") from None
     if not finite:
         raise ValueError(f"{function}: {name} is {value}, expected a finite number")
@@ -29,11 +43,42 @@ def check_range(
         raise ValueError(f"{function}: {name} is {value}, expected {wanted if above is None else f'above {above:g}'}")
 
 
+def check_count(function: str, name: str, value: Any, low: int) -> None:
+    """Refuse what is no integer of at least `low`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{function}: {name} has type {type(value).__name__}, expected an integer") from None
+    if number < low:
+        raise ValueError(f"{function}: {name} is {value}, expected at least {low}")
+
+
+def check_priority(function: str, urgency: Any, importance: Any) -> None:
+    """Refuse an urgency and an importance that are not finite, or whose sum is not."""
+    check_finite(function, "urgency", urgency)
+    check_finite(function, "importance", importance)
+    check_finite(function, "urgency + importance", float(urgency) + float(importance))
+
+
+def check_callable(function: str, name: str, value: Any, otherwise: str = "") -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{function}: {name} has type {type(value).__name__}, expected a callable{otherwise}")
+
+
+def check_hashable(function: str, key: Any) -> None:
+    """Refuse a key that has no hash."""
+    try:
+        hash(key)
+    except TypeError:
+        raise TypeError(f"{function}: key has the unhashable type {type(key).__name__}, expected a hashable") from None
+
+
 def wrong_with_step(key: Hashable, step: Any) -> BaseException | None:
     """Say what is wrong with what the step of task `key` returned."""
-    at = f"Scheduler: the step of {key!r}"
+    at = f"Scheduler: the step of {text_of(key)}"
     if not isinstance(step, tuple) or not 1 <= len(step) <= 3:
-        return TypeError(f"{at} returned {step!r:.80}, expected foveal.Step(done, feedback, cost)")
+        return TypeError(f"{at} returned {text_of(step)}, expected foveal.Step(done, feedback, cost)")
     done, feedback, cost = tuple(step) + (None, 1.0)[len(step) - 1 :]
     try:
         if feedback is not None and not math.isfinite(feedback):
@@ -42,5 +87,5 @@ def wrong_with_step(key: Hashable, step: Any) -> BaseException | None:
             return ValueError(f"{at} gave cost {cost}, expected at least 0 and finite")
         bool(done)
     except Exception as error:
-        return TypeError(f"{at} returned {step!r:.80}: {error}")
+        return TypeError(f"{at} returned {text_of(step)}: {error}")
     return None

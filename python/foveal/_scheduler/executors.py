@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
 Maker = Callable[[], Executor]
 
@@ -39,6 +40,10 @@ class ExecutorHandle:
         """Say whether it is a ThreadPoolExecutor as it comes: a derived class may do something for every task."""
         return type(self.get()) is ThreadPoolExecutor
 
+    def runs_in(self, thread: threading.Thread) -> bool:
+        """Say whether it runs tasks in this thread, as far as it tells."""
+        return thread in getattr(self._current, "_threads", ())  # of ThreadPoolExecutor
+
     def is_mended(self, executor: Executor) -> bool:
         """Say whether this executor has been replaced since."""
         return self._current is not executor
@@ -63,9 +68,24 @@ class ExecutorHandle:
         broken.shutdown(wait=False)
         return True
 
+    def forget(self) -> None:
+        """Drop what is ours without a word to it: this is a child, and its threads are the parent's."""
+        self._current, self._is_ours = self._given, self._given is None
+
     def close(self) -> None:
         """Shut down what is ours, so that no thread is left behind; a later get makes a new one."""
         if self._is_ours and self._current is not None:
             self._current.shutdown(wait=True)
             self._current = self._given
             self._is_ours = self._given is None
+
+
+def is_broken(executor: Executor) -> bool:
+    """Say whether an executor is broken; it is asked to do next to nothing, which is the only public way to know."""
+    try:
+        executor.submit(int)
+    except BrokenExecutor:
+        return True
+    except Exception:
+        return False
+    return False

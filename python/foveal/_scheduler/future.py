@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from foveal._scheduler.engine import Engine
 
 
+ARRIVING = -2  # as a task's slot: it has not been taken in yet
+
+
 class DeadlineExceeded(TimeoutError):
     """The task was not started before its deadline."""
 
@@ -89,19 +92,21 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
         return super().exception(0)
 
     def _await(self, method: str, timeout: float | None) -> None:
-        if self.done():
+        if self._is_done():
             return
+        self._engine.check_runs(f"Future.{method}")  # also before the Condition, which a fork may have left locked
         until = None if timeout is None else time.monotonic() + timeout
         with self._condition:
             while not self.done():
-                if not self._engine.is_running():
-                    raise RuntimeError(
-                        f"Future.{method}: nothing runs the task; call run() or start() of its scheduler"
-                    )
+                self._engine.check_runs(f"Future.{method}")
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     raise concurrent.futures.TimeoutError
                 self._condition.wait(left)
+
+    def _is_done(self) -> bool:
+        """Say what `done` does, without the Condition: what it says then stays so."""
+        return self._state in ("FINISHED", "CANCELLED", "CANCELLED_AND_NOTIFIED")
 
     def _set_running(self, task: Task) -> None:
         """Be running; not a stepper, which can be cancelled between two steps. Nobody waits for this: no Condition."""
@@ -109,18 +114,19 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
             self._state = "RUNNING"
 
     def _resolve(self, task: Task) -> None:
-        """Take over the outcome of the task, which is over."""
+        """Take over the outcome of the task, which is over; may be called again."""
         self._task = None
-        result, task.result = task.result, None
-        del task.future
         with contextlib.suppress(concurrent.futures.InvalidStateError):  # somebody else has resolved it
-            if task.status == "done":
-                self.set_result(result)
+            if self._is_done():
+                pass
+            elif task.status == "done":
+                self.set_result(task.result)
             elif task.status == "cancelled":
-                with self._condition:
-                    self._state = "PENDING"  # from running: a task that is to be tried again can be cancelled
-                super().cancel()
-                self.set_running_or_notify_cancel()  # tells those in concurrent.futures.wait
+                self._state = "PENDING"  # from running: a task that is to be tried again can be cancelled
+                try:
+                    super().cancel()
+                finally:
+                    self.set_running_or_notify_cancel()  # tells those in concurrent.futures.wait
             else:
                 self.set_exception(task.error)
 
@@ -151,6 +157,7 @@ class Task:
         "granted",
         "importance",
         "in_rotation",
+        "is_booked",
         "key",
         "kwargs",
         "max_steps",
@@ -184,7 +191,7 @@ class Task:
         self.importance = importance
         self.submitted = self.queued = self.turn_began = now
         self.status = "waiting"
-        self.slot = -1  # in the backlog; -1: not there
+        self.slot = ARRIVING  # in the backlog; -1: not there
         self.charge = 1.0  # the expected cost of the next turn
         self.granted = 0.0  # what was set aside for the turn under way
         # What is left to wait with the proportional server after a turn of the rotation, in charge; -1: nothing.
@@ -192,6 +199,7 @@ class Task:
         self.by_rotation = False  # who serves it this turn
         self.in_rotation = False  # has a place there
         self.doomed = False  # cancelled while a step was under way
+        self.is_booked = False  # as over, everywhere
         self.steps = 0
         self.attempts = 0
         self.cost = 0.0
@@ -203,6 +211,24 @@ class Task:
         self.result: Any = None
         self.error: BaseException | None = None
         self.future: Future
+
+    def is_resolved(self) -> bool:
+        """Say whether the Future is resolved, and nothing of the user's is held any more but the key and the error."""
+        return not hasattr(self, "future")
+
+    def resolve(self) -> None:
+        """Resolve the Future, which calls its callbacks, and let go of all else; may be called again.
+
+        The mutex is not held: here is where callbacks and destructors have their say.
+        """
+        if self.is_resolved():
+            return
+        try:
+            self.future._resolve(self)
+        finally:
+            if self.future._is_done():
+                self.fn, self.args, self.kwargs, self.features, self.result = None, (), None, None, None
+                del self.future
 
     def arguments(self) -> tuple[Any, ...]:
         """Give the positional arguments of this turn: a stepper's is its budget."""

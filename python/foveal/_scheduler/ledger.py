@@ -1,8 +1,13 @@
 """The ledger of all tasks: which wait, which are in flight, which are over, and what budget is left.
 
-It decides and takes note; it runs nothing. Whoever calls it holds the engine's mutex, and nothing in here waits or
-calls the code of others but the scorer. A task goes from waiting to running and from there to done or failed, or back
-to waiting (a stepper between two steps, a task that is tried again); from waiting also to cancelled or expired.
+It decides and takes note; it runs nothing. A task goes from waiting to running and from there to done or failed, or
+back to waiting (a stepper between two steps, a task that is tried again); from waiting also to cancelled or expired.
+
+Whoever calls it holds the scheduler's mutex and is in a section, ``with ledger:``, which begins by taking in what has
+arrived. A section may be broken off anywhere (foveal._scheduler.dispatch says by what), and then leaves the backlog,
+the deadlines and the counts half changed. So what a task says of itself, its `status`, is what counts, it changes in
+one go, and all else can be made anew from it: the next section begins with that. Of what waits only the order among
+equals and the places with the proportional server are lost in it, no task.
 """
 
 from __future__ import annotations
@@ -13,13 +18,14 @@ from collections.abc import Hashable
 from typing import Any
 
 from foveal._scheduler.backlog import Backlog
-from foveal._scheduler.checks import wrong_with_step
-from foveal._scheduler.future import DeadlineExceeded, Step, Task
+from foveal._scheduler.checks import text_of, wrong_with_step
+from foveal._scheduler.future import ARRIVING, DeadlineExceeded, Step, Task
 from foveal._scheduler.report import Decision, Report, Span, row_of
 from foveal._scheduler.scorer import ScorerHandle
 from foveal.queues import PriorityMap
 
 _SPENT = 1e-9  # a budget that is no more than rounding
+_DEAREST = 1e30  # a turn that costs more counts as this in the shares, whose sums are to stay finite
 
 
 class Ledger:
@@ -30,10 +36,14 @@ class Ledger:
         self.tasks: dict[Hashable, Task] = {}
         """By key, those that wait or are in flight."""
         self.arrivals: deque[Task] = deque()
-        """New tasks, already in `tasks`, that :meth:`absorb` is still to take in; anybody may append."""
+        """New tasks, already in `tasks`, that the next section takes in; anybody may append."""
+        self.put_off: deque[tuple[Task, float]] = deque()
+        """Tasks to be cancelled by the next section, and the time when that was asked; anybody may append."""
+        self.is_whole = True
+        """Whether the last section was not broken off."""
         self.replay: deque[Decision] = deque()
         self.in_flight = 0
-        self.over: list[Task] = []
+        self.over: deque[Task] = deque()
         """Tasks that are over and whose Futures are still to be resolved."""
         self.failure: BaseException | None = None
         """Why the run has ended before its time."""
@@ -47,6 +57,42 @@ class Ledger:
         self.open(1, 0, raises=False)
         self.close()
         self.remember(None)
+
+    # Sections.
+
+    def __enter__(self) -> None:
+        if not self.is_whole:
+            self._mend()
+        self.is_whole = False
+        while self.arrivals:
+            task = self.arrivals[0]
+            if task.slot == ARRIVING and task.finished is None:  # else a section that was broken off has begun with it
+                self._queue(task, task.submitted)
+            self.arrivals.popleft()
+        while self.put_off:
+            self.cancel(*self.put_off[0])
+            self.put_off.popleft()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.is_whole = kind is None
+
+    def _mend(self) -> None:
+        """Make anew, from what the tasks say, all that a section that was broken off may have left half changed."""
+        tasks = list(self.tasks.values())
+        for task in tasks:
+            if task.finished is not None and not task.is_booked:
+                for book in (self.over, self._finished):
+                    if task in book:
+                        book.remove(task)
+                self._book(task)
+        tasks = [task for task in tasks if task.finished is None]
+        self.in_flight = sum(task.status == "running" for task in tasks)
+        self._deadlines = PriorityMap()
+        self.backlog.restart(tasks)
+        suspects = set(self._suspects)
+        waiting = [t for t in tasks if t.status == "waiting" and t.slot != ARRIVING and t not in suspects]
+        for task in sorted(waiting, key=lambda task: task.queued):
+            self._queue(task, task.queued)
 
     # A run.
 
@@ -72,7 +118,7 @@ class Ledger:
 
     def report(self, began: float | None, now: float) -> Report:
         """Report on the history and on what is not over yet."""
-        rows = [row_of(task) for task in (*self._finished, *self.tasks.values())]
+        rows = [row_of(task) for task in (*self._finished, *self.unfinished())]
         if began is None:
             began = min((row.submitted for row in rows), default=now)
         return Report(rows, self._decisions, self._spans, began, now)
@@ -83,19 +129,18 @@ class Ledger:
 
     # Tasks come, change and go.
 
-    def absorb(self) -> None:
-        """Take in the arrivals."""
-        while self.arrivals:
-            task = self.arrivals[0]
-            if task.slot < 0:  # else Ctrl-C came in between
-                if task.deadline is not None:
-                    self._deadlines[task] = task.deadline
-                self._queue(task, task.submitted)
-            self.arrivals.popleft()
+    def unfinished(self) -> list[Task]:
+        """Give the tasks that wait or are in flight."""
+        return [task for task in list(self.tasks.values()) if task.finished is None]
 
-    def feed_back(self, task: Task, feedback: float) -> None:
-        """Move the task's urgency by the moving average; `feedback` may be any real number, a tensor's too."""
-        task.urgency = (1.0 - self._ema) * task.urgency + self._ema * float(feedback)  # cannot overflow
+    def moved(
+        self, task: Task, urgency: float | None, importance: float | None, feedback: float | None
+    ) -> tuple[float, float]:
+        """Give what a task's urgency and importance are to be; `feedback` moves the urgency by the moving average."""
+        new = task.urgency if urgency is None else float(urgency)
+        if feedback is not None:  # any real number, a tensor's too
+            new = (1.0 - self._ema) * new + self._ema * float(feedback)  # cannot overflow
+        return new, task.importance if importance is None else float(importance)
 
     def cancel(self, task: Task, now: float) -> bool:
         """Cancel a task that waits, or a stepper when its step is over; say whether it is, or will be."""
@@ -115,7 +160,7 @@ class Ledger:
         while self._deadlines and self._deadlines.peekitem()[1] < now:
             task, _ = self._deadlines.popitem()
             if self._withdraw(task):
-                error = DeadlineExceeded(f"task {task.key!r} was not started before its deadline")
+                error = DeadlineExceeded(f"task {text_of(task.key)} was not started before its deadline")
                 self._finish(task, "expired", error, now)
 
     def next_deadline(self) -> float:
@@ -155,7 +200,7 @@ class Ledger:
                     self.replay.popleft()
                     self.close(
                         ValueError(
-                            f"Scheduler.replay: the log's next task is {decision.key!r}, expected one that waits"
+                            f"Scheduler.replay: the log's next task is {text_of(decision.key)}, expected one that waits"
                         )
                     )
                 return None
@@ -176,8 +221,20 @@ class Ledger:
         return task
 
     def settle(self, task: Task, value: Any, error: BaseException | None, now: float) -> None:
-        """Take note of a turn that is over, with what it returned or raised."""
+        """Take note of a turn that is over, with what it returned or raised; never raises."""
         self._land()
+        try:
+            self._account(task, value, error, now)
+        except BaseException as failure:  # what was returned is of a kind that nobody has thought of
+            self.abandon(task, failure, now)
+
+    def abandon(self, task: Task, error: BaseException, now: float) -> None:
+        """Let a task fail, wherever it is, after an error in the middle of a change."""
+        if task.finished is None:
+            self._finish(task, "failed", error, now)
+        self._mend()
+
+    def _account(self, task: Task, value: Any, error: BaseException | None, now: float) -> None:
         task.steps += 1
         self._spans.append(Span(task.key, task.turn_began, now))
         cost = 1.0
@@ -188,8 +245,9 @@ class Ledger:
                 cost = float(value.cost)
         task.cost += cost
         self._budget += task.granted - cost
-        self.backlog.settle(task, cost)
-        task.charge = cost
+        charge = min(cost, _DEAREST)
+        self.backlog.settle(task, charge)
+        task.charge = charge
         if task.doomed:
             self._finish(task, "cancelled", None, now)
         elif error is not None:
@@ -202,7 +260,7 @@ class Ledger:
                 self.close(error)
         elif task.max_steps and not value.done and task.steps < task.max_steps:
             if value.feedback is not None:
-                self.feed_back(task, value.feedback)
+                task.urgency, _ = self.moved(task, None, None, value.feedback)
             self._wait_again(task, now)
         else:
             task.result = value
@@ -216,8 +274,6 @@ class Ledger:
         task.residual = 0.0
         if not task.steps:
             task.started = None
-            if task.deadline is not None:
-                self._deadlines.push(task, task.deadline)
         self._wait_again(task, task.queued)
 
     def settle_broken(self, task: Task, error: BaseException, now: float, *, was_only_one: bool) -> None:
@@ -245,6 +301,8 @@ class Ledger:
         self._queue(task, now)
 
     def _queue(self, task: Task, now: float) -> None:
+        if task.deadline is not None and not task.steps:
+            self._deadlines[task] = task.deadline
         try:
             attention = self._scorer.of_one(task.features)
         except Exception as error:  # a scorer that is a user's callable
@@ -255,10 +313,17 @@ class Ledger:
 
     def _finish(self, task: Task, status: str, error: BaseException | None, now: float) -> None:
         task.status, task.error, task.finished = status, error, now
-        task.fn, task.args, task.kwargs, task.features = None, (), None, None
-        del self.tasks[task.key]
-        self._finished.append(task)
+        self._book(task)
+
+    def _book(self, task: Task) -> None:
+        """Note that a task is over; what it holds is let go of when its Future is resolved, not in a section."""
         self.over.append(task)
+        self._finished.append(task)
+        try:
+            del self.tasks[task.key]
+        except Exception as error:  # of a key whose __eq__ raises; the entry stays, and says that it is finished
+            self.close(error)
+        task.is_booked = True
 
     def _withdraw(self, task: Task) -> bool:
         """Take a waiting task out of wherever it waits; say whether it did."""
@@ -266,7 +331,7 @@ class Ledger:
             self.backlog.remove(task)
         elif task in self._suspects:
             self._suspects.remove(task)
-        else:
+        elif task.slot != ARRIVING or task.finished is not None:  # else it is submitted at this moment
             return False
         self._deadlines.discard(task)
         if self.replay:

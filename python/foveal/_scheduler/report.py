@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from foveal._scheduler.checks import text_of
+
 if TYPE_CHECKING:
     from foveal._scheduler.future import Task
 
@@ -105,7 +107,7 @@ class Report:
         for y, bars in enumerate(lines.values()):
             ax.broken_barh(bars, (y - 0.4, 0.8), facecolor=f"C{y % 10}", edgecolor="white", linewidth=0.4)
         if len(lines) <= 100:
-            ax.set_yticks(range(len(lines)), [str(key) for key in lines])
+            ax.set_yticks(range(len(lines)), [_label(key) for key in lines])
         ax.invert_yaxis()
         ax.set_xlabel("time since the run began")
         ax.set_ylabel("task")
@@ -143,7 +145,11 @@ class Report:
         waited = "" if row.started is None else f"{row.started - row.submitted:.3g}"
         took = "" if row.started is None or row.finished is None else f"{row.finished - row.started:.3g}"
         numbers = (f"{row.urgency:.3g}", f"{row.importance:.3g}", waited, took, str(row.turns), f"{row.cost:.3g}")
-        return (str(row.key), row.status, *numbers, row.error or "")
+        return (_label(row.key), row.status, *numbers, row.error or "")
+
+
+def _label(key: Hashable) -> str:
+    return key if isinstance(key, str) else text_of(key)
 
 
 def row_of(task: Task) -> Row:
@@ -158,7 +164,7 @@ def row_of(task: Task) -> Row:
         task.finished,
         task.steps,
         task.cost,
-        None if task.error is None else repr(task.error),
+        None if task.error is None else text_of(task.error, 1000),
     )
 
 

@@ -12,7 +12,15 @@ from typing import Any, Literal
 from numpy.typing import ArrayLike
 
 from foveal._scheduler.backlog import Backlog
-from foveal._scheduler.checks import check_finite, check_range
+from foveal._scheduler.checks import (
+    check_callable,
+    check_count,
+    check_finite,
+    check_hashable,
+    check_priority,
+    check_range,
+    text_of,
+)
 from foveal._scheduler.engine import Engine
 from foveal._scheduler.executors import ExecutorHandle
 from foveal._scheduler.future import Future, Step, Task
@@ -99,12 +107,16 @@ class Scheduler:
                 f"Scheduler: executor has type {type(executor).__name__}, expected a concurrent.futures.Executor, "
                 "a callable that makes one, or None"
             )
+        if scorer is not None:
+            check_callable("Scheduler", "scorer", scorer)
+        if clock is not None:
+            check_callable("Scheduler", "clock", clock)
         if breadth is not None and temperature is not None:
             raise ValueError("Scheduler: breadth and temperature are both given, expected one: breadth solves for it")
         if policy not in _POLICIES:
             raise ValueError(f"Scheduler: policy is {policy!r}, expected one of {_POLICIES}")
-        if max_in_flight is not None and max_in_flight < 1:
-            raise ValueError(f"Scheduler: max_in_flight is {max_in_flight}, expected at least 1")
+        if max_in_flight is not None:
+            check_count("Scheduler", "max_in_flight", max_in_flight, 1)
         check_range("Scheduler", "temperature", 1.0 if temperature is None else temperature, above=0.0)
         check_range("Scheduler", "floor", floor, 0.0, 1.0)
         check_range("Scheduler", "ema", ema, 0.0, 1.0)
@@ -137,13 +149,15 @@ class Scheduler:
         Parameters
         ----------
         fn, *args, **kw
-            What is called. A process needs to pickle them.
+            What is called. A process needs to pickle them. Keywords with the names of the parameters below are the
+            scheduler's: for a `fn` with a ``key`` of its own submit ``functools.partial(fn, key=...)``.
         urgency, importance : float
-            Finite; their sum is the score. Urgency is what feedback and :meth:`update` are expected to change.
+            Finite, and so is their sum, the score. Urgency is what feedback and :meth:`update` are expected to change.
         features : array (d,), optional
             What the scheduler's scorer compares with its focus.
         key : hashable, optional
-            By which the task is addressed; free again when the task is done. Default: ``"task-1"`` and so on.
+            By which the task is addressed, in reports too; free again when the task is done. Default: ``"task-1"`` and
+            so on.
         deadline : float, optional
             Seconds from now in which the task must have been started; else it is not started and its Future gets
             DeadlineExceeded.
@@ -153,15 +167,14 @@ class Scheduler:
         ValueError
             The key is that of an unfinished task; a number is not finite, or a deadline negative.
         TypeError
-            `fn` is not callable; `features` without a scorer.
+            `fn` is not callable, the key not hashable; `features` without a scorer.
         RuntimeError
             The scheduler was shut down.
         """
-        if not callable(fn):
-            raise TypeError(f"Scheduler.submit: fn has type {type(fn).__name__}, expected a callable")
+        check_callable("Scheduler.submit", "fn", fn)
         if deadline is not None:
             check_range("Scheduler.submit", "deadline", deadline, 0.0)
-        return self._add("submit", fn, args, kw or None, urgency, importance, key, features, deadline, 0)
+        return self._add("Scheduler.submit", fn, args, kw or None, urgency, importance, key, features, deadline, 0)
 
     def add_stepper(
         self,
@@ -195,14 +208,13 @@ class Scheduler:
         Future
             Of the last Step.
         """
-        if not callable(step):
-            raise TypeError(f"Scheduler.add_stepper: step has type {type(step).__name__}, expected a callable")
+        check_callable("Scheduler.add_stepper", "step", step)
         if key is None:
             raise TypeError("Scheduler.add_stepper: key is None, expected a hashable")
-        if max_steps is not None and max_steps < 1:
-            raise ValueError(f"Scheduler.add_stepper: max_steps is {max_steps}, expected at least 1")
+        if max_steps is not None:
+            check_count("Scheduler.add_stepper", "max_steps", max_steps, 1)
         limit = math.inf if max_steps is None else max_steps
-        return self._add("add_stepper", step, (), None, urgency, importance, key, None, None, limit)
+        return self._add("Scheduler.add_stepper", step, (), None, urgency, importance, key, None, None, limit)
 
     def update(
         self,
@@ -227,6 +239,8 @@ class Scheduler:
         ------
         KeyError
             There is no such task, or it is done.
+        ValueError
+            A number is not finite, or the new score; nothing is changed then.
         """
         if urgency is not None:
             check_finite("Scheduler.update", "urgency", urgency)
@@ -234,18 +248,19 @@ class Scheduler:
             check_finite("Scheduler.update", "importance", importance)
         if feedback is not None:
             check_finite("Scheduler.update", "feedback", feedback)
-        with self._engine.mutex:
-            task = self._lookup(key)
-            if task is None:
-                raise KeyError(f"Scheduler.update: {key!r} is no task, or is done")
-            if urgency is not None:
-                task.urgency = float(urgency)
-            if importance is not None:
-                task.importance = float(importance)
-            if feedback is not None:
-                self._ledger.feed_back(task, feedback)
-            if task.slot >= 0:
-                self._ledger.backlog.update(task)
+        task = self._lookup("Scheduler.update", key)
+        new = (0.0, 0.0)
+        with self._engine.lock("Scheduler.update"), self._ledger:
+            is_there = task is not None and task.finished is None
+            if task is not None and is_there:
+                new = self._ledger.moved(task, urgency, importance, feedback)
+                if math.isfinite(sum(new)):
+                    task.urgency, task.importance = new
+                    if task.slot >= 0:
+                        self._ledger.backlog.update(task)
+        if not is_there:  # raised out here, since an error in there breaks the section off
+            raise KeyError(f"Scheduler.update: {text_of(key)} is no task, or is done")
+        check_priority("Scheduler.update", *new)
 
     def rescore(self, state: ArrayLike | None = None) -> None:
         """Compute the attention of all waiting tasks anew and re-key them in one batch.
@@ -260,7 +275,7 @@ class Scheduler:
         TypeError
             The scheduler has no scorer, or `state` is given and the scorer is no AttentionScorer.
         """
-        with self._engine.mutex:
+        with self._engine.lock("Scheduler.rescore"), self._ledger:
             self._scorer.focus("Scheduler.rescore", state)
             features = self._ledger.backlog.features()
             if features is not None:
@@ -271,7 +286,7 @@ class Scheduler:
 
         With "strict" these are the softmax's shares all the same, though dispatch does not follow them.
         """
-        keys, shares = self._shares()
+        keys, shares = self._shares("Scheduler.distribution")
         return dict(zip(keys, shares.tolist(), strict=True))
 
     def allocate(self, budget: float, *, integer: bool = True) -> dict[Hashable, Any]:
@@ -292,7 +307,7 @@ class Scheduler:
         check_range("Scheduler.allocate", "budget", budget, above=0.0)
         if integer and budget != int(budget):
             raise ValueError(f"Scheduler.allocate: budget is {budget}, expected a whole number, or integer=False")
-        keys, shares = self._shares()
+        keys, shares = self._shares("Scheduler.allocate")
         if not keys:
             return {}
         parts: list[Any] = largest_remainder(int(budget), shares) if integer else (shares * budget).tolist()
@@ -303,8 +318,7 @@ class Scheduler:
 
         A submitted callable that has started is not. A stepper in a step is cancelled when the step is over.
         """
-        with self._engine.mutex:
-            task = self._lookup(key)
+        task = self._lookup("Scheduler.cancel", key)
         return task is not None and self._engine.cancel(task)
 
     def replay(self, decisions: Iterable[Decision]) -> None:
@@ -312,8 +326,15 @@ class Scheduler:
 
         Every task of the log must be there when its turn comes, unless it was cancelled or its deadline passed.
         """
-        log = [Decision(*decision) for decision in decisions]
-        with self._engine.mutex:
+        log = []
+        for i, decision in enumerate(decisions):
+            try:
+                log.append(Decision(*decision))
+            except TypeError:
+                raise TypeError(
+                    f"Scheduler.replay: decisions[{i}] is {text_of(decision)}, expected a Decision(time, key, rotation)"
+                ) from None
+        with self._engine.lock("Scheduler.replay"), self._ledger:
             self._ledger.replay.clear()
             self._ledger.replay.extend(log)
 
@@ -357,14 +378,14 @@ class Scheduler:
             check_range("Scheduler.run", "budget", budget, above=0.0)
         if timeout is not None:
             check_range("Scheduler.run", "timeout", timeout, 0.0)
-        _check_retries("run", retries)
+        check_count("Scheduler.run", "retries", retries, 0)
         if on_error not in ("collect", "raise"):
             raise ValueError(f"Scheduler.run: on_error is {on_error!r}, expected 'collect' or 'raise'")
         began = 0.0
 
         def opened(width: int) -> None:
             nonlocal began
-            began = self._engine.now()
+            began = self._engine.clock.now()
             service = math.inf if budget is None else float(budget)
             until = math.inf if timeout is None else began + timeout
             self._ledger.open(width, retries, raises=on_error == "raise", budget=service, until=until)
@@ -372,38 +393,53 @@ class Scheduler:
         with Progress(progress, self._ledger.counts) as bar:
             show = bar.show if progress else None
             self._engine.run(self._max_in_flight, opened, show)
-        with self._engine.mutex:
-            report = self._ledger.report(began, self._engine.now())
+        now = self._engine.clock.now()
+        with self._engine.lock("Scheduler.run"), self._ledger:
+            report = self._ledger.report(began, now)
             self._ledger.remember(None)
         return report
 
     def start(self, *, retries: int = 0) -> Scheduler:
         """Run tasks in the background from now on, as they are submitted, until :meth:`shutdown`."""
-        _check_retries("start", retries)
+        check_count("Scheduler.start", "retries", retries, 0)
 
         def opened(width: int) -> None:
             self._ledger.remember(_BACKGROUND_HISTORY)
             self._ledger.open(width, retries, raises=False)
 
-        self._engine.start("start", self._max_in_flight, opened, forever=True)
+        self._engine.start(self._max_in_flight, opened)
         return self
 
     def report(self) -> Report:
-        """Report on what waits, and in the background on the latest 10,000 tasks; :meth:`run` returns its own."""
-        with self._engine.mutex:
-            return self._ledger.report(None, self._engine.now())
+        """Report on what waits, and in the background on the latest 10,000 tasks.
+
+        :meth:`run` returns its own report and forgets what is in it, for it may be a million rows. One that ends with
+        an error, or with Ctrl-C, returns none: what it did is reported on here, and by the next run.
+        """
+        now = self._engine.clock.now()
+        with self._engine.lock("Scheduler.report"), self._ledger:
+            return self._ledger.report(None, now)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more tasks. In the background those that wait are still run, else they are cancelled.
+        """Take no more tasks. Those that wait are still run by whatever runs, and cancelled when nothing does.
+
+        A scheduler that runs in the background when the interpreter ends is shut down in this way, and awaited.
 
         Parameters
         ----------
         wait : bool
-            Return when all is done and no thread of the scheduler is left.
+            Return when all is done and no thread of the scheduler is left; in a task or a callback, which would wait
+            for itself, return at once.
         cancel_futures : bool
             Cancel the tasks that wait.
         """
         self._engine.shut_down(wait=wait, cancel=cancel_futures)
+
+    def __repr__(self) -> str:
+        """Say how many tasks there are, and whether it runs; takes no lock."""
+        state = self._engine.refusal or ("running" if self._engine.is_running() else "not running")
+        unfinished, in_flight = len(self._ledger.tasks), self._ledger.in_flight
+        return f"<Scheduler: {self._policy}, {unfinished - in_flight} waiting, {in_flight} in flight, {state}>"
 
     def __enter__(self) -> Scheduler:
         """Start in the background."""
@@ -417,7 +453,7 @@ class Scheduler:
 
     def _add(
         self,
-        method: str,
+        function: str,
         fn: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any] | None,
@@ -428,44 +464,50 @@ class Scheduler:
         deadline: float | None,
         max_steps: float,
     ) -> Future:
-        if not math.isfinite(urgency + importance):
-            check_finite(f"Scheduler.{method}", "urgency", urgency)
-            check_finite(f"Scheduler.{method}", "importance", importance)
-            check_finite(f"Scheduler.{method}", "urgency + importance", urgency + importance)
-        row = None if features is None else self._scorer.row(f"Scheduler.{method}", features)
-        engine = self._engine
+        if not (type(urgency) is type(importance) is float and math.isfinite(urgency + importance)):  # most are
+            check_priority(function, urgency, importance)
+        row = None if features is None else self._scorer.row(function, features)
+        engine, tasks = self._engine, self._ledger.tasks
         if key is None:
-            key = next(made for made in map("task-{}".format, self._made_up) if made not in self._ledger.tasks)
-        now = engine.now()
+            key = next(made for made in map("task-{}".format, self._made_up) if made not in tasks)
+        now = engine.clock.now()
         task = Task(key, fn, args, kwargs, float(urgency), float(importance), now)
         task.future = future = Future(engine, task)
         task.max_steps = max_steps
         task.features = row
         task.deadline = None if deadline is None else now + deadline
-        if engine.is_shut_down:
-            raise RuntimeError(f"Scheduler.{method}: the scheduler was shut down")
-        if self._ledger.tasks.setdefault(key, task) is not task:
-            raise ValueError(f"Scheduler.{method}: key {key!r} is that of an unfinished task, expected a new one")
-        engine.arrive(task)
-        if engine.is_shut_down and engine.cancel(task):  # at the same time
-            raise RuntimeError(f"Scheduler.{method}: the scheduler was shut down")
+        if engine.refusal:
+            raise RuntimeError(f"{function}: {engine.refusal}")
+        try:
+            found = tasks.setdefault(key, task)
+        except TypeError:
+            check_hashable(function, key)
+            raise
+        if found is not task:
+            raise ValueError(f"{function}: key {text_of(key)} is that of an unfinished task, expected a new one")
+        try:
+            engine.arrive(task)
+        except BaseException:  # Ctrl-C: the caller will never see the Future
+            engine.cancel(task)
+            raise
+        if engine.refusal and engine.cancel(task):  # at the same time
+            raise RuntimeError(f"{function}: {engine.refusal}")
         return future
 
-    def _lookup(self, key: Hashable) -> Task | None:
+    def _lookup(self, function: str, key: Hashable) -> Task | None:
         if isinstance(key, Future):
             return key._task if key._engine is self._engine else None
-        return self._ledger.tasks.get(key)
+        try:
+            return self._ledger.tasks.get(key)
+        except TypeError:
+            check_hashable(function, key)
+            raise
 
-    def _shares(self) -> tuple[list[Hashable], Floats]:
-        with self._engine.mutex:
+    def _shares(self, function: str) -> tuple[list[Hashable], Floats]:
+        with self._engine.lock(function), self._ledger:
             keys = [task.key for task in self._ledger.backlog]
             scores = self._ledger.backlog.scores()
         if not keys:
             return keys, scores
         temperature = self._temperature if self._breadth is None else narrowed(self._breadth, scores)
         return keys, with_floor(softmax(scores, temperature), 0.0 if self._policy == "strict" else self._floor)
-
-
-def _check_retries(method: str, retries: int) -> None:
-    if retries < 0:
-        raise ValueError(f"Scheduler.{method}: retries is {retries}, expected at least 0")

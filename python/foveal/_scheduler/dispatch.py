@@ -1,0 +1,419 @@
+"""Dispatch: has tasks run by an executor, takes back what they did, and resolves their Futures.
+
+Whoever drives it calls :meth:`Dispatch.go_round` again and again: that settles what came back, lets deadlines expire,
+and hands out what there is room for. A pool of threads is not given tasks but runners: a runner takes a task from the
+ledger, runs it, settles it, takes the next, so that tasks cost no trip through the pool's queue and a priority counts
+until the very start.
+
+All state is in the ledger. It is read and changed in sections, ``with dispatch.mutex, ledger:``, in which no code of
+users is called that can be called elsewhere: not the executor, not callbacks. What cannot be helped (a scorer, a clock,
+a key's ``__eq__``, a destructor that the garbage collector calls) may raise, which breaks the section off and makes
+the next one mend the ledger; and it may call the scheduler, which then neither waits for itself nor sees a state that
+is half changed: :meth:`Dispatch.lock` refuses, and a cancellation is put off to the next section. Ctrl-C, which Python
+raises in the main thread wherever that stands, is one more way to break a section off. The mutex is CPython's own
+RLock, whose ``with`` has no gap between taking it and being bound to give it back.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import enum
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Executor
+from contextlib import AbstractContextManager
+from typing import Any
+
+from foveal._scheduler.clock import Clock
+from foveal._scheduler.executors import ExecutorHandle, is_broken
+from foveal._scheduler.future import Task
+from foveal._scheduler.ledger import Ledger
+
+_SLICE = 0.005  # seconds after which a runner lets others have the pool's thread
+_REFUSALS = (RuntimeError, concurrent.futures.CancelledError)  # what an executor that was shut down raises
+_LOG = logging.getLogger("foveal.scheduler")
+
+
+class _Runner:
+    """Stands for one call of the pool; whose name is not on the list of runners any more has nothing to do."""
+
+    __slots__ = ("task",)
+
+    def __init__(self) -> None:
+        self.task: Task | None = None  # taken last
+
+
+class _Verdict(enum.Enum):
+    """What the return of a task or a runner says."""
+
+    OVER = enum.auto()  # of the task alone: it is over, or the executor cannot take it
+    BREAK = enum.auto()  # the executor broke and has been replaced
+    FIRST_OF_BREAK = enum.auto()  # the same, and this was the first to say so
+    END = enum.auto()  # the executor takes no tasks any more
+    NONSENSE = enum.auto()  # what the executor's submit gave is no Future: who knows what has become of the task
+
+
+class _Return:
+    """A task, or a runner, that came back from an executor."""
+
+    __slots__ = ("error", "executor", "is_refused", "result", "verdict", "what")
+
+    def __init__(
+        self,
+        what: Task | _Runner,
+        executor: Executor | None,
+        result: concurrent.futures.Future[Any] | None,
+        error: BaseException | None = None,
+        verdict: _Verdict = _Verdict.END,
+    ) -> None:
+        self.what = what
+        self.executor = executor  # None: none was to be had
+        self.result = result  # None: the executor did not take it, with `error`
+        self.error = error
+        self.is_refused = result is None or isinstance(what, _Runner)  # no task was started
+        self.verdict = verdict
+
+
+class Dispatch:
+    """Hands the tasks of a ledger to an executor; see the module."""
+
+    def __init__(self, ledger: Ledger, executor: ExecutorHandle, clock: Clock) -> None:
+        self.mutex = threading.RLock()
+        self.wake = threading.Event()
+        """News for the driver."""
+        self.error: BaseException | None = None
+        """Of the scheduler itself: a clock that raises, a stderr that is broken."""
+        self._ledger = ledger
+        self._executor = executor
+        self._clock = clock
+        self._runs_in_pool = False
+        self._width = 1
+        self._runners: set[_Runner] = set()  # with the pool, running or not yet
+        self._returned: deque[_Return] = deque()
+        self._resolvers: list[int] = []  # our threads that are resolving Futures, once for each time
+        # Users' threads that do, each with a lock that it holds meanwhile: whatever ends it, the lock is let go of.
+        self._guests: list[tuple[int, threading.Lock]] = []
+
+    def after_fork(self) -> None:
+        """Have locks of one's own, in a child where the threads that held them are not."""
+        self.mutex, self.wake = threading.RLock(), threading.Event()
+        self._resolvers, self._guests = [], []
+        self._ledger.is_whole = False
+
+    def lock(self, function: str) -> AbstractContextManager[Any]:
+        """Give the mutex, for a section; refuses to those whom the scheduler has called in one."""
+        if self.is_in_section():
+            raise RuntimeError(
+                f"{function}: called by a scorer, a clock, a key or a destructor in the middle of a step of the "
+                "scheduler, expected a call from outside"
+            )
+        return self.mutex
+
+    def is_in_section(self) -> bool:
+        """Say whether this thread is in a section."""
+        return bool(self.mutex._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks it
+
+    def open(self, width: int, runs_in_pool: bool) -> None:
+        """Be ready to hand out so many tasks at once. In a section."""
+        self._width, self._runs_in_pool, self.error = width, runs_in_pool, None
+
+    def fail(self, error: BaseException) -> None:
+        """Hand out nothing more, since something is wrong with the scheduler itself. In a section."""
+        self.error = self.error or error
+        self._ledger.close()
+
+    def tick(self) -> float:
+        """Read the clock on nobody's behalf: if that fails the run does. In a section."""
+        try:
+            return self._clock.now()
+        except BaseException as error:
+            self.fail(error)
+            return self._clock.latest
+
+    def arrive(self, task: Task) -> None:
+        """Take in a new task, which is in the ledger's `tasks` already. Not in a section.
+
+        Those who submit only append to the arrivals, and do not wait for the mutex: in Python a thread that gets a
+        contended lock has still to wait for the interpreter's, holding up everybody: 20,000 tasks from 8 threads took
+        thrice as long.
+        """
+        self._ledger.arrivals.append(task)
+        # Who is busy looks at the arrivals when it is done, or wakes the driver, so this need not.
+        busy = len(self._runners) if self._runs_in_pool else self._ledger.in_flight
+        if (busy < self._width or task.deadline is not None) and not self.wake.is_set():
+            self.wake.set()
+
+    def cancel(self, task: Task) -> bool:
+        """Cancel a task that waits, or a stepper when its step is over; say whether it is, or will be.
+
+        Ctrl-C may come at any time: what this has not done then, the driver or the next call does.
+        """
+        if self.is_in_section():
+            self._ledger.put_off.append((task, self._clock.latest))
+            self.wake.set()
+            return task.finished is None and task.status == "waiting"
+        now = self._clock.now()
+        over: deque[Task] = deque()
+        busy = threading.Lock()
+        try:
+            with busy:
+                with self.mutex, self._ledger:
+                    self._guests = [guest for guest in self._guests if guest[1].locked()]
+                    self._guests.append((threading.get_ident(), busy))
+                    cancelled = self._ledger.cancel(task, now)
+                    over, self._ledger.over = self._ledger.over, over
+                while over:
+                    over[0].resolve()
+                    over.popleft()
+        finally:
+            if over:
+                with self.mutex, self._ledger:
+                    self._ledger.over.extend(task for task in over if not task.is_resolved())
+            self.wake.set()
+        return cancelled
+
+    def is_idle(self) -> bool:
+        """Say whether nothing is in flight, or on its way back. In a section."""
+        ledger = self._ledger
+        return not (
+            ledger.in_flight
+            or self._returned
+            or ledger.over
+            or self._resolvers
+            or any(busy.locked() for _, busy in self._guests)
+        )
+
+    def waits_for_this_thread(self) -> bool:
+        """Say whether this thread is one that has to come to an end before all is done."""
+        me = threading.get_ident()
+        return (
+            me in self._resolvers
+            or any(guest == me and busy.locked() for guest, busy in self._guests)
+            or self._executor.runs_in(threading.current_thread())
+        )
+
+    def go_round(self) -> None:
+        """Settle what came back, let deadlines expire, hand out what there is room for."""
+        ledger = self._ledger
+        while True:
+            returned = self._collect()
+            with self.mutex, ledger:
+                if not (returned or ledger.over or ledger.has_room() or ledger.next_deadline() < math.inf):
+                    return  # without a look at the clock: an injected one is read as often from run to run
+                now = self._clock.latest
+                if returned or not self._runs_in_pool or ledger.next_deadline() < math.inf:
+                    now = self.tick()
+                    for one in returned:  # nothing is let go of in here: it may have destructors
+                        self._take_back(one, now)
+                    ledger.expire(now)
+                over = self._take_over()
+            self._resolve(over)  # before the next decision, in which callbacks may want to have a say
+            launched: list[Task] = []
+            runners: list[_Runner] = []
+            try:
+                with self.mutex, ledger:
+                    self._has_resolved(over)
+                    if self._runs_in_pool:
+                        wanted = min(self._width, ledger.room() + ledger.in_flight) - len(self._runners)
+                        runners = [_Runner() for _ in range(wanted)]
+                        self._runners.update(runners)
+                    else:
+                        while (task := ledger.take(now)) is not None:
+                            launched.append(task)
+            finally:  # what was taken is on its way, whatever else goes wrong
+                for task in launched:
+                    task.future._set_running(task)
+                    assert task.fn is not None
+                    self._submit(task, task.fn, task.arguments(), task.kwargs or {})
+            for runner in runners:
+                self._submit(runner, self._run, (runner,), {})
+            if not (launched or over or self._returned):
+                return
+
+    def settle_over(self) -> None:
+        """Resolve the Futures of what is over. Not in a section."""
+        with self.mutex, self._ledger:
+            over = self._take_over()
+        self._resolve(over)
+        with self.mutex, self._ledger:
+            self._has_resolved(over)
+
+    # To the executor and back.
+
+    def _submit(
+        self, what: Task | _Runner, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        executor = None
+        try:
+            executor = self._executor.get()
+            inner = executor.submit(fn, *args, **kwargs)
+        except BaseException as error:
+            self._come_back(_Return(what, executor, None, error))
+            return
+        if not isinstance(inner, concurrent.futures.Future):
+            error = TypeError(
+                f"Scheduler: submit of the executor {type(executor).__name__} returned {type(inner).__name__}, "
+                "expected a concurrent.futures.Future"
+            )
+            self._come_back(_Return(what, executor, None, error, _Verdict.NONSENSE))
+            return
+        if isinstance(what, Task):
+            self._executor.has_taken = True
+        inner.add_done_callback(lambda inner: self._on_return(_Return(what, executor, inner)))
+
+    def _on_return(self, one: _Return) -> None:
+        assert one.result is not None
+        if isinstance(one.what, _Runner) and not one.result.cancelled() and one.result.exception() is None:
+            return  # a runner that has run takes leave itself
+        self._come_back(one)
+
+    def _come_back(self, one: _Return) -> None:
+        self._returned.append(one)
+        self.wake.set()
+
+    def _collect(self) -> list[_Return]:
+        """Collect what came back, and find out what it says. Not in a section."""
+        returned = []
+        while self._returned:
+            returned.append(one := self._returned.popleft())
+            try:
+                one.verdict = self._judge(one)
+            except BaseException as error:  # from an executor that cannot even be replaced: its end
+                one.error = one.error or error
+        return returned
+
+    def _judge(self, one: _Return) -> _Verdict:
+        if one.verdict is _Verdict.NONSENSE:
+            return one.verdict
+        if one.result is not None:
+            if one.result.cancelled():  # by the executor, when it was shut down: nothing that runs can be cancelled
+                one.is_refused, one.error = True, concurrent.futures.CancelledError("cancelled by the executor")
+            else:
+                one.error = one.result.exception()
+        if isinstance(one.error, BrokenExecutor) and one.executor is not None:
+            was_mended = self._executor.is_mended(one.executor)
+            if not was_mended and not one.is_refused and not is_broken(one.executor):
+                return _Verdict.OVER  # the task has raised this for reasons of its own
+            if was_mended or self._executor.mend(one.executor):
+                return _Verdict.BREAK if was_mended else _Verdict.FIRST_OF_BREAK
+            return _Verdict.END
+        if one.is_refused and (
+            isinstance(one.what, _Runner) or one.executor is None or isinstance(one.error, _REFUSALS)
+        ):
+            return _Verdict.END
+        return _Verdict.OVER
+
+    def _take_back(self, one: _Return, now: float) -> None:
+        """Tell the ledger what has become of a turn. In a section."""
+        task = one.what if isinstance(one.what, Task) else None
+        if isinstance(one.what, _Runner):
+            self._runners.discard(one.what)
+        try:
+            if one.verdict is _Verdict.END:  # what was not started waits for another run
+                failure = RuntimeError(f"Scheduler: the executor takes no tasks ({one.error}); none is lost")
+                failure.__cause__ = one.error
+                self._ledger.close(failure)
+            if task is None:
+                return
+            if one.verdict is _Verdict.NONSENSE:
+                assert one.error is not None
+                self._ledger.close(one.error)
+                self._ledger.abandon(task, one.error, now)
+            elif one.is_refused and one.verdict is not _Verdict.OVER:
+                self._ledger.put_back(task)
+            elif one.verdict in (_Verdict.BREAK, _Verdict.FIRST_OF_BREAK):
+                assert one.error is not None
+                was_only_one = one.verdict is _Verdict.FIRST_OF_BREAK and self._ledger.in_flight == 1
+                self._ledger.settle_broken(task, one.error, now, was_only_one=was_only_one)
+            else:
+                value = one.result.result() if one.error is None and one.result is not None else None
+                self._ledger.settle(task, value, one.error, now)
+        except BaseException as error:
+            self._give_up(task, error)
+
+    def _give_up(self, task: Task | None, error: BaseException) -> None:
+        """Lose nothing, and let nobody wait for ever, after an error that nothing is known to raise. In a section."""
+        self.fail(error)
+        if task is not None and task.status == "running":
+            self._ledger.abandon(task, error, self._clock.latest)
+
+    # Runners.
+
+    def _run(self, runner: _Runner) -> None:
+        """Be a runner."""
+        self._executor.has_taken = True
+        try:
+            self._run_tasks(runner)
+        except BaseException as error:
+            with self.mutex, self._ledger:
+                self._runners.discard(runner)
+                self._give_up(runner.task, error)
+            self.wake.set()
+
+    def _run_tasks(self, runner: _Runner) -> None:
+        # An injected clock is read as often from run to run, so there are no slices with it.
+        until = time.monotonic() + _SLICE if self._clock.is_ours else math.inf
+        ledger = self._ledger
+        task: Task | None = None
+        value, error = None, None
+        while True:
+            with self.mutex, ledger:
+                if task is None and runner not in self._runners:
+                    return  # a pool that refused it has run it all the same
+                now = self.tick() if task is not None or ledger.has_room() else self._clock.latest
+                if task is not None:
+                    ledger.settle(task, value, error, now)
+                ledger.expire(now)
+                over = self._take_over()
+            self._resolve(over)  # before the next decision, in which callbacks may want to have a say
+            is_late = time.monotonic() > until
+            with self.mutex, ledger:
+                self._has_resolved(over)
+                runner.task = task = None if is_late else ledger.take(now)
+                goes_on = is_late and ledger.has_room()
+                if task is None and not goes_on:
+                    self._runners.discard(runner)
+            if goes_on:  # behind what others have submitted to the pool
+                self._submit(runner, self._run, (runner,), {})
+                return
+            if task is None:
+                self.wake.set()
+                return
+            task.future._set_running(task)
+            value = error = None
+            try:
+                assert task.fn is not None
+                value = task.fn(*task.arguments(), **(task.kwargs or {}))
+            except BaseException as raised:
+                # Without this frame in its traceback, which would keep the error, and all that its frames hold, alive.
+                error = raised.with_traceback(raised.__traceback__ and raised.__traceback__.tb_next)
+
+    # Futures.
+
+    def _take_over(self) -> Sequence[Task]:
+        """Take over the tasks whose Futures are to be resolved. In a section."""
+        over = self._ledger.over
+        if not over:
+            return ()
+        self._ledger.over = deque()
+        self._resolvers.append(threading.get_ident())
+        return over
+
+    def _resolve(self, over: Sequence[Task]) -> None:
+        """Resolve Futures, which calls their callbacks, in a thread of the scheduler's. Not in a section."""
+        for task in over:
+            try:
+                task.resolve()
+            except BaseException:  # from a callback; of an Exception concurrent.futures itself thinks the same
+                with contextlib.suppress(BaseException):  # from a handler of the log
+                    _LOG.exception("exception calling callback for %r", task.key)
+
+    def _has_resolved(self, over: Sequence[Task]) -> None:
+        """End what _take_over began. In a section."""
+        if over:
+            self._resolvers.remove(threading.get_ident())
