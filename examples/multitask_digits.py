@@ -22,6 +22,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -111,12 +112,14 @@ class Weighting:
 
 
 class Balanced(Weighting):
-    def __init__(self, balancer: foveal.TaskBalancer) -> None:
+    def __init__(self, rule: Literal["rate", "difficulty"] = "rate", **options: float) -> None:
         super().__init__()
-        self.balancer = balancer
+        self.balancer = foveal.TaskBalancer(rule, **options)
+        self.wants_kpis = rule == "difficulty"
 
     def after_epoch(self, losses: torch.Tensor, scores: list[float]) -> None:
-        self.weights = self.balancer.update(losses, kpis=[max(0.0, score) for score in scores])
+        kpis = [max(0.0, score) for score in scores] if self.wants_kpis else None
+        self.weights = self.balancer.update(losses, kpis=kpis)
 
 
 class Uncertainty(Weighting):
@@ -135,10 +138,10 @@ class Uncertainty(Weighting):
 
 METHODS: dict[str, Callable[[], Weighting]] = {
     "equal": Weighting,
-    "DWA": lambda: Balanced(foveal.TaskBalancer(ema=1.0, floor=0.0)),
+    "DWA": lambda: Balanced(ema=1.0, floor=0.0),
     "uncertainty": Uncertainty,
-    "rate": lambda: Balanced(foveal.TaskBalancer()),
-    "difficulty": lambda: Balanced(foveal.TaskBalancer("difficulty")),
+    "rate": Balanced,
+    "difficulty": lambda: Balanced("difficulty"),
 }
 
 

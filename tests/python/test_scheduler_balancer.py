@@ -106,6 +106,59 @@ def test_tensors_come_back_as_tensors():
     assert losses.grad is not None
 
 
+def test_integer_losses_have_weights_that_are_no_integers():
+    torch = pytest.importorskip("torch")
+    balancer, expected = TaskBalancer(ema=1.0), TaskBalancer(ema=1.0)
+    for losses in ([4, 2], [3, 2]):
+        weights = balancer.update(torch.tensor(losses))
+        np.testing.assert_allclose(weights, expected.update(np.array(losses)), rtol=1e-6)
+    assert weights.dtype == torch.float32
+    assert weights[0] < 1 < weights[1]
+
+
+def test_numpy_may_be_set_to_raise():
+    with np.errstate(all="raise"):
+        for balancer in (TaskBalancer(ema=0.5), TaskBalancer(ema=0.5, breadth=1.5), TaskBalancer(temperature=1e-300)):
+            for losses in ([1e-308, 1.0], [1e308, 5e-324], [5e-324, 1e308], [1.0, 1.0]):
+                assert balancer.update(losses).sum() == pytest.approx(2.0)
+        assert TaskBalancer("difficulty", gamma=300.0).update([1.0, 1.0], kpis=[0.9999, 0.5]).sum() == pytest.approx(2)
+
+
+def test_its_repr_says_how_it_was_made():
+    balancer = TaskBalancer(ema=1.0)
+    assert repr(balancer) == "<TaskBalancer: rate, temperature=2, ema=1, floor=0.05, no tasks yet>"
+    balancer.update([1.0, 2.0])
+    assert repr(balancer).endswith("2 tasks>")
+    assert "breadth=3" in repr(TaskBalancer(breadth=3.0))
+    assert "difficulty, gamma=1" in repr(TaskBalancer("difficulty"))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"rule": "difficulty"}, r"state\['rule'\] is 'difficulty', expected 'rate'"),
+        ({"names": "ab"}, r"state\['names'\] is 'ab', expected a list"),
+        ({"names": []}, r"state\['names'\] is \[\], expected a list"),
+        ({"names": None}, r"state\['losses'\] is \[1.0, 2.0\], expected 0 numbers"),
+        ({"losses": [1.0]}, r"state\['losses'\] is \[1.0\], expected 2 numbers"),
+        ({"losses": [1.0, -2.0]}, "expected 2 numbers, 0 to"),
+        ({"losses": [1.0, math.nan]}, "expected 2 numbers, 0 to"),
+        ({"losses": ["a", "b"]}, "expected 2 numbers, 0 to"),
+        ({"kpis": [0.5, 1.5]}, r"state\['kpis'\] is \[0.5, 1.5\], expected 2 numbers, 0 to 1"),
+        ({"more": 1}, "state has .*more.*, expected rule, names, losses, kpis"),
+        ("state", "state has str, expected rule, names, losses, kpis"),
+    ],
+)
+def test_refusals_of_a_checkpoint(change, text):
+    first, second = TaskBalancer(), TaskBalancer()
+    first.update({"a": 1.0, "b": 2.0})
+    second.update([3.0, 4.0, 5.0])
+    before = second.state_dict()
+    with pytest.raises(ValueError, match=rf"TaskBalancer\.load_state_dict: .*{text}"):
+        second.load_state_dict(change if isinstance(change, str) else first.state_dict() | change)
+    assert second.state_dict() == before
+
+
 def test_a_checkpoint_goes_on_where_it_was():
     first = TaskBalancer()
     first.update({"a": 1.0, "b": 2.0})
@@ -127,6 +180,14 @@ def test_a_checkpoint_goes_on_where_it_was():
         (lambda: TaskBalancer().update([1.0, math.nan]), ValueError, "losses are"),
         (lambda: TaskBalancer().update([]), ValueError, "losses is empty"),
         (lambda: TaskBalancer().update(3.0), TypeError, "losses has type float, expected K numbers"),
+        (lambda: TaskBalancer().update("ab"), TypeError, "losses has type str, expected K numbers"),
+        (lambda: TaskBalancer().update([10**400]), ValueError, "losses are .*, expected finite numbers"),
+        (lambda: TaskBalancer().update([1.0], kpis=[1.0]), ValueError, "kpis are given, expected none"),
+        (lambda: TaskBalancer(gamma=2.0), ValueError, "gamma is 2.0, expected none with the rule 'rate'"),
+        (lambda: TaskBalancer("difficulty", temperature=1.0), ValueError, "temperature is 1.0, expected none"),
+        (lambda: TaskBalancer("difficulty", breadth=1.0), ValueError, "breadth is 1.0, expected none"),
+        (lambda: TaskBalancer(["rate"]), ValueError, r"rule is \['rate'\]"),
+        (lambda: TaskBalancer(ema="x"), TypeError, "ema has type str"),
         (lambda: TaskBalancer("difficulty").update([1.0]), ValueError, "kpis is None"),
         (lambda: TaskBalancer("difficulty").update([1.0], kpis=[1.5]), ValueError, "kpis are"),
         (lambda: TaskBalancer("difficulty").update([1.0], kpis=[0.5, 0.5]), ValueError, "kpis are of tasks"),

@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from foveal._scheduler.checks import check_range
+from foveal._scheduler.checks import check_range, text_of
 from foveal._scheduler.shares import Floats, narrowed, softmax, with_floor
 
+_RULES = ("rate", "difficulty")
 _LEAST_KPI = 1e-6  # below, the weight of a task that is not solved at all would have no bound
 
 
@@ -35,7 +36,7 @@ class TaskBalancer:
     breadth : float, optional
         Of "rate": how many tasks share the weight, as exp(entropy), instead of a temperature.
     gamma : float
-        Of "difficulty", at least 0: higher takes more from what is nearly solved.
+        Of "difficulty", at least 0, default 1: higher takes more from what is nearly solved.
     ema : float
         Above 0, up to 1: how far an average moves towards a new loss, or indicator.
     floor : float
@@ -57,12 +58,16 @@ class TaskBalancer:
         *,
         temperature: float | None = None,
         breadth: float | None = None,
-        gamma: float = 1.0,
+        gamma: float | None = None,
         ema: float = 0.3,
         floor: float = 0.05,
     ) -> None:
-        if rule not in ("rate", "difficulty"):
-            raise ValueError(f"TaskBalancer: rule is {rule!r}, expected 'rate' or 'difficulty'")
+        if rule not in _RULES:
+            raise ValueError(f"TaskBalancer: rule is {text_of(rule)}, expected 'rate' or 'difficulty'")
+        of_rate = {"temperature": temperature, "breadth": breadth}
+        for name, value in {"gamma": gamma}.items() if rule == "rate" else of_rate.items():
+            if value is not None:
+                raise ValueError(f"TaskBalancer: {name} is {text_of(value)}, expected none with the rule {rule!r}")
         if breadth is not None and temperature is not None:
             raise ValueError(
                 "TaskBalancer: breadth and temperature are both given, expected one: breadth solves for it"
@@ -70,6 +75,7 @@ class TaskBalancer:
         check_range("TaskBalancer", "temperature", 2.0 if temperature is None else temperature, above=0.0)
         if breadth is not None:
             check_range("TaskBalancer", "breadth", breadth, 1.0)
+        gamma = 1.0 if gamma is None else gamma
         check_range("TaskBalancer", "gamma", gamma, 0.0)
         check_range("TaskBalancer", "ema", ema, 0.0, 1.0, above=0.0)
         check_range("TaskBalancer", "floor", floor, 0.0, 1.0)
@@ -92,14 +98,19 @@ class TaskBalancer:
         Returns
         -------
         weights
-            float64 array (K,); of tensors a tensor of their dtype and device, with no gradient; of a dict a dict of
-            floats.
+            float64 array (K,); of tensors a tensor on their device, with no gradient, of their dtype, or float32 where
+            that is of integers; of a dict a dict of floats.
 
         Raises
         ------
         ValueError
-            A loss is negative, NaN or infinite; the tasks are not those of the first time; "difficulty" without `kpis`.
+            A loss is negative, NaN or infinite; the tasks are not those of the first time; "difficulty" without `kpis`,
+            or "rate" with them.
+        TypeError
+            The losses are no numbers.
         """
+        if self._rule == "rate" and kpis is not None:
+            raise ValueError("TaskBalancer.update: kpis are given, expected none with the rule 'rate'")
         names, values = _numbers("losses", losses)
         if not ((values >= 0) & (values < np.inf)).all():
             raise ValueError(f"TaskBalancer.update: losses are {values}, expected finite numbers of at least 0")
@@ -119,33 +130,75 @@ class TaskBalancer:
         return _like(losses, names, len(shares) * with_floor(shares, self._floor))
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what the balancer has learned, for a checkpoint."""
+        """Give what the balancer has learned, for a checkpoint: the rule, the tasks' names, the averages."""
         averages = {"losses": self._losses, "kpis": self._kpis}
-        return {"names": self._names} | {k: None if v is None else v.tolist() for k, v in averages.items()}
+        state = {"rule": self._rule, "names": self._names}
+        return state | {k: None if v is None else v.tolist() for k, v in averages.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._names = state["names"]
-        self._losses, self._kpis = (
-            None if state[name] is None else np.array(state[name], np.float64) for name in ("losses", "kpis")
-        )
+        """Go on from a checkpoint, of a balancer with the same rule.
+
+        Raises
+        ------
+        ValueError
+            It is of another rule, or not what :meth:`state_dict` gives; the balancer stays as it is.
+        """
+        at = "TaskBalancer.load_state_dict: state"
+        if not isinstance(state, Mapping) or set(state) != {"rule", "names", "losses", "kpis"}:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"{at} has {found}, expected rule, names, losses, kpis")
+        if state["rule"] != self._rule:
+            raise ValueError(f"{at}['rule'] is {text_of(state['rule'])}, expected {self._rule!r}")
+        names = state["names"]
+        if names is not None and (not isinstance(names, list) or not names):
+            raise ValueError(f"{at}['names'] is {text_of(names)}, expected a list, or None")
+        averages: list[Floats | None] = []
+        for name, highest in (("losses", np.finfo(np.float64).max), ("kpis", 1.0)):
+            if state[name] is None:
+                averages.append(None)
+                continue
+            try:
+                average = np.array(state[name], np.float64)
+            except (TypeError, ValueError, OverflowError):
+                average = np.empty(0)
+            count = 0 if names is None else len(names)
+            if not count or average.shape != (count,) or not ((average >= 0) & (average <= highest)).all():
+                raise ValueError(
+                    f"{at}[{name!r}] is {text_of(state[name])}, expected {count} numbers, 0 to {highest:g}"
+                )
+            averages.append(average)
+        self._names = None if names is None else list(names)
+        self._losses, self._kpis = averages
+
+    def __repr__(self) -> str:
+        """Say how it was made, and of which tasks it knows."""
+        if self._rule == "difficulty":
+            how = f"gamma={self._gamma:g}"
+        elif self._breadth is not None:
+            how = f"breadth={self._breadth:g}"
+        else:
+            how = f"temperature={self._temperature:g}"
+        tasks = "no tasks yet" if self._names is None else f"{len(self._names)} tasks"
+        return f"<TaskBalancer: {self._rule}, {how}, ema={self._ema:g}, floor={self._floor:g}, {tasks}>"
 
     def _by_rate(self, before: Floats | None, now: Floats) -> Floats:
         if before is None:
             return np.full(len(now), 1 / len(now))
-        with np.errstate(over="ignore"):  # a huge multiple of a loss that was next to nothing
+        with np.errstate(all="ignore"):  # a huge multiple of a loss that was next to nothing
             rates = np.divide(now, before, out=np.ones_like(now), where=before > 0)
         rates = np.minimum(rates, np.finfo(np.float64).max / 4)
         return softmax(rates, self._temperature if self._breadth is None else narrowed(self._breadth, rates))
 
     def _by_difficulty(self, kpis: Floats) -> Floats:
         kappa = np.clip(kpis, _LEAST_KPI, 1.0)
-        focal = -((1 - kappa) ** self._gamma) * np.log(kappa)
-        total = float(focal.sum())
-        return focal / total if total > 0 else np.full(len(kpis), 1 / len(kpis))
+        with np.errstate(all="ignore"):  # what underflows is nothing
+            focal = -((1 - kappa) ** self._gamma) * np.log(kappa)
+            total = float(focal.sum())
+            return focal / total if total > 0 else np.full(len(kpis), 1 / len(kpis))
 
     def _average(self, average: Floats | None, new: Floats) -> Floats:
-        return new.copy() if average is None else average + self._ema * (new - average)
+        with np.errstate(all="ignore"):
+            return new.copy() if average is None else average + self._ema * (new - average)
 
     def _check_tasks(self, argument: str, names: list[Any], count: int) -> None:
         if self._names is None:
@@ -165,7 +218,9 @@ def _numbers(argument: str, values: Any) -> tuple[list[Any], Floats]:
         values = values.tolist()
     try:
         numbers = np.array([float(value.item() if hasattr(value, "item") else value) for value in values], np.float64)
-    except TypeError:
+    except OverflowError:
+        raise ValueError(f"TaskBalancer.update: {argument} are {text_of(values)}, expected finite numbers") from None
+    except (TypeError, ValueError):
         raise TypeError(
             f"TaskBalancer.update: {argument} has type {type(values).__name__}, expected K numbers: an array, "
             "a tensor, a sequence or a dict"
@@ -178,4 +233,7 @@ def _like(given: Any, names: list[Any], weights: Floats) -> Any:
     if isinstance(given, Mapping):
         return dict(zip(names, weights.tolist(), strict=True))
     first = given[0] if isinstance(given, Sequence) else given
-    return first.new_tensor(weights.tolist()).detach() if hasattr(first, "new_tensor") else weights
+    if not hasattr(first, "new_tensor"):
+        return weights
+    like = first if first.is_floating_point() else first.float()
+    return like.new_tensor(weights.tolist()).detach()
