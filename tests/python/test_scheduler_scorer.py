@@ -44,6 +44,15 @@ def test_gaps_of_every_size(scores, part):
     assert entropy_breadth(scores, temperature) == pytest.approx(breadth, rel=1e-9)
 
 
+@pytest.mark.parametrize("scores", [[1.7e308, -1.7e308, 0.0], [1e308, 9e307, -1e308, -1e308]])
+def test_gaps_beyond_the_largest_float(scores):
+    temperature = foveal.temperature_for_breadth(scores, 1.5)
+    halves = np.array(scores) / 4
+    assert entropy_breadth(halves, temperature / 4) == pytest.approx(1.5, rel=1e-9)
+    with pytest.raises(ValueError, match="expected one that some float is the temperature for"):
+        foveal.temperature_for_breadth(scores, len(scores) - 1e-9)
+
+
 def test_batches_and_masks():
     rng = np.random.default_rng(0)
     scores = rng.standard_normal((3, 2, 20))
@@ -81,10 +90,19 @@ def test_scores_of_queries_and_keys():
         ((2.0, 1.0), "at least one score"),
         (((np.zeros(3), np.zeros((5, 4))), 2.0), r"k.shape\[-1\] is 4, expected head_dim 3"),
         (([-math.inf, -math.inf], 1.0), "expected from"),
+        (([1.0, 2.0], 10**400), "temperature_for_breadth: breadth is 1000.*, expected real numbers"),
+        (([1.0, 2.0], [1.5, 1.5]), r"breadth has shape \(2,\), expected one that broadcasts to \(\)"),
+        (([1.0, 2.0], math.nan), "breadth is nan"),
     ],
 )
 def test_refusals_of_a_breadth(arguments, text):
     with pytest.raises(ValueError, match=text):
+        foveal.temperature_for_breadth(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [("scores", 2.0), ([1.0, 2.0], "wide"), ([{}, 2.0], 1.5)])
+def test_a_breadth_of_no_numbers(arguments):
+    with pytest.raises(TypeError, match=r"temperature_for_breadth: (scores|breadth) is .*, expected real numbers"):
         foveal.temperature_for_breadth(*arguments)
 
 
@@ -120,6 +138,13 @@ def test_a_task_alone_has_the_score_that_it_has_among_others():
 def test_before_the_first_focus_all_are_alike():
     scorer = AttentionScorer(4)
     np.testing.assert_allclose(scorer(scorer.keys(np.eye(4))), 0.0, atol=1e-6)
+
+
+def test_dims_of_a_scorer_are_integers():
+    with pytest.raises(TypeError, match="AttentionScorer: query_dim has type str, expected an integer"):
+        AttentionScorer("2")
+    with pytest.raises(TypeError, match="AttentionScorer: feature_dim has type float"):
+        AttentionScorer(2, 2.0)
 
 
 @pytest.mark.parametrize(

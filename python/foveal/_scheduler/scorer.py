@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from foveal._attention import attention
+from foveal._scheduler.checks import check_count
 from foveal._scheduler.shares import Floats
 
 
@@ -54,8 +55,8 @@ class AttentionScorer:
         w_k: ArrayLike | None = None,
     ) -> None:
         feature_dim = query_dim if feature_dim is None else feature_dim
-        if query_dim < 1 or feature_dim < 1:
-            raise ValueError(f"AttentionScorer: dims are {query_dim} and {feature_dim}, expected at least 1")
+        check_count("AttentionScorer", "query_dim", query_dim, 1)
+        check_count("AttentionScorer", "feature_dim", feature_dim, 1)
         self._w_q = _matrix("w_q", w_q, query_dim)
         self._w_k = _matrix("w_k", w_k, feature_dim)
         d_q = query_dim if self._w_q is None else self._w_q.shape[1]
@@ -87,7 +88,8 @@ class AttentionScorer:
         if len(logs) == 1:
             return np.asarray(logs[0])
         largest = logs.max(axis=0)
-        return np.asarray(largest + np.log(np.exp(logs - largest).mean(axis=0)))
+        with np.errstate(under="ignore"):
+            return np.asarray(largest + np.log(np.exp(logs - largest).mean(axis=0)))
 
 
 class ScorerHandle:
@@ -142,7 +144,8 @@ def _matrix(name: str, value: ArrayLike | None, rows: int) -> NDArray[np.float32
 
 
 def _finite(method: str, name: str, value: ArrayLike, dim: int) -> NDArray[np.float32]:
-    array = np.ascontiguousarray(value, np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        array = np.ascontiguousarray(value, np.float32)
     if array.shape[-1:] != (dim,):
         raise ValueError(f"AttentionScorer.{method}: {name} has shape {array.shape}, expected (..., {dim})")
     if not np.isfinite(array).all():

@@ -12,6 +12,8 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from foveal._scheduler.checks import text_of
+
 Floats = NDArray[np.float64]
 Policy = Literal["credit", "sample", "strict"]
 
@@ -19,13 +21,15 @@ Policy = Literal["credit", "sample", "strict"]
 # _WIDE, where the weights differ by less than their rounding.
 _NARROW, _WIDE = 1e3, 1e9
 _WEIGHT_BITS = 62
+_LARGE = 1e295  # scores above are scaled down, that neither a difference nor a temperature overflows
 
 
 def softmax(scores: Floats, temperature: float) -> Floats:
     """Softmax of scores/temperature; a temperature of 0 shares evenly among the largest."""
     scaled = scores - scores.max(initial=-math.inf)
-    weights: Floats = np.exp(scaled / temperature) if temperature > 0 else (scaled == 0).astype(np.float64)
-    weights /= weights.sum()
+    with np.errstate(all="ignore"):  # what underflows is nothing
+        weights: Floats = np.exp(scaled / temperature) if temperature > 0 else (scaled == 0).astype(np.float64)
+        weights /= weights.sum()
     return weights
 
 
@@ -89,22 +93,38 @@ def temperature_for_breadth(scores_or_qk: Any, breadth: ArrayLike) -> Any:
     2.0
     """
     if isinstance(scores_or_qk, tuple) and len(scores_or_qk) == 2 and np.ndim(scores_or_qk[1]) >= 2:
-        q, k = (np.asarray(x, np.float64) for x in scores_or_qk)
+        q, k = (_floats(name, x) for name, x in zip("qk", scores_or_qk, strict=True))
         if q.shape[-1] != k.shape[-1]:
             raise ValueError(
                 f"temperature_for_breadth: k.shape[-1] is {k.shape[-1]}, expected head_dim {q.shape[-1]} (from q)"
             )
-        scores = np.einsum("...d,...nd->...n", q, k) / math.sqrt(q.shape[-1])
+        with np.errstate(all="ignore"):
+            scores = np.einsum("...d,...nd->...n", q, k) / math.sqrt(q.shape[-1])
     else:
-        scores = np.asarray(scores_or_qk, np.float64)
+        scores = _floats("scores", scores_or_qk)
     if scores.ndim == 0 or scores.shape[-1] == 0:
         raise ValueError(f"temperature_for_breadth: scores have shape {scores.shape}, expected at least one score")
     if np.isnan(scores).any() or (scores == np.inf).any():
         raise ValueError("temperature_for_breadth: scores hold nan or inf, expected finite scores or -inf")
-    asked = np.broadcast_to(np.asarray(breadth, np.float64), scores.shape[:-1])
+    asked = _floats("breadth", breadth)
+    try:
+        asked = np.broadcast_to(asked, scores.shape[:-1])
+    except ValueError:
+        raise ValueError(
+            f"temperature_for_breadth: breadth has shape {asked.shape}, expected one that broadcasts to "
+            f"{scores.shape[:-1]} (from the scores)"
+        ) from None
     rows = scores.reshape(-1, scores.shape[-1])
     found = np.array([_solve(row, float(b)) for row, b in zip(rows, asked.reshape(-1), strict=True)])
     return float(found[0]) if scores.ndim == 1 else found.reshape(scores.shape[:-1])
+
+
+def _floats(name: str, value: Any) -> Floats:
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = ValueError if isinstance(error, OverflowError) else TypeError
+        raise kind(f"temperature_for_breadth: {name} is {text_of(value)}, expected real numbers ({error})") from None
 
 
 def narrowed(breadth: float, scores: Floats) -> float:
@@ -114,7 +134,21 @@ def narrowed(breadth: float, scores: Floats) -> float:
 
 
 def _solve(scores: Floats, breadth: float) -> float:
-    gaps = scores[scores > -np.inf] - scores.max()
+    """Give the temperature for one row of scores."""
+    finite = scores[scores > -np.inf]
+    halvings = 0 if not len(finite) or np.abs(finite).max() < _LARGE else 40  # so that no gap overflows
+    with np.errstate(all="ignore"):  # whatever the user has set: what underflows is nothing
+        temperature = math.ldexp(1.0, halvings) * _solve_for_finite(np.ldexp(finite, -halvings), breadth)
+    if halvings and breadth < len(finite) and temperature == math.inf:
+        raise ValueError(
+            f"temperature_for_breadth: breadth is {breadth:g} and the scores up to {np.abs(finite).max():g}; expected "
+            "one that some float is the temperature for"
+        )
+    return temperature
+
+
+def _solve_for_finite(scores: Floats, breadth: float) -> float:
+    gaps = scores - scores.max(initial=-math.inf)
     ties, count = int((gaps == 0).sum()), len(gaps)
     if not count or not ties <= breadth <= count:
         raise ValueError(
