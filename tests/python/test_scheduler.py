@@ -18,7 +18,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from scheduler_cases import endless
+from scheduler_cases import Clock, endless
 
 import foveal
 from foveal import DeadlineExceeded, Scheduler, Step
@@ -330,6 +330,27 @@ def test_a_step_that_returns_nonsense(step, kind, text):
         (lambda s: Scheduler(3), TypeError, "executor has type int"),
         (lambda s: Scheduler(aging=-1.0), ValueError, "aging is -1.0"),
         (lambda s: Scheduler(ema=2.0), ValueError, "ema is 2.0"),
+        (lambda s: s.submit(int, urgency=None), TypeError, "Scheduler.submit: urgency has type NoneType"),
+        (lambda s: s.submit(int, importance="x"), TypeError, "Scheduler.submit: importance has type str"),
+        (lambda s: s.submit(int, urgency=10**400), ValueError, "urgency is an integer beyond the largest float"),
+        (lambda s: s.submit(int, urgency=1.7e308, importance=1.7e308), ValueError, "urgency \\+ importance is inf"),
+        (lambda s: s.submit(int, deadline="soon"), TypeError, "Scheduler.submit: deadline has type str"),
+        (lambda s: s.update([], urgency=1.0), TypeError, "Scheduler.update: key has the unhashable type list"),
+        (lambda s: s.update("k", urgency=1.7e308, importance=1.7e308), ValueError, "Scheduler.update: urgency \\+"),
+        (lambda s: s.update("k", feedback=10**400), ValueError, "feedback is an integer beyond"),
+        (lambda s: s.cancel({}), TypeError, "Scheduler.cancel: key has the unhashable type dict"),
+        (lambda s: s.allocate(10**400), ValueError, "Scheduler.allocate: budget is an integer beyond"),
+        (lambda s: s.run(budget=10**400), ValueError, "Scheduler.run: budget is an integer beyond"),
+        (lambda s: s.run(budget="all"), TypeError, "Scheduler.run: budget has type str"),
+        (lambda s: s.run(retries=None), TypeError, "Scheduler.run: retries has type NoneType, expected an integer"),
+        (lambda s: s.run(retries=math.nan), TypeError, "retries has type float, expected an integer"),
+        (lambda s: s.start(retries=-1), ValueError, "Scheduler.start: retries is -1"),
+        (lambda s: s.replay([1]), TypeError, r"Scheduler.replay: decisions\[0\] is 1, expected a Decision"),
+        (lambda s: s.add_stepper(endless, key=1, max_steps=1.5), TypeError, "max_steps has type float"),
+        (lambda s: Scheduler(max_in_flight="2"), TypeError, "max_in_flight has type str, expected an integer"),
+        (lambda s: Scheduler(max_in_flight=math.nan), TypeError, "max_in_flight has type float"),
+        (lambda s: Scheduler(clock=5), TypeError, "clock has type int, expected a callable"),
+        (lambda s: Scheduler(scorer=5), TypeError, "scorer has type int, expected a callable"),
     ],
 )
 def test_refusals(call, kind, text):
@@ -420,6 +441,53 @@ def test_feedback_may_be_any_number_and_never_overflows():
     assert scheduler.run(timeout=20).counts == {"done": 2}
     assert future.done()
     assert next(calls) == 6
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"breadth": 1.5}, {"policy": "strict"}, {"policy": "sample"}, {"aging": 1e308}]
+)
+def test_scores_and_costs_as_large_as_floats_are(options):
+    scheduler = Scheduler(max_in_flight=1, ema=1.0, clock=Clock(), **options)
+    swings = itertools.count(1)
+
+    def step(budget):
+        n = next(swings)
+        return Step(n >= 8, (-1) ** n * 1.7e308, 1.7e308 if n % 2 else 0.0)
+
+    scheduler.add_stepper(step, key="swings", importance=1.7e308)
+    for i, urgency in enumerate((1e308, -1e308, 0.0)):
+        scheduler.submit(int, key=i, urgency=urgency)
+    shares = scheduler.distribution()
+    assert math.isclose(sum(shares.values()), 1.0)
+    assert sum(scheduler.allocate(10).values()) == 10
+    with pytest.raises(ValueError, match=r"urgency \+ importance is inf"):
+        scheduler.update("swings", feedback=1.7e308)
+    assert scheduler.distribution() == shares
+    assert scheduler.run(timeout=1000).counts == {"done": 4}
+
+
+def test_numpy_may_be_set_to_raise():
+    with np.errstate(all="raise"):
+        for options in ({}, {"breadth": 3.0}, {"policy": "sample"}, {"policy": "strict"}, {"temperature": 1e-300}):
+            scheduler = Scheduler(scorer=foveal.AttentionScorer(4), **options)
+            for i in range(100):
+                scheduler.submit(int, urgency=(-1) ** i * 10.0 ** (3 * i), features=np.full(4, 10.0 ** (i % 20)), key=i)
+            scheduler.rescore(np.arange(4.0))
+            for i in range(0, 100, 7):
+                scheduler.update(i, urgency=-1e-300)
+            assert math.isclose(sum(scheduler.distribution().values()), 1.0)
+            assert scheduler.run().counts == {"done": 100}
+
+
+def test_its_repr_says_what_it_is_doing():
+    scheduler = Scheduler(policy="strict")
+    scheduler.submit(int)
+    assert repr(scheduler) == "<Scheduler: strict, 1 waiting, 0 in flight, not running>"
+    seen = []
+    with scheduler:
+        scheduler.submit(lambda: seen.append(repr(scheduler))).result(200)
+    assert "1 in flight, running" in seen[0]
+    assert repr(scheduler) == "<Scheduler: strict, 0 waiting, 0 in flight, the scheduler was shut down>"
 
 
 def test_a_scorer_that_is_interrupted_does_not_keep_the_lock():

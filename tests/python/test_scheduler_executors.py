@@ -214,6 +214,35 @@ def test_a_task_that_the_executor_cannot_take_fails_alone():
     assert [type(f.exception()) for f in futures] == [TypeError, type(None)] * 3
 
 
+def test_an_executor_whose_submit_gives_no_future_ends_the_run():
+    class Silent(Executor):
+        def submit(self, fn, /, *args, **kwargs):
+            return None
+
+    scheduler = Scheduler(Silent(), max_in_flight=1)
+    first, second = (scheduler.submit(square, i) for i in range(2))
+    with pytest.raises(TypeError, match="submit of the executor Silent returned NoneType, expected a concurrent"):
+        scheduler.run(retries=3)
+    assert isinstance(first.exception(), TypeError)  # who knows whether it was run
+    assert list(scheduler.distribution()) == [second.key]
+
+
+def breaks():
+    raise BrokenProcessPool("a pool of the task's own")
+
+
+@pytest.mark.parametrize("kind", [Counting, processes, ThreadPoolExecutor])
+def test_a_task_that_raises_broken_executor_is_the_only_one_that_fails(kind):
+    with kind() as given:
+        scheduler = Scheduler(given, max_in_flight=2)
+        broken = scheduler.submit(breaks, urgency=9.0)
+        good = [scheduler.submit(square, i) for i in range(5)]
+        assert scheduler.run().counts == {"failed": 1, "done": 5}
+        assert isinstance(broken.exception(), BrokenProcessPool)
+        assert [f.result() for f in good] == [0, 1, 4, 9, 16]
+        assert given.submit(square, 3).result(200) == 9  # it was not replaced
+
+
 def test_others_get_their_turn_in_a_pool_that_the_scheduler_fills():
     with ThreadPoolExecutor(1) as pool, Scheduler(pool) as scheduler:
         futures = [scheduler.submit(time.sleep, 0.001) for _ in range(300)]
