@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
+
+try:
+    import gymnasium
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    sys.exit(f"prioritized_replay: {error}; this example needs: pip install '.[queues]'")
 
 import foveal
+from command_line import output_file, positive
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -189,7 +195,9 @@ def draw(curves: dict[str, Floats], steps: int, file: Path) -> None:
     axes = figure.subplots()
     moments = np.linspace(0, steps, 101)[1:]
     for name, of_seeds in curves.items():
-        (line,) = axes.plot(moments, np.nanmean(of_seeds, axis=0), label=f"{name}, mean of {len(of_seeds)} seeds")
+        (line,) = axes.plot(
+            moments, np.nanmean(of_seeds, axis=0), label=f"{name}, mean over seeds (of {len(of_seeds)})"
+        )
         low, high = np.nanmin(of_seeds, axis=0), np.nanmax(of_seeds, axis=0)
         axes.fill_between(moments, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel("steps")
@@ -200,12 +208,12 @@ def draw(curves: dict[str, Floats], steps: int, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8000, help="of each run (default: %(default)s)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the curves")
+    parser.add_argument("--png", type=output_file, metavar="FILE", help="draw the curves")
     options = parser.parse_args()
-    if options.seeds < 1 or options.steps < 1000:
-        parser.error("expected at least 1 seed and 1000 steps")
+    if options.steps < 1000:
+        parser.error(f"--steps is {options.steps}, expected at least 1000")
 
     kinds = {"uniform": 0.0, "prioritised": 0.6}
     curves: dict[str, Floats] = {}

@@ -25,5 +25,6 @@ report = scheduler.run(progress=True)
 print(report)
 try:
     report.plot("quickstart_scheduler.png")
+    print("drawn: quickstart_scheduler.png")
 except ImportError as error:
     print(f"no picture: {error}")

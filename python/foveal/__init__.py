@@ -59,11 +59,17 @@ _OF_SCHEDULER = (
 if not TYPE_CHECKING:  # type checkers are to know of the names in __all__ alone
 
     def __getattr__(name):
-        if name in _OF_SCHEDULER:  # imported when first asked for: concurrent.futures takes a while
-            from foveal import scheduler
+        import importlib
 
-            return getattr(scheduler, name)
+        if name in _OF_SCHEDULER:  # imported when first asked for: concurrent.futures takes a while
+            return getattr(importlib.import_module("foveal.scheduler"), name)
+        if name in ("scheduler", "torch"):  # as if it had been imported, whatever ran before
+            try:
+                return importlib.import_module(f"foveal.{name}")
+            except ModuleNotFoundError as error:
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}: {error}") from error
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():
-        return sorted({*globals(), *__all__})
+        own = {name for name in globals() if not name.startswith("_") or name.endswith("__")}
+        return sorted({*__all__, *own} - {"TYPE_CHECKING"})

@@ -19,12 +19,14 @@ def main(arguments: list[str] | None = None) -> None:
         "bench", help="compare foveal with NumPy, and with PyTorch and ONNX Runtime where they are installed"
     )
     bench.add_argument("--png", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
-    bench.add_argument("--quick", action="store_true", help="a few seconds instead of about a minute")
+    bench.add_argument("--quick", action="store_true", help="0.7 seconds for each peer of a row instead of 4")
     options = parser.parse_args(arguments)
     print_info()
     if options.command == "bench":
         if options.png and importlib.util.find_spec("matplotlib") is None:
             sys.exit("foveal bench: --png needs matplotlib: pip install matplotlib")
+        if options.png and not options.png.parent.is_dir():
+            sys.exit(f"foveal bench: --png is {options.png}, and there is no folder {options.png.parent}")
         print_bench(quick=options.quick, png=options.png)
 
 
@@ -42,7 +44,7 @@ def print_info() -> None:
 
 
 def print_bench(*, quick: bool, png: Path | None) -> None:
-    from foveal._bench.compare import can_hold, compare, fma_peak
+    from foveal._bench.compare import can_hold, compare, fma_peak, share_of_cores
     from foveal._bench.show import markdown, plot
     from foveal._bench.work import Work
 
@@ -56,11 +58,14 @@ def print_bench(*, quick: bool, png: Path | None) -> None:
     ]
     if not quick:
         works[2:2] = [Work(1, 8, 4096, 64), Work(1, 8, 4096, 64, causal=True), Work(1, 8, 4096, 128)]
-    works = [work for work in works if can_hold(work.dtype)]
+    left_out = {work.dtype for work in works if not can_hold(work.dtype)}
+    works = [work for work in works if work.dtype not in left_out]
     budget = 0.7 if quick else 4.0
+    threads = foveal.get_num_threads()
+    share = share_of_cores(threads)
     with progress_bar(len(works)) as bar:
         rows = [compare(work, budget=budget, progress=bar(place, str(work))) for place, work in enumerate(works)]
-    threads = foveal.get_num_threads()
+    share = min(share, share_of_cores(threads))
     print(
         f"\n{markdown(rows)}\n\n"
         "times a peer: how many times faster foveal is; median (quartiles) of the ratio within a round of turns.\n"
@@ -68,6 +73,13 @@ def print_bench(*, quick: bool, png: Path | None) -> None:
         f"{fma_peak(threads) / 1e9:.0f} GF/s on {threads} thread{'s' * (threads != 1)}); where the\n"
         "figure is GB/s, of its read bandwidth, measured likewise."
     )
+    if left_out:
+        print(f"{', '.join(left_out)}: left out; NumPy has it with: pip install ml_dtypes")
+    if share < 0.8:
+        print(
+            f"THIS MACHINE IS BUSY: other work left {share:.0%} of {threads} core{'s' * (threads != 1)}, "
+            "so these figures say little. Try again when it is quiet."
+        )
     if png:
         plot(rows, png)
         print(f"wrote {png}")

@@ -224,7 +224,7 @@ def test_refused(change, error, text):
 )
 def test_refused_by_attention(change, error):
     arguments = dict(zip(("query", "key", "value"), qkv(), strict=True))
-    with pytest.raises(error, match=r"^attention: "):
+    with pytest.raises(error, match=rf"^scaled_dot_product_attention: {'|'.join(change)}"):
         scaled_dot_product_attention(**{**arguments, **change})
 
 

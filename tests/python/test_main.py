@@ -39,6 +39,14 @@ def test_info_names_the_choices_for_an_unknown_isa():
     assert "Traceback" not in result.stderr
 
 
+def test_bench_looks_for_the_pictures_folder_first(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run("bench", "--quick", "--png", str(tmp_path / "nowhere" / "bench.png"))
+    assert result.returncode == 1
+    assert "there is no folder" in result.stderr
+    assert "|" not in result.stdout
+
+
 def test_quick_bench(tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "bench.png"

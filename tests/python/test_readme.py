@@ -31,6 +31,9 @@ def test_example_runs(example):
         assert names["ids"].tolist() == [2, 3]
         assert names["order"] == {"read": 1.0}
         assert names["jobs"].get_nowait() == "answer the phone"
+    elif "tree" in names:
+        assert (abs(names["tree"].weights() - [1, 4, 2, 1]) == 0).all()
+        assert set(names["ids"]) == {0, 1, 2, 3}
     elif "report" in names:
         assert set(names["report"].counts) == {"done"}
     elif "tokens" in names:
@@ -45,6 +48,7 @@ def test_there_is_an_example_of_each_kind():
         [],
         ["torch"],
         ["torch", "transformers"],
+        [],
         [],
         [],
         ["torch"],

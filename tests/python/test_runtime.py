@@ -58,6 +58,16 @@ def test_info_names_torch_without_importing_it() -> None:
     assert done.stdout.strip() == torch.__version__, done.stderr
 
 
+def test_modules_are_there_whatever_was_imported_before() -> None:
+    pytest.importorskip("torch")
+    done = run_python("import foveal; foveal.torch.register_transformers, foveal.scheduler.Scheduler")
+    assert done.returncode == 0, done.stderr
+    done = run_python("import sys; sys.modules['torch'] = None; import foveal; assert not hasattr(foveal, 'torch')")
+    assert done.returncode == 0, done.stderr
+    assert "TYPE_CHECKING" not in dir(foveal)
+    assert {*foveal.__all__} <= {*dir(foveal)}
+
+
 def test_import_and_a_call_leave_torch_alone() -> None:
     done = run_python(CALL + "import sys; assert not {'torch', 'ml_dtypes', 'matplotlib'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr

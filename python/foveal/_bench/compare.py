@@ -185,6 +185,14 @@ def fma_peak(threads: int) -> float:
     return operations / _fewest_seconds(lambda: _core.run_fmas(threads, operations))
 
 
+def share_of_cores(threads: int, budget: float = 0.3) -> float:
+    """Which part of that many cores' time this process gets when it wants all of it: less than 1 beside other work."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    while time.perf_counter() < wall + budget:
+        _core.run_fmas(threads, threads * 3e8)
+    return (time.process_time() - cpu) / (time.perf_counter() - wall) / threads
+
+
 def _fewest_seconds(call: Callable[[], object], budget: float = 0.3) -> float:
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < budget:

@@ -6,6 +6,8 @@ together with ``is_causal`` whatever the shapes; what is refused raises TypeErro
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,15 @@ from foveal._attention import attention
 __all__ = ["scaled_dot_product_attention"]
 
 _NAME = "scaled_dot_product_attention"
+_TORCHS_WORDS = {
+    "attention": _NAME,
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "mask": "attn_mask",
+    "bias": "attn_mask",
+    "causal": "is_causal",
+}
 
 
 def scaled_dot_product_attention(
@@ -86,19 +97,27 @@ def scaled_dot_product_attention(
         if len(lead) > 2:
             query, key, value = (x.flatten(0, -4) for x in (query, key, value))
             mask, bias = (_fold(x, lead) for x in (mask, bias))
-    out = attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        causal=is_causal,
-        # Where the two alignments coincide, the default takes the shortest way.
-        q_offset=0 if is_causal and query.shape[-2] != key.shape[-2] else None,
-        scale=scale,
-        dropout_p=dropout_p,
-    )
+    try:
+        out = attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            causal=is_causal,
+            # Where the two alignments coincide, the default takes the shortest way.
+            q_offset=0 if is_causal and query.shape[-2] != key.shape[-2] else None,
+            scale=scale,
+            dropout_p=dropout_p,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(_in_torchs_words(str(error))) from None
     return out.reshape(*lead, *out.shape[-2:]) if len(lead) > 2 else out
+
+
+def _in_torchs_words(text: str) -> str:
+    """Name the arguments of foveal.attention in its error as the caller knows them."""
+    return re.sub(r"\b(attention|q|k|v|mask|bias|causal)\b", lambda found: _TORCHS_WORDS[found[0]], text)
 
 
 def _broadcast(
