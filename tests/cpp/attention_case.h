@@ -1,5 +1,4 @@
-// Attention problems for tests: what to ask, arrays of exactly the memory that a view may touch, and the bound on the
-// answer's error.
+// Attention problems for tests: what to ask, and arrays of exactly the memory that a view may touch.
 //
 // A Case is plain data with defaults; a Problem is a Case with random contents. Every array is a heap block that spans
 // from its lowest to its highest element, so that a sanitizer sees the first byte beyond; outputs are filled with a
@@ -289,93 +288,6 @@ class Problem {
   }
 
   std::mt19937_64 random_;
-};
-
-// What the oracle says, unrounded.
-struct Answer {
-  Array out, lse, weights;
-};
-
-// How far a kernel may be from the oracle on a problem, for one result of true value x:
-//
-//   out       (2 e + s) max|v|  +  rounding(x)
-//   weights   (2 e + s) x       +  rounding(x)
-//   lse       e + s             +  4 u |x|
-//
-// and where the kernel rounds its weights, max|v| times that more for `out`.
-//
-// u is the unit roundoff of the accumulator, e bounds the error of a score (which changes a weight and its row's sum by
-// a factor of exp(e) each) and s that of sums over keys. A sum of n terms in any order is off by at most lambda sqrt(n)
-// u times the sum of their magnitudes, but for a probability of 2 exp(-lambda^2 / 2) (Higham & Mary 2019, theorem 2.4;
-// 7 in 10^4 for kLambda = 4, and only where all terms conspire). By Cauchy and Schwarz sum |q_d k_d| <= |q| |k|. Eight
-// more roundings stand for the scale, exp2, tanh, and the steps between.
-class ErrorBound {
- public:
-  ErrorBound(const Problem& problem, bool rounds_weights) {
-    const Case& c = problem.asked;
-    const double u = c.dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
-    const double scale = c.scale != 0 ? std::fabs(c.scale) : 1 / std::sqrt(static_cast<double>(c.head_dim));
-    const double product = scale * longest_row(problem.q, c.head_dim) * longest_row(problem.k, c.head_dim);
-    double offset = 0;
-    for (const int64_t x : c.q_offset) offset = std::max(offset, std::fabs(static_cast<double>(x)));
-    const double distance = offset + static_cast<double>(c.seqlen_q + c.seqlen_kv);
-    const double added = (problem.bias.view.present() ? problem.bias.max_abs_finite() : 0) +
-                         (problem.slopes.view.present() ? problem.slopes.max_abs_finite() * distance : 0);
-    const double score = u * ((kLambda * std::sqrt(static_cast<double>(c.head_dim)) + 8) * product + 8 * (1 + added));
-    const double sums = u * (kLambda * std::sqrt(static_cast<double>(c.seqlen_kv)) + 8);
-    unit_ = u;
-    lse_ = score + sums;
-    weight_ = 2 * score + sums;
-    value_ = problem.v.max_abs_finite() * (c.dropout_p > 0 && c.dropout_p < 1 ? 1 / (1 - c.dropout_p) : 1);
-    switch (c.dtype) {
-      case DType::kFloat16:
-        rounding_ = 0x1p-11;
-        smallest_ = 0x1p-25;
-        break;
-      case DType::kBFloat16:
-        rounding_ = 0x1p-8;
-        smallest_ = 0x1p-126;
-        break;
-      case DType::kFloat32:
-        rounding_ = 0x1p-24;
-        smallest_ = 0x1p-126;
-        break;
-      default:
-        rounding_ = 0x1p-53;
-        smallest_ = 0x1p-1022;
-    }
-    weight_rounding_ = rounds_weights ? rounding_ : 0;
-  }
-
-  double out(double x) const {
-    return (weight_ + weight_rounding_) * value_ * (1 + rounding_) + rounding_ * std::fabs(x) + smallest_;
-  }
-  double weights(double x) const { return weight_ * x * (1 + rounding_) + rounding_ * x + smallest_; }
-  double lse(double x) const { return lse_ + 4 * unit_ * std::fabs(x); }
-
-  double weight() const { return weight_; }  // relative, of a weight
-  double unit() const { return unit_; }
-  double sum(double terms) const { return unit_ * (kLambda * std::sqrt(terms) + 8); }  // relative to the magnitudes
-  double rounding(double x) const { return rounding_ * std::fabs(x) + smallest_; }     // to the result's dtype
-  double rounding() const { return rounding_; }
-
-  static double longest_row(const Array& array, int64_t width) {
-    double longest = 0, square = 0;
-    int64_t column = 0;
-    array.for_each([&](int64_t offset) {
-      const double x = foveal::load_element(array.view, offset);
-      if (std::isfinite(x)) square += x * x;
-      if (++column < width) return;
-      longest = std::max(longest, square);
-      square = 0;
-      column = 0;
-    });
-    return std::sqrt(longest);
-  }
-
-  static constexpr double kLambda = 4;
-
-  double unit_, lse_, weight_, value_, rounding_, weight_rounding_, smallest_;
 };
 
 }  // namespace foveal_test

@@ -1,13 +1,20 @@
-// What the tests of kernels share: which tables there are, and how results are compared.
+// What the tests of kernels share: which tables there are, how far a result may be from the oracle, how results are
+// compared, and how groups of tests are run.
 #pragma once
 
+#include <omp.h>
+
 #include <cmath>
+#include <cstdio>
 #include <initializer_list>
-#include <random>
 #include <set>
 #include <sstream>
 #include <string>
 #include <vector>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "attention_case.h"
 #include "check.h"
@@ -17,8 +24,6 @@ namespace foveal_test {
 
 using foveal::KernelTable;
 
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
-
 inline const std::vector<const KernelTable*>& tables() {
   static const std::vector<const KernelTable*> found = [] {
     std::vector<const KernelTable*> all;
@@ -27,6 +32,93 @@ inline const std::vector<const KernelTable*>& tables() {
   }();
   return found;
 }
+
+// What the oracle says, unrounded.
+struct Answer {
+  Array out, lse, weights;
+};
+
+// How far a kernel may be from the oracle on a problem, for one result of true value x:
+//
+//   out       (2 e + s) max|v|  +  rounding(x)
+//   weights   (2 e + s) x       +  rounding(x)
+//   lse       e + s             +  4 u |x|
+//
+// and where the kernel rounds its weights, max|v| times that more for `out`.
+//
+// u is the unit roundoff of the accumulator, e bounds the error of a score (which changes a weight and its row's sum by
+// a factor of exp(e) each) and s that of sums over keys. A sum of n terms in any order is off by at most lambda sqrt(n)
+// u times the sum of their magnitudes, but for a probability of 2 exp(-lambda^2 / 2) (Higham & Mary 2019, theorem 2.4;
+// 7 in 10^4 for kLambda = 4, and only where all terms conspire). By Cauchy and Schwarz sum |q_d k_d| <= |q| |k|. Eight
+// more roundings stand for the scale, exp2, tanh, and the steps between.
+class ErrorBound {
+ public:
+  ErrorBound(const Problem& problem, bool rounds_weights) {
+    const Case& c = problem.asked;
+    const double u = c.dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
+    const double scale = c.scale != 0 ? std::fabs(c.scale) : 1 / std::sqrt(static_cast<double>(c.head_dim));
+    const double product = scale * longest_row(problem.q, c.head_dim) * longest_row(problem.k, c.head_dim);
+    double offset = 0;
+    for (const int64_t x : c.q_offset) offset = std::max(offset, std::fabs(static_cast<double>(x)));
+    const double distance = offset + static_cast<double>(c.seqlen_q + c.seqlen_kv);
+    const double added = (problem.bias.view.present() ? problem.bias.max_abs_finite() : 0) +
+                         (problem.slopes.view.present() ? problem.slopes.max_abs_finite() * distance : 0);
+    const double score = u * ((kLambda * std::sqrt(static_cast<double>(c.head_dim)) + 8) * product + 8 * (1 + added));
+    const double sums = u * (kLambda * std::sqrt(static_cast<double>(c.seqlen_kv)) + 8);
+    unit_ = u;
+    lse_ = score + sums;
+    weight_ = 2 * score + sums;
+    value_ = problem.v.max_abs_finite() * (c.dropout_p > 0 && c.dropout_p < 1 ? 1 / (1 - c.dropout_p) : 1);
+    switch (c.dtype) {
+      case DType::kFloat16:
+        rounding_ = 0x1p-11;
+        smallest_ = 0x1p-25;
+        break;
+      case DType::kBFloat16:
+        rounding_ = 0x1p-8;
+        smallest_ = 0x1p-126;
+        break;
+      case DType::kFloat32:
+        rounding_ = 0x1p-24;
+        smallest_ = 0x1p-126;
+        break;
+      default:
+        rounding_ = 0x1p-53;
+        smallest_ = 0x1p-1022;
+    }
+    weight_rounding_ = rounds_weights ? rounding_ : 0;
+  }
+
+  double out(double x) const {
+    return (weight_ + weight_rounding_) * value_ * (1 + rounding_) + rounding_ * std::fabs(x) + smallest_;
+  }
+  double weights(double x) const { return weight_ * x * (1 + rounding_) + rounding_ * x + smallest_; }
+  double lse(double x) const { return lse_ + 4 * unit_ * std::fabs(x); }
+
+  double weight() const { return weight_; }  // relative, of a weight
+  double unit() const { return unit_; }
+  double sum(double terms) const { return unit_ * (kLambda * std::sqrt(terms) + 8); }  // relative to the magnitudes
+  double rounding(double x) const { return rounding_ * std::fabs(x) + smallest_; }     // to the result's dtype
+  double rounding() const { return rounding_; }
+
+  static double longest_row(const Array& array, int64_t width) {
+    double longest = 0, square = 0;
+    int64_t column = 0;
+    array.for_each([&](int64_t offset) {
+      const double x = foveal::load_element(array.view, offset);
+      if (std::isfinite(x)) square += x * x;
+      if (++column < width) return;
+      longest = std::max(longest, square);
+      square = 0;
+      column = 0;
+    });
+    return std::sqrt(longest);
+  }
+
+  static constexpr double kLambda = 4;
+
+  double unit_, lse_, weight_, value_, rounding_, weight_rounding_, smallest_;
+};
 
 // `found` within bound(x) of every true value x, NaN and infinity exactly where they are expected.
 template <class Bound>
@@ -57,18 +149,33 @@ inline void expect_same(const Array& a, const Array& b, const std::string& what)
   if (a.contents() != b.contents()) foveal_test::fail(__FILE__, __LINE__, what + ": the bits differ");
 }
 
-// x - 1, x, x + 1 for each x given.
-inline std::set<int64_t> around(std::initializer_list<int64_t> values) {
-  std::set<int64_t> result;
-  for (const int64_t x : values)
-    for (const int64_t delta : {-1, 0, 1})
-      if (x + delta >= 0) result.insert(x + delta);
-  return result;
-}
+inline int64_t cases_run = 0;  // calls of a kernel
 
-template <class T>
-T pick(std::mt19937_64& random, std::initializer_list<T> choices) {
-  return choices.begin()[random() % choices.size()];
+struct Group {
+  const char* name;
+  void (*test)();
+};
+
+// Runs the groups that the command line names, or all; the status to exit with.
+inline int run_groups(int argc, char** argv, std::initializer_list<Group> groups) {
+#if defined(__GLIBC__)
+  mallopt(M_PERTURB, 0x80);  // fresh memory holds 0x7f: scratch read before it is written would be huge or NaN
+#endif
+  std::set<std::string> asked(argv + 1, argv + argc);
+  const bool all = asked.empty();
+  for (const KernelTable* table : tables()) std::printf("%s ", table->name);
+  for (const Group& group : groups) {
+    if (asked.erase(group.name) == 0 && !all) continue;
+    const int64_t before = cases_run;
+    const double start = omp_get_wtime();
+    group.test();
+    std::printf("\n%-18s %6lld calls %6.2f s", group.name, static_cast<long long>(cases_run - before),
+                omp_get_wtime() - start);
+    std::fflush(stdout);
+  }
+  std::printf("\n");
+  for (const std::string& name : asked) std::fprintf(stderr, "%s: no group is named %s\n", argv[0], name.c_str());
+  return asked.empty() ? result() : 2;
 }
 
 }  // namespace foveal_test

@@ -3,18 +3,14 @@
 // Values: within GradientBound of the oracle for each dtype, shapes around the kernels' own boundaries, every option
 // alone and in random mixtures, and every memory layout. Bits: the same for any number of threads and for each sequence
 // alone. What a pair is masked from does not reach it.
-#include <omp.h>
-
+//
+// test_backward [GROUP...] runs the groups named at the end of this file, or all.
 #include <string>
-
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
 
 #include "attention_case.h"
 #include "attention_check.h"
+#include "case_lists.h"
 #include "check.h"
-#include "isa/kernel_table.h"
 
 namespace {
 
@@ -25,8 +21,6 @@ using foveal::Status;
 constexpr int64_t kGradientKeys = 64;      // a key block of the backward kernel
 constexpr int64_t kRowsABlock = 192;       // rows that share it
 constexpr int64_t kKeysWorthAnItem = 256;  // where few heads are cut
-
-int64_t cases_run = 0;
 
 // A forward problem, what flows back into it, and what comes out. `dbias` has the extents of `bias`.
 struct Gradients {
@@ -135,7 +129,9 @@ Truth oracle(const Gradients& x) {
   AttentionGradients columns = g;
   columns.dout = ones.view;
   columns.dbias = columns.dsinks = {};
-  FOVEAL_CHECK(attention_backward_reference(p, columns).ok());
+  AttentionProblem whole = p;  // dropout takes nothing from P, by which dlse flows back
+  whole.dropout_p = 0;
+  FOVEAL_CHECK(attention_backward_reference(whole, columns).ok());
   truth.largest_column = truth.dv.max_abs_finite();
   FOVEAL_CHECK(attention_backward_reference(p, g).ok());
   return truth;
@@ -283,63 +279,21 @@ void test_head_dims() {
       }
 }
 
-Case with_options(DType dtype, int64_t rows) {
-  Case c;
-  c.dtype = dtype;
-  c.batch = 2;
-  c.heads = 4;
-  c.kv_heads = 2;
-  c.seqlen_q = rows;
-  c.seqlen_kv = 75;
-  c.head_dim = 10;
-  c.value_dim = 7;
-  return c;
-}
+Case with_options(DType dtype, int64_t rows) { return grouped(dtype, rows, 75, 10, 7); }
 
 void test_options() {
   for (const DType dtype : kDTypes)
     for (const int64_t rows : {2, 29}) {
-      const Case base = with_options(dtype, rows);
-      std::vector<Case> cases;
-      const auto add = [&](auto change) {
-        Case c = base;
-        change(c);
-        c.seed = cases.size() + 1;
-        cases.push_back(c);
-      };
-      add([](Case&) {});
-      for (const std::vector<int64_t>& offset :
-           std::vector<std::vector<int64_t>>{{}, {0}, {-20}, {70}, {500}, {-500}, {3, 60}}) {
-        add([&](Case& c) { c.causal = true, c.q_offset = offset; });
-        add([&](Case& c) { c.window_left = 3, c.window_right = 5, c.q_offset = offset; });
-      }
-      for (int axes = 0; axes < 16; ++axes) {
-        add([&](Case& c) { c.mask = axes; });
-        add([&](Case& c) { c.bias = axes, c.bias_dtype = kDTypes[axes % 4], c.softcap = axes % 3 == 0 ? 4 : 0; });
-      }
-      for (const double density : {0.0, 0.02, 1.0}) add([&](Case& c) { c.mask = 15, c.mask_density = density; });
-      add([&](Case& c) { c.bias = 15, c.bias_hides = true; });
-      for (const double softcap : {0.5, 5.0, 50.0}) add([&](Case& c) { c.softcap = softcap, c.scale = 3; });
-      for (const double scale : {-0.7, 1e-3, 2.0}) add([&](Case& c) { c.scale = scale; });
-      for (const bool by_batch : {false, true}) add([&](Case& c) { c.alibi = true, c.alibi_by_batch = by_batch; });
+      Variations list = each_option(with_options(dtype, rows), kGradientKeys);
+      for (int axes = 0; axes < 16; axes += 3)
+        list.add([&](Case& c) { c.bias = axes, c.bias_dtype = kDTypes[axes % 4], c.softcap = 4; });
       for (const double dropout_p : {0.1, 0.9, 1.0})
-        add([&](Case& c) { c.dropout_p = dropout_p, c.causal = true, c.bias = 15, c.sinks = true; });
-      add([](Case& c) { c.sinks = true; });
-      add([](Case& c) { c.sinks = true, c.mask = 12, c.mask_density = 0.01; });
-      for (const std::vector<int64_t>& lens : std::vector<std::vector<int64_t>>{{0, 75}, {74, 1}, {64, 65}}) {
-        add([&](Case& c) { c.kv_lens = lens; });
-        add([&](Case& c) { c.kv_lens = lens, c.causal = true, c.bias = 15; });
-      }
-      add([&](Case& c) { c.q_lens = {0, rows}; });
-      add([&](Case& c) {
-        c.q_lens = {rows, rows / 2}, c.kv_lens = {5, 70}, c.causal = true, c.bias = 12, c.sinks = true;
-      });
-      for (const int64_t kv_heads : {1, 4}) add([&](Case& c) { c.kv_heads = kv_heads; });
-      add([](Case& c) { c.seqlen_q = 0, c.bias = 0; });
-      add([](Case& c) { c.seqlen_kv = 0, c.bias = 4, c.sinks = true; });
-      add([](Case& c) { c.heads = c.kv_heads = 0; });
-      add([](Case& c) { c.batch = 0; });
-      for (const Case& c : cases) check(c, c.seed % 3 == 0);
+        list.add([&](Case& c) { c.dropout_p = dropout_p, c.causal = true, c.bias = 15, c.sinks = true; });
+      for (const std::vector<int64_t>& lens : std::vector<std::vector<int64_t>>{{0, 75}, {74, 1}, {64, 65}})
+        list.add([&](Case& c) { c.kv_lens = lens, c.causal = true, c.bias = 15; });
+      list.add([](Case& c) { c.seqlen_q = 0, c.bias = 0; });
+      list.add([](Case& c) { c.seqlen_kv = 0, c.bias = 4, c.sinks = true; });
+      for (const Case& c : list.cases) check(c, c.seed % 3 == 0);
     }
 }
 
@@ -363,43 +317,10 @@ void test_storage() {
 }
 
 void test_mixtures() {
-  std::mt19937_64 random(20);
-  const auto chance = [&](int in) { return random() % static_cast<uint64_t>(in) == 0; };
-  const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); };
+  RandomCases cases(60, 200);
   for (int x = 0; x < 300; ++x) {
-    Case c;
-    c.seed = random();
-    c.dtype = kDTypes[x % 4];
-    c.batch = 1 + below(3);
-    c.kv_heads = 1 + below(2);
-    c.heads = c.kv_heads * pick<int64_t>(random, {1, 1, 2, 3, 8});
-    c.seqlen_q = 1 + below(chance(2) ? 4 : 60);
-    c.seqlen_kv = 1 + below(200);
-    c.head_dim = 1 + below(40);
-    c.value_dim = 1 + below(40);
-    for (Storage Case::* array : {&Case::q_storage, &Case::k_storage, &Case::v_storage})
-      c.*array = kInputStorages[random() % std::size(kInputStorages)];
-    c.out_storage = kOutputStorages[random() % std::size(kOutputStorages)];
-    c.causal = chance(2);
-    if (chance(3)) c.window_left = below(200);
-    if (chance(3)) c.window_right = below(100);
-    if (chance(3)) c.kv_lens.resize(static_cast<size_t>(c.batch));
-    for (int64_t& len : c.kv_lens) len = below(c.seqlen_kv + 1);
-    if (chance(4)) c.q_lens.resize(static_cast<size_t>(c.batch));
-    for (int64_t& len : c.q_lens) len = below(c.seqlen_q + 1);
-    if (chance(3)) c.q_offset.resize(chance(2) ? 1 : static_cast<size_t>(c.batch));
-    for (int64_t& offset : c.q_offset) offset = below(300) - 100;
-    if (chance(4)) c.softcap = pick(random, {1.0, 20.0});
-    if (chance(4)) c.dropout_p = 0.3;
-    if (chance(3)) c.mask = static_cast<int>(below(16));
-    c.mask_density = pick(random, {0.05, 0.5, 0.95});
-    if (chance(3)) c.bias = static_cast<int>(below(16));
-    c.bias_dtype = kDTypes[random() % 4];
-    c.bias_hides = chance(2);
-    c.alibi = chance(4);
-    c.alibi_by_batch = chance(2);
-    c.sinks = chance(4);
-    check(c, chance(3));
+    const Case c = cases.next();
+    check(c, cases.chance(3));
   }
 }
 
@@ -568,28 +489,15 @@ void test_refusals() {
 
 }  // namespace
 
-int main() {
-#if defined(__GLIBC__)
-  mallopt(M_PERTURB, 0x80);  // fresh memory holds 0x7f: scratch read before it is written would be huge or NaN
-#endif
-  for (const KernelTable* table : tables()) std::printf("%s ", table->name);
-  const auto timed = [](const char* name, auto test) {
-    const int64_t before = cases_run;
-    const double start = omp_get_wtime();
-    test();
-    std::printf("\n%-15s %6lld calls %6.2f s", name, static_cast<long long>(cases_run - before),
-                omp_get_wtime() - start);
-    std::fflush(stdout);
-  };
-  timed("lengths", test_lengths);
-  timed("head dims", test_head_dims);
-  timed("options", test_options);
-  timed("storage", test_storage);
-  timed("mixtures", test_mixtures);
-  timed("masked garbage", test_masked_garbage);
-  timed("threads", test_threads);
-  timed("alone", test_alone);
-  timed("refusals", test_refusals);
-  std::printf("\n");
-  return foveal_test::result();
+int main(int argc, char** argv) {
+  return run_groups(argc, argv,
+                    {{"lengths", test_lengths},
+                     {"head_dims", test_head_dims},
+                     {"options", test_options},
+                     {"storage", test_storage},
+                     {"mixtures", test_mixtures},
+                     {"masked_garbage", test_masked_garbage},
+                     {"threads", test_threads},
+                     {"alone", test_alone},
+                     {"refusals", test_refusals}});
 }

@@ -5,18 +5,13 @@
 // same for any number of threads, in any batch, padded or not, and whatever the other rows hold.
 //
 // test_kernels [GROUP...] runs the groups named at the end of this file, or all.
-#include <omp.h>
-
 #include <set>
 
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
-
+#include "attention/plan.h"
 #include "attention_case.h"
 #include "attention_check.h"
+#include "case_lists.h"
 #include "check.h"
-#include "isa/kernel_table.h"
 
 namespace {
 
@@ -26,21 +21,6 @@ using foveal::Status;
 
 // Where the kernels change course: the key block (softmax.inl.h) and the splits of long key ranges (plan.cc).
 constexpr int64_t kKeyBlock = 128, kDecodePart = 1024, kForwardPart = 2048;
-
-const foveal::RowKernels& kernels(const KernelTable& table, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return table.float64;
-    case DType::kFloat16:
-      return table.float16;
-    case DType::kBFloat16:
-      return table.bfloat16;
-    default:
-      return table.float32;
-  }
-}
-
-int64_t cases_run = 0;
 
 Answer oracle(const Problem& problem) {
   Status status;
@@ -76,7 +56,7 @@ void compute(Problem& problem, const KernelTable& table, int threads = 1) {
 // Whether some batch element of the problem goes to a kernel that rounds its weights.
 bool rounds_weights(const Problem& problem, const KernelTable& table) {
   const Case& c = problem.asked;
-  const foveal::RowKernels& k = kernels(table, c.dtype);
+  const foveal::RowKernels& k = kernels_for(table, c.dtype);
   if (k.rounding_rows == 0 || problem.weights.view.present() || c.kv_heads == 0) return false;
   const int64_t group = c.heads / c.kv_heads;
   for (int64_t b = 0; b < c.batch; ++b) {
@@ -116,7 +96,7 @@ void check(const Case& c) {
 std::set<int64_t> row_counts(DType dtype) {
   std::set<int64_t> counts = around({0, 1});
   for (const KernelTable* table : tables()) {
-    const foveal::RowKernels& k = kernels(*table, dtype);
+    const foveal::RowKernels& k = kernels_for(*table, dtype);
     counts.merge(around({k.decode_rows, k.rows_per_tile / 3, 2 * k.rows_per_tile / 3, k.rows_per_tile}));
   }
   return counts;
@@ -185,66 +165,23 @@ void test_parts() {
       }
 }
 
-Case with_options(DType dtype, int64_t rows) {
-  Case c;
-  c.dtype = dtype;
-  c.batch = 2;
-  c.heads = 4;
-  c.kv_heads = 2;
-  c.seqlen_q = rows;
-  c.seqlen_kv = 150;
-  c.head_dim = 16;
-  c.value_dim = 12;
-  return c;
-}
+Case with_options(DType dtype, int64_t rows) { return grouped(dtype, rows, 150, 16, 12); }
 
 // Each option by itself, for the few-rows and the many-rows kernel.
 void test_options() {
   for (const DType dtype : kDTypes)
     for (const int64_t rows : {1, 2, 37}) {
-      const Case base = with_options(dtype, rows);
-      std::vector<Case> cases;
-      const auto add = [&](auto change) {
-        Case c = base;
-        change(c);
-        c.seed = cases.size() + 1;
-        cases.push_back(c);
-      };
-      for (const std::vector<int64_t>& offset : std::vector<std::vector<int64_t>>{
-               {}, {0}, {-1}, {-20}, {140}, {500}, {-500}, {3, 120}, {int64_t{1} << 59}, {-(int64_t{1} << 59)}}) {
-        add([&](Case& c) { c.causal = true, c.q_offset = offset; });
-        add([&](Case& c) { c.window_left = 3, c.window_right = 5, c.q_offset = offset; });
-      }
-      for (const int64_t left : {int64_t{-1}, int64_t{0}, int64_t{1}, int64_t{127}, int64_t{128}, int64_t{1} << 61})
-        for (const int64_t right : {int64_t{-1}, int64_t{0}, int64_t{64}, (int64_t{1} << 62) + 5})
-          add([&](Case& c) { c.window_left = left, c.window_right = right, c.q_offset = {60}; });
-      for (int axes = 0; axes < 16; ++axes) {
-        add([&](Case& c) { c.mask = axes; });
-        add([&](Case& c) { c.bias = axes, c.bias_dtype = kDTypes[axes % 4]; });
-      }
-      for (const double density : {0.0, 0.02, 1.0}) add([&](Case& c) { c.mask = 15, c.mask_density = density; });
-      for (const DType bias_dtype : kDTypes)
-        add([&](Case& c) { c.bias = 15, c.bias_dtype = bias_dtype, c.bias_hides = true; });
-      for (const double softcap : {0.5, 5.0, 50.0}) add([&](Case& c) { c.softcap = softcap, c.scale = 3; });
-      for (const double dropout_p : {0.1, 0.9, 1.0}) add([&](Case& c) { c.dropout_p = dropout_p, c.weights = true; });
-      for (const double scale : {-0.7, 1e-3, 2.0}) add([&](Case& c) { c.scale = scale; });
-      for (const bool by_batch : {false, true}) add([&](Case& c) { c.alibi = true, c.alibi_by_batch = by_batch; });
-      add([](Case& c) { c.sinks = true; });
-      add([](Case& c) { c.sinks = true, c.mask = 12, c.mask_density = 0.01; });
-      add([](Case& c) { c.lse = false; });
-      add([](Case& c) { c.weights = true; });
-      for (const std::vector<int64_t>& lens : std::vector<std::vector<int64_t>>{{0, 150}, {149, 1}, {128, 129}}) {
-        add([&](Case& c) { c.kv_lens = lens; });
-        add([&](Case& c) { c.kv_lens = lens, c.causal = true, c.weights = true; });
-      }
-      add([&](Case& c) { c.q_lens = {0, rows}; });
-      add([&](Case& c) {
+      Variations list = each_option(with_options(dtype, rows), kKeyBlock);
+      for (const double dropout_p : {0.1, 0.9, 1.0})
+        list.add([&](Case& c) { c.dropout_p = dropout_p, c.weights = true; });
+      list.add([](Case& c) { c.lse = false; });
+      list.add([](Case& c) { c.weights = true; });
+      for (const std::vector<int64_t>& lens : std::vector<std::vector<int64_t>>{{0, 150}, {149, 1}, {128, 129}})
+        list.add([&](Case& c) { c.kv_lens = lens, c.causal = true, c.weights = true; });
+      list.add([&](Case& c) {
         c.q_lens = {rows, rows / 2}, c.kv_lens = {5, 140}, c.causal = true, c.weights = true, c.sinks = true;
       });
-      for (const int64_t kv_heads : {1, 4}) add([&](Case& c) { c.kv_heads = kv_heads; });
-      add([](Case& c) { c.heads = c.kv_heads = 0; });
-      add([](Case& c) { c.batch = 0; });
-      for (const Case& c : cases) check(c);
+      for (const Case& c : list.cases) check(c);
     }
 }
 
@@ -266,45 +203,11 @@ void test_storage() {
     }
 }
 
-// Options in each other's company.
-void test_mixtures(int count) {
-  std::mt19937_64 random(20);
-  const auto chance = [&](int in) { return random() % static_cast<uint64_t>(in) == 0; };
-  const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); };
-  for (int x = 0; x < count; ++x) {
-    Case c;
-    c.seed = random();
-    c.dtype = kDTypes[x % 4];
-    c.batch = 1 + below(3);
-    c.kv_heads = 1 + below(2);
-    c.heads = c.kv_heads * pick<int64_t>(random, {1, 1, 2, 3, 8});
-    c.seqlen_q = chance(2) ? 1 + below(4) : 1 + below(110);
-    c.seqlen_kv = 1 + below(300);
-    c.head_dim = 1 + below(40);
-    c.value_dim = 1 + below(40);
-    for (Storage Case::* array : {&Case::q_storage, &Case::k_storage, &Case::v_storage})
-      c.*array = kInputStorages[random() % std::size(kInputStorages)];
-    c.out_storage = kOutputStorages[random() % std::size(kOutputStorages)];
-    c.causal = chance(2);
-    if (chance(3)) c.window_left = below(200);
-    if (chance(3)) c.window_right = below(100);
-    if (chance(3)) c.kv_lens.resize(static_cast<size_t>(c.batch));
-    for (int64_t& len : c.kv_lens) len = below(c.seqlen_kv + 1);
-    if (chance(4)) c.q_lens.resize(static_cast<size_t>(c.batch));
-    for (int64_t& len : c.q_lens) len = below(c.seqlen_q + 1);
-    if (chance(3)) c.q_offset.resize(chance(2) ? 1 : static_cast<size_t>(c.batch));
-    for (int64_t& offset : c.q_offset) offset = below(400) - 100;
-    if (chance(4)) c.softcap = pick(random, {1.0, 20.0});
-    if (chance(4)) c.dropout_p = 0.3;
-    if (chance(3)) c.mask = static_cast<int>(below(16));
-    c.mask_density = pick(random, {0.05, 0.5, 0.95});
-    if (chance(3)) c.bias = static_cast<int>(below(16));
-    c.bias_dtype = kDTypes[random() % 4];
-    c.bias_hides = chance(2);
-    c.alibi = chance(4);
-    c.alibi_by_batch = chance(2);
-    c.sinks = chance(4);
-    c.weights = chance(4);
+void test_mixtures() {
+  RandomCases cases(110, 300);
+  for (int x = 0; x < 400; ++x) {
+    Case c = cases.next();
+    c.weights = cases.chance(4);
     check(c);
   }
 }
@@ -526,37 +429,18 @@ void test_tables() {
 }  // namespace
 
 int main(int argc, char** argv) {
-#if defined(__GLIBC__)
-  mallopt(M_PERTURB, 0x80);  // fresh memory holds 0x7f: scratch read before it is written would be huge or NaN
-#endif
-  const std::pair<const char*, void (*)()> groups[] = {
-      {"tables", test_tables},
-      {"lengths", test_lengths},
-      {"head_dims", test_head_dims},
-      {"parts", test_parts},
-      {"options", test_options},
-      {"storage", test_storage},
-      {"mixtures", [] { test_mixtures(400); }},
-      {"moving_maximum", test_moving_maximum},
-      {"masked_garbage", test_masked_garbage},
-      {"garbage_rows", test_garbage_rows},
-      {"threads", test_threads},
-      {"alone", test_alone},
-      {"neighbours", test_neighbours},
-  };
-  std::set<std::string> asked(argv + 1, argv + argc);
-  const bool all = asked.empty();
-  for (const KernelTable* table : tables()) std::printf("%s ", table->name);
-  for (const auto& [name, test] : groups) {
-    if (asked.erase(name) == 0 && !all) continue;
-    const int64_t before = cases_run;
-    const double start = omp_get_wtime();
-    test();
-    std::printf("\n%-18s %6lld calls %6.2f s", name, static_cast<long long>(cases_run - before),
-                omp_get_wtime() - start);
-    std::fflush(stdout);
-  }
-  std::printf("\n");
-  for (const std::string& name : asked) std::fprintf(stderr, "test_kernels: no group is named %s\n", name.c_str());
-  return asked.empty() ? foveal_test::result() : 2;
+  return run_groups(argc, argv,
+                    {{"tables", test_tables},
+                     {"lengths", test_lengths},
+                     {"head_dims", test_head_dims},
+                     {"parts", test_parts},
+                     {"options", test_options},
+                     {"storage", test_storage},
+                     {"mixtures", test_mixtures},
+                     {"moving_maximum", test_moving_maximum},
+                     {"masked_garbage", test_masked_garbage},
+                     {"garbage_rows", test_garbage_rows},
+                     {"threads", test_threads},
+                     {"alone", test_alone},
+                     {"neighbours", test_neighbours}});
 }
