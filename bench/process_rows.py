@@ -17,20 +17,39 @@ from foveal._bench.work import Work, foveal_numpy
 Progress = Callable[[float], object]
 
 PEAK_MEMORY = """
-import numpy as np, re
+import re
 from pathlib import Path
+import numpy as np
 import foveal
 
 def kib(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
+def peak_mib(call):
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
+    before = kib("VmRSS")
+    result = call()
+    return (kib("VmHWM") - before) / 1024
+"""
+
+FORWARD = """
 q, k, v = (np.random.default_rng(i).standard_normal((1, 2, {seqlen}, 64), np.float32) for i in range(3))
 out = np.zeros_like(q)
 foveal.attention(q[:, :, :256], k[:, :, :256], v[:, :, :256])  # the threads and their stacks
-Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
-before = kib("VmRSS")
-foveal.attention(q, k, v, out=out)
-print((kib("VmHWM") - before) / 1024)
+print(peak_mib(lambda: foveal.attention(q, k, v, out=out)))
+"""
+
+TRAINING = """
+import torch
+
+def step(*inputs):
+    leaves = [x.requires_grad_() for x in inputs]
+    out = foveal.attention(*leaves)
+    return out, torch.autograd.grad(out, leaves, dout[:, :, : out.shape[2]])
+
+q, k, v, dout = (torch.randn(1, 2, {seqlen}, 64) for _ in range(4))
+step(*(x[:, :, :256].clone() for x in (q, k, v)))  # the threads and their stacks
+print(peak_mib(lambda: step(q, k, v)) - 4 * q.nbytes / 2**20)
 """
 
 IMPORT_TIME = """
@@ -85,7 +104,13 @@ def call_overhead(budget: float, progress: Progress, *, tensors: bool, grad: boo
 
 def peak_memory(budget: float, progress: Progress) -> Row:
     """What a long call holds beyond its inputs and its output; q, k, v and out are 16 MiB each, the scores 8 GiB."""
-    return Row("extra memory at (1,2,32768,64) f32", float(_run(PEAK_MEMORY.format(seqlen=32768))), "MiB")
+    return Row("extra memory at (1,2,32768,64) f32", float(_run(PEAK_MEMORY + FORWARD.format(seqlen=32768))), "MiB")
+
+
+def peak_training_memory(budget: float, progress: Progress) -> Row:
+    """The same of a forward and a backward pass beyond the output and the gradients, 8 MiB each; scores: 2 GiB."""
+    extra = float(_run(PEAK_MEMORY + TRAINING.format(seqlen=16384)))
+    return Row("extra memory at (1,2,16384,64) f32, forward and backward", extra, "MiB")
 
 
 def import_time(budget: float, progress: Progress) -> Row:

@@ -28,7 +28,7 @@ import foveal
 from foveal._bench.compare import cache_nbytes, compare, fma_peak, read_bandwidth
 from foveal._bench.show import Row, markdown, plot
 from foveal._bench.work import Work
-from process_rows import call_overhead, import_time, peak_memory, window_against_full
+from process_rows import call_overhead, import_time, peak_memory, peak_training_memory, window_against_full
 from serving_rows import packed_sequences, paged_decode, paged_int8_decode
 from training_rows import train
 from whole_model import continue_prompt, encode_passages
@@ -123,6 +123,7 @@ def measurements() -> list[Measurement]:
         Measurement("model", "all-MiniLM-L6-v2", encode_passages, {"torch": 1.0}),
         Measurement("model", "llama", continue_prompt, {"torch": 1.0}),
         Measurement("memory", "extra memory", peak_memory, at_most=64.0),
+        Measurement("memory", "extra memory, forward and backward", peak_training_memory, at_most=64.0),
         Measurement("call", "numpy call", functools.partial(call_overhead, tensors=False), at_most=8.0),
         Measurement("call", "torch call", functools.partial(call_overhead, tensors=True), at_most=12.0),
         Measurement(
