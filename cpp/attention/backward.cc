@@ -63,8 +63,10 @@ class BackwardRun {
     Team& team = team_.emplace(options_, items(), flops());
     if (Status status = allocate(team.size()); !status.ok()) return status;
     const Status status = team.run([&](int thread) {
-      prepare_rows(thread);
-      team.barrier();
+      if (parts_ > 1) {  // several items need the same rows
+        prepare_rows(thread);
+        team.barrier();
+      }
       work(thread);
     });
     if (status.ok()) add_up_sinks();
@@ -202,7 +204,7 @@ class BackwardRun {
     return g;
   }
 
-  // ---- first: lse and delta of every row, and the sums of the sinks' gradients
+  // ---- first, or with the one item of a head: lse and delta of its rows, and the sums of the sinks' gradients
   // ------------------------------------------
 
   void prepare_rows(int thread) {
@@ -267,6 +269,7 @@ class BackwardRun {
   }
 
   void run(int64_t b, int64_t kv_head, int64_t part, std::byte* memory, int thread) {
+    if (parts_ == 1) prepare_rows(b, kv_head);
     const HeadTask h = heads_.task(b, kv_head);
     const GradientHead g = gradient_head(h, b, kv_head);
     const int64_t length = part_length(h.kv_len), rows = rows_of(b), head_index = b * kv_heads() + kv_head;
