@@ -1,9 +1,12 @@
 // The matrix products of a register tile, which is where the time goes. All keep sums in registers and read the operand
 // that is not in the lanes by scalar broadcast, in place.
 //
-//   key_products    s[key][row]  = key . row             rows in the lanes; one multiply-add is a step of Dot
-//   (dot.inl.h) add_values      o[col][row] += value[key][col] * p[key][row]      rows in the lanes add_rows
-//   y[key][col] += p[key][row] * x[row][col]          columns in the lanes
+//   key_products    s[key][row]  = key . row                         rows in the lanes
+//   add_values      o[col][row] += value[key][col] * p[key][row]     rows in the lanes
+//   add_rows        y[key][col] += p[key][row] * x[row][col]         columns in the lanes
+//
+// A multiply-add takes what Dot takes in a step (dot.inl.h): one element of the index that is summed over, or two,
+// which then lie side by side in one lane.
 //
 // The guarded forms are for the rare block where a masked pair meets an inf or NaN: masked products are dropped instead
 // of added as 0 * x.
@@ -62,7 +65,7 @@ FOVEAL_INLINE void key_products(const typename V::T* qt, int64_t dim, const type
   for (; j < n; ++j) key_products_step<V, Dot, 1, NV>(qt, dim, k + j * k_stride, k_stride, j, finish);
 }
 
-template <class V, int NC, int NV, bool kFirst>
+template <class V, class Dot, int NC, int NV, bool kFirst>
 FOVEAL_INLINE void value_step(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride,
                               typename V::T* ot, const V (&rescale)[NV]) {
   V acc[NC][NV];
@@ -78,7 +81,7 @@ FOVEAL_INLINE void value_step(const typename V::T* p, int64_t n, const typename 
     for (int c = 0; c < NC; ++c) {
       const V vb = broadcast<V>(v[j * v_stride + c]);
 #pragma GCC unroll 4
-      for (int r = 0; r < NV; ++r) acc[c][r] = fma(vb, w[r], acc[c][r]);
+      for (int r = 0; r < NV; ++r) acc[c][r] = Dot::multiply_add(vb, w[r], acc[c][r]);
     }
   }
 #pragma GCC unroll 8
@@ -87,15 +90,15 @@ FOVEAL_INLINE void value_step(const typename V::T* p, int64_t n, const typename 
     for (int r = 0; r < NV; ++r) store(ot + (c * NV + r) * V::kLanes, acc[c][r]);
 }
 
-// The sums so far, which count as 0 when kFirst, are multiplied by `rescale` on the way.
-template <class V, int NV, bool kFirst>
+// For n steps of keys. The sums so far, which count as 0 when kFirst, are multiplied by `rescale` on the way.
+template <class V, class Dot, int NV, bool kFirst>
 static void add_values(const typename V::T* p, int64_t n, const typename V::T* v, int64_t v_stride, int64_t value_dim,
                        typename V::T* ot, const V (&rescale)[NV]) {
   constexpr int64_t step = int64_t{NV} * V::kLanes;
   int64_t c = 0;
   for (; c + kTileStep <= value_dim; c += kTileStep)
-    value_step<V, kTileStep, NV, kFirst>(p, n, v + c, v_stride, ot + c * step, rescale);
-  for (; c < value_dim; ++c) value_step<V, 1, NV, kFirst>(p, n, v + c, v_stride, ot + c * step, rescale);
+    value_step<V, Dot, kTileStep, NV, kFirst>(p, n, v + c, v_stride, ot + c * step, rescale);
+  for (; c < value_dim; ++c) value_step<V, Dot, 1, NV, kFirst>(p, n, v + c, v_stride, ot + c * step, rescale);
 }
 
 // `masked(j, r)`: the rows of vector r that must not see key j.
@@ -118,7 +121,7 @@ static void add_values_guarded(const typename V::T* p, int64_t n, const typename
 
 // ---- columns in the lanes -------------------------------------------------------------------------------------------
 
-template <class V, int NK, int NC>
+template <class V, class Dot, int NK, int NC>
 FOVEAL_INLINE void add_rows_step(const typename V::T* p, int64_t p_stride, const typename V::T* x, int64_t x_stride,
                                  int64_t rows, typename V::T* y, int64_t y_stride) {
   V acc[NK][NC];
@@ -134,7 +137,7 @@ FOVEAL_INLINE void add_rows_step(const typename V::T* p, int64_t p_stride, const
     for (int n = 0; n < NK; ++n) {
       const V pb = broadcast<V>(p[n * p_stride + r]);
 #pragma GCC unroll 4
-      for (int c = 0; c < NC; ++c) acc[n][c] = fma(pb, column[c], acc[n][c]);
+      for (int c = 0; c < NC; ++c) acc[n][c] = Dot::multiply_add(pb, column[c], acc[n][c]);
     }
   }
 #pragma GCC unroll 8
@@ -143,29 +146,30 @@ FOVEAL_INLINE void add_rows_step(const typename V::T* p, int64_t p_stride, const
     for (int c = 0; c < NC; ++c) store(y + n * y_stride + c * V::kLanes, acc[n][c]);
 }
 
-template <class V, int NC>
+template <class V, class Dot, int NC>
 static void add_rows_columns(const typename V::T* p, int64_t p_stride, int64_t n, const typename V::T* x,
                              int64_t x_stride, int64_t rows, typename V::T* y, int64_t y_stride) {
   int64_t j = 0;
   for (; j + 6 <= n; j += 6)
-    add_rows_step<V, 6, NC>(p + j * p_stride, p_stride, x, x_stride, rows, y + j * y_stride, y_stride);
+    add_rows_step<V, Dot, 6, NC>(p + j * p_stride, p_stride, x, x_stride, rows, y + j * y_stride, y_stride);
   for (; j + 2 <= n; j += 2)
-    add_rows_step<V, 2, NC>(p + j * p_stride, p_stride, x, x_stride, rows, y + j * y_stride, y_stride);
-  for (; j < n; ++j) add_rows_step<V, 1, NC>(p + j * p_stride, p_stride, x, x_stride, rows, y + j * y_stride, y_stride);
+    add_rows_step<V, Dot, 2, NC>(p + j * p_stride, p_stride, x, x_stride, rows, y + j * y_stride, y_stride);
+  for (; j < n; ++j)
+    add_rows_step<V, Dot, 1, NC>(p + j * p_stride, p_stride, x, x_stride, rows, y + j * y_stride, y_stride);
 }
 
-// For n keys; `width`, the columns of x and y, is a whole number of vectors.
-template <class V>
+// For n keys and `rows` steps of rows; `width`, the columns of x and y, is a whole number of vectors.
+template <class V, class Dot>
 static void add_rows(const typename V::T* p, int64_t p_stride, int64_t n, const typename V::T* x, int64_t x_stride,
                      int64_t rows, int64_t width, typename V::T* y, int64_t y_stride) {
   constexpr int kWide = kVectorRegisters >= 32 ? 4 : 2;
   int64_t c = 0;
   for (; c + kWide * V::kLanes <= width; c += kWide * V::kLanes)
-    add_rows_columns<V, kWide>(p, p_stride, n, x + c, x_stride, rows, y + c, y_stride);
+    add_rows_columns<V, Dot, kWide>(p, p_stride, n, x + c, x_stride, rows, y + c, y_stride);
   if constexpr (kWide > 2)
     for (; c + 2 * V::kLanes <= width; c += 2 * V::kLanes)
-      add_rows_columns<V, 2>(p, p_stride, n, x + c, x_stride, rows, y + c, y_stride);
-  for (; c < width; c += V::kLanes) add_rows_columns<V, 1>(p, p_stride, n, x + c, x_stride, rows, y + c, y_stride);
+      add_rows_columns<V, Dot, 2>(p, p_stride, n, x + c, x_stride, rows, y + c, y_stride);
+  for (; c < width; c += V::kLanes) add_rows_columns<V, Dot, 1>(p, p_stride, n, x + c, x_stride, rows, y + c, y_stride);
 }
 
 // Bit r of seen[j]: row r sees key j.

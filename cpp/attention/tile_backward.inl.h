@@ -8,16 +8,16 @@
 // (with dropout, F of factors 0 or 1 / (1 - p):  dS = P * (F * dP - delta),  dV = (F * P)^T dout).
 //
 // As in the forward kernel, query rows are in the lanes: S^T = K Q^T and dP^T = V dout^T come out transposed, a block
-// is one pass over both, and dQ^T = K^T dS^T is summed in the same form. dV and dK have columns in the lanes.
+// is one pass over both, and dQ^T = K^T dS^T is summed in the same form. dV and dK have columns in the lanes. All five
+// products take Dot::kStep elements a multiply-add; with pairs, p and ds are rounded before they are summed
+// (gradient_pairs.inl.h).
 //
-//   qt, dot     [head_dim | value_dim][rows]   q * scale * log2(e), and dout, transposed
-//   q, dout     [rows][head_dim | value_dim]   the same rows, in place where they are stored so
 //   p, ds       [kGradientKeys][rows]          of one key block
 //   dq_sums     [head_dim][rows]               over all key blocks
 //   key_sums    [keys][head_dim | value_dim]   dk then dv of each key, over all rows
 //
-// Every sum runs over tiles of rows, or over keys, in ascending order and one element at a time, wherever blocks begin:
-// so how a problem is cut into tasks does not show in the bits.
+// Every sum runs over tiles of rows, or over keys, in ascending order and one step at a time, wherever blocks begin: so
+// how a problem is cut into tasks does not show in the bits.
 #pragma once
 
 namespace foveal {
@@ -25,75 +25,31 @@ namespace {
 
 constexpr int64_t kGradientKeys = 64;  // p and ds of a tile stay in the first-level cache
 
-template <class V>
-struct GradientTile {
+// What a call works with beside its tiles: of one tile and key block, and of one key block for all tiles.
+template <class V, class Dot>
+struct GradientScratch {
   using T = typename V::T;
-  int64_t row_begin, rows;
-  int vectors;
-  T *qt, *dot;
-  Rows<T> q, dout;  // padded to whole vectors with anything finite, in place: by nothing
-  T *lse, *delta;   // a lane a row; +inf and 0 beyond the last
-  T* dq;
-  bool untouched;  // dq is undefined and counts as 0
-  bool finite;     // lse, delta, q and dout are
-};
+  T *p, *ds, *slope;
+  typename Dot::Key *packed_k, *packed_v;  // where they cannot be read in place
+  // Of pairs: ds by keys, the keys; and q, dout and k as guarded sums read them.
+  T *ds_pairs = nullptr, *k_pairs = nullptr, *wide_q = nullptr, *wide_dout = nullptr, *wide_k = nullptr;
 
-template <class V>
-FOVEAL_INLINE int64_t padded(int64_t width) {
-  return round_up(width, V::kLanes);
-}
-
-// ---- entry of a tile ------------------------------------------------------------------------------------------------
-
-// Row-major rows for the products that have columns in the lanes: in place, or widened and padded with zeros.
-template <class V, class S>
-static Rows<typename V::T> gradient_rows(const HeadTask& h, const GradientTile<V>& tile, const void* base,
-                                         int64_t stride_s, int64_t stride_g, int64_t stride_d, int64_t width,
-                                         typename V::T* buffer) {
-  using T = typename V::T;
-  const S* src = static_cast<const S*>(base);
-  if constexpr (__is_same(S, T))
-    if (stride_d == 1 && h.group == 1 && width % V::kLanes == 0) return {src + tile.row_begin * stride_s, stride_s};
-  const int64_t stride = padded<V>(width);
-  for (int r = 0; r < tile.vectors; ++r) {
-    const S* rows[V::kLanes];
-    const int64_t done = int64_t{r} * V::kLanes;
-    row_pointers<V>(h.group, tile.row_begin + done, tile.rows - done, src, stride_s, stride_g, rows);
-    for (int lane = 0; lane < V::kLanes && rows[lane] != nullptr; ++lane)
-      for (int64_t c = 0; c < width; c += V::kLanes)
-        store(buffer + (done + lane) * stride + c,
-              widen_strided<V>(rows[lane] + c * stride_d, stride_d, min64(V::kLanes, width - c)));
-  }
-  return {buffer, stride};
-}
-
-template <class V, class S, class Dot>
-static void begin_gradient_tile(const GradientTask& task, GradientTile<V>& tile, typename V::T* q_buffer,
-                                typename V::T* dout_buffer) {
-  using T = typename V::T;
-  const GradientHead& g = *task.grads;
-  const HeadTask& h = *g.head;
-  const int64_t width = int64_t{tile.vectors} * V::kLanes;
-  for (int r = 0; r < tile.vectors; ++r) {
-    const int64_t done = int64_t{r} * V::kLanes, first = tile.row_begin + done, rows = tile.rows - done;
-    const S* pointers[V::kLanes];
-    row_pointers<V>(h.group, first, rows, static_cast<const S*>(h.q), h.q_stride_s, h.q_stride_g, pointers);
-    load_transposed<V, S, Dot>(pointers, h.q_stride_d, h.head_dim, score_scale<V>(h), tile.qt + done, width);
-    row_pointers<V>(h.group, first, rows, static_cast<const S*>(g.dout), g.dout_stride_s, g.dout_stride_g, pointers);
-    load_transposed<V, S, Dot>(pointers, g.dout_stride_d, h.value_dim, broadcast<V>(1), tile.dot + done, width);
-    for (int lane = 0; lane < V::kLanes; ++lane) {
-      const bool inside = lane < rows;
-      tile.lse[done + lane] = inside ? static_cast<const T*>(g.lse)[first + lane] : static_cast<T>(__builtin_inf());
-      tile.delta[done + lane] = inside ? static_cast<const T*>(g.delta)[first + lane] : T{0};
+  GradientScratch(Arena<T>& arena, const HeadTask& h) {
+    using Key = typename Dot::Key;
+    p = arena.take(kGradientKeys * kTileRows<V>);
+    ds = arena.take(kGradientKeys * kTileRows<V>);
+    slope = arena.take(kGradientKeys * kTileRows<V>);
+    packed_k = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.head_dim));
+    packed_v = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.value_dim));
+    if constexpr (Dot::kStep == 2) {
+      ds_pairs = arena.take(kGradientKeys / 2 * kTileRows<V>);
+      k_pairs = arena.take(kGradientKeys / 2 * padded<V>(h.head_dim));
+      wide_q = arena.take(kTileRows<V> * padded<V>(h.head_dim));
+      wide_dout = arena.take(kTileRows<V> * padded<V>(h.value_dim));
+      wide_k = arena.take(kGradientKeys * padded<V>(h.head_dim));
     }
   }
-  tile.q = gradient_rows<V, S>(h, tile, h.q, h.q_stride_s, h.q_stride_g, h.q_stride_d, h.head_dim, q_buffer);
-  tile.dout =
-      gradient_rows<V, S>(h, tile, g.dout, g.dout_stride_s, g.dout_stride_g, g.dout_stride_d, h.value_dim, dout_buffer);
-  tile.finite = all_finite<V>(tile.lse, 0, 1, tile.rows) && all_finite<V>(tile.delta, 0, 1, tile.rows) &&
-                all_finite<V>(tile.q.p, tile.q.stride, tile.rows, h.head_dim) &&
-                all_finite<V>(tile.dout.p, tile.dout.stride, tile.rows, h.value_dim);
-}
+};
 
 // ---- a tile and a key block -----------------------------------------------------------------------------------------
 
@@ -103,7 +59,7 @@ struct GradientKeys {
   using Key = typename Dot::Key;
   int64_t begin, end;
   Rows<Key> k, v;   // for the scores and for dP
-  Rows<T> k_value;  // k as dQ adds it
+  Rows<T> k_value;  // steps of keys, as dQ adds them
   T *dk, *dv;       // sums
   int64_t sums_stride;
 
@@ -114,51 +70,12 @@ struct GradientKeys {
     keys.end = to;
     keys.k.p += skip * k.stride;
     keys.v.p += skip * v.stride;
-    keys.k_value.p += skip * k_value.stride;
+    keys.k_value.p += skip / Dot::kStep * k_value.stride;
     keys.dk += skip * sums_stride;
     keys.dv += skip * sums_stride;
     return keys;
   }
 };
-
-// dbias += ds, summed over the axes of stride 0.
-template <class V, int NV>
-static void add_to_bias(const GradientHead& g, const GradientTile<V>& tile, int64_t key_begin, int64_t n,
-                        const typename V::T* ds) {
-  using T = typename V::T;
-  constexpr int64_t width = int64_t{NV} * V::kLanes;
-  T* dbias = static_cast<T*>(g.dbias);
-  if (g.dbias_stride_k == 1 && g.dbias_stride_s != 0) {
-    for (int r = 0; r < NV; ++r) {
-      T* rows[V::kLanes];
-      const int64_t done = int64_t{r} * V::kLanes;
-      row_pointers<V>(g.head->group, tile.row_begin + done, tile.rows - done, dbias, g.dbias_stride_s, g.dbias_stride_g,
-                      rows);
-      for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
-        const int64_t keys = min64(V::kLanes, n - j0);
-        V block[V::kLanes];
-        for (int lane = 0; lane < V::kLanes; ++lane)
-          block[lane] = lane < keys ? load(ds + (j0 + lane) * width + done) : zero<V>();
-        transpose(block);
-        for (int lane = 0; lane < V::kLanes && rows[lane] != nullptr; ++lane) {
-          T* to = rows[lane] + key_begin + j0;
-          narrow_n(to, widen_n(to, keys) + block[lane], keys);
-        }
-      }
-    }
-    return;
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    int64_t i = tile.row_begin / g.head->group, head = tile.row_begin % g.head->group;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      dbias[i * g.dbias_stride_s + head * g.dbias_stride_g + (key_begin + j) * g.dbias_stride_k] += ds[j * width + r];
-      if (++head == g.head->group) {
-        head = 0;
-        ++i;
-      }
-    }
-  }
-}
 
 // Masked elements become 0, whatever NaN the product with a masked key or value gave.
 template <class V, int NV>
@@ -202,12 +119,62 @@ static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile
     }
 }
 
+// The share of the tile and the keys in dv, dk and dq.
+template <class V, class Dot, int NV>
+static void add_sums(const HeadTask& h, const GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
+                     const GradientScratch<V, Dot>& at) {
+  constexpr int64_t stride = int64_t{NV} * V::kLanes / Dot::kStep;  // of p and ds by rows
+  const int64_t n = keys.end - keys.begin;
+  const typename V::T* ds_by_keys = at.ds;
+  if constexpr (Dot::kStep == 2) {
+    round_key_pairs<V, NV>(at.ds, n, at.ds_pairs);
+    round_row_pairs<V, NV>(at.ds, n);
+    round_row_pairs<V, NV>(at.p, n);
+    ds_by_keys = at.ds_pairs;
+  }
+  const int64_t row_steps = (tile.rows + Dot::kStep - 1) / Dot::kStep, key_steps = (n + Dot::kStep - 1) / Dot::kStep;
+  add_rows<V, Dot>(at.p, stride, n, tile.dout.p, tile.dout.stride, row_steps, padded<V>(h.value_dim), keys.dv,
+                   keys.sums_stride);
+  add_rows<V, Dot>(at.ds, stride, n, tile.q.p, tile.q.stride, row_steps, padded<V>(h.head_dim), keys.dk,
+                   keys.sums_stride);
+  V keep[NV];
+  for (int r = 0; r < NV; ++r) keep[r] = broadcast<V>(1);
+  const Rows<typename V::T>& k = keys.k_value;
+  if (tile.untouched)
+    add_values<V, Dot, NV, true>(ds_by_keys, key_steps, k.p, k.stride, h.head_dim, tile.dq, keep);
+  else
+    add_values<V, Dot, NV, false>(ds_by_keys, key_steps, k.p, k.stride, h.head_dim, tile.dq, keep);
+}
+
+// The same where a masked pair may meet an inf or NaN; always one element a step.
+template <class V, class Dot, int NV>
+static void add_sums_guarded(const HeadTask& h, const GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
+                             const GradientScratch<V, Dot>& at, const uint64_t* seen) {
+  constexpr int64_t stride = int64_t{NV} * V::kLanes;
+  const int64_t n = keys.end - keys.begin;
+  Rows<typename V::T> q = tile.q, dout = tile.dout, k = keys.k_value;
+  if constexpr (Dot::kStep == 2) {
+    q = unpack_pairs<V>(q, tile.rows, at.wide_q);
+    dout = unpack_pairs<V>(dout, tile.rows, at.wide_dout);
+    k = unpack_pairs<V>(k, n, at.wide_k);
+  }
+  add_rows_guarded<V>(at.p, stride, n, dout.p, dout.stride, tile.rows, padded<V>(h.value_dim), keys.dv,
+                      keys.sums_stride, seen);
+  add_rows_guarded<V>(at.ds, stride, n, q.p, q.stride, tile.rows, padded<V>(h.head_dim), keys.dk, keys.sums_stride,
+                      seen);
+  V keep[NV];
+  for (int r = 0; r < NV; ++r) keep[r] = broadcast<V>(1);
+  add_values_guarded<V, NV>(at.ds, n, k.p, k.stride, h.head_dim, tile.dq, keep, tile.untouched,
+                            [seen](int64_t j, int r) { return mask_from_bits<V>(~seen[j] >> (r * V::kLanes)); });
+}
+
 template <class V, class Dot, int NV>
 static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
-                          typename V::T* p, typename V::T* ds, typename V::T* slope) {
+                          const GradientScratch<V, Dot>& scratch) {
   const HeadTask& h = *g.head;
   constexpr int64_t width = int64_t{NV} * V::kLanes;
   const int64_t n = keys.end - keys.begin;
+  typename V::T *p = scratch.p, *ds = scratch.ds, *slope = scratch.slope;
   uint64_t bits[kGradientKeys];
   const Visibility visibility = visible_bits(h, tile.row_begin, tile.rows, keys.begin, n, bits);
   if (visibility == Visibility::kNone) return;
@@ -235,28 +202,14 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
       store(p + x, f * w);
     });
   if (seen != nullptr) keep_seen<V, NV>(seen, n, ds);
-  if (g.dbias != nullptr) add_to_bias<V, NV>(g, tile, keys.begin, n, ds);
+  if (g.dbias != nullptr) add_to_bias<V, NV>(g, tile.row_begin, tile.rows, keys.begin, n, ds);
   if (h.softcap > 0)
     for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, load(ds + x) * load(slope + x));
 
-  V keep[NV];
-  for (int r = 0; r < NV; ++r) keep[r] = broadcast<V>(1);
-  const int64_t head_width = padded<V>(h.head_dim), value_width = padded<V>(h.value_dim);
-  const bool guarded = seen != nullptr && !(tile.finite && all_finite<V>(keys.k.p, keys.k.stride, n, h.head_dim));
-  if (guarded) {
-    add_rows_guarded<V>(p, width, n, tile.dout.p, tile.dout.stride, tile.rows, value_width, keys.dv, keys.sums_stride,
-                        seen);
-    add_rows_guarded<V>(ds, width, n, tile.q.p, tile.q.stride, tile.rows, head_width, keys.dk, keys.sums_stride, seen);
-    add_values_guarded<V, NV>(ds, n, keys.k_value.p, keys.k_value.stride, h.head_dim, tile.dq, keep, tile.untouched,
-                              [seen](int64_t j, int r) { return mask_from_bits<V>(~seen[j] >> (r * V::kLanes)); });
-  } else {
-    add_rows<V>(p, width, n, tile.dout.p, tile.dout.stride, tile.rows, value_width, keys.dv, keys.sums_stride);
-    add_rows<V>(ds, width, n, tile.q.p, tile.q.stride, tile.rows, head_width, keys.dk, keys.sums_stride);
-    if (tile.untouched)
-      add_values<V, NV, true>(ds, n, keys.k_value.p, keys.k_value.stride, h.head_dim, tile.dq, keep);
-    else
-      add_values<V, NV, false>(ds, n, keys.k_value.p, keys.k_value.stride, h.head_dim, tile.dq, keep);
-  }
+  if (seen != nullptr && !(tile.finite && all_finite<V>(keys.k.p, keys.k.stride, n, h.head_dim)))
+    add_sums_guarded<V, Dot, NV>(h, tile, keys, scratch, seen);
+  else
+    add_sums<V, Dot, NV>(h, tile, keys, scratch);
   tile.untouched = false;
 }
 
@@ -267,13 +220,23 @@ static int64_t key_sums_width(const HeadTask& h) {
   return padded<V>(h.head_dim) + padded<V>(h.value_dim);
 }
 
-template <class V>
+template <class V, class Dot>
 static int64_t backward_scratch_nbytes(const HeadTask& h, int64_t rows) {
   const int64_t tiles = (rows + kTileRows<V> - 1) / kTileRows<V>;
   const int64_t dims = padded<V>(h.head_dim) + padded<V>(h.value_dim);
   const int64_t per_tile = kTileRows<V> * (2 * dims + 2) + static_cast<int64_t>(sizeof(GradientTile<V>));
-  const int64_t shared = kGradientKeys * (3 * kTileRows<V> + 2 * h.head_dim + h.value_dim);
+  int64_t shared = kGradientKeys * (3 * kTileRows<V> + h.head_dim + h.value_dim);
+  if constexpr (Dot::kStep == 2)
+    shared += kGradientKeys * (kTileRows<V> + 2 * padded<V>(h.head_dim)) + kTileRows<V> * dims;
   return round_up((tiles * per_tile + shared) * static_cast<int64_t>(sizeof(typename V::T)) + 16 * 64, 64);
+}
+
+// The keys that some of the rows see, and those that share a step with one.
+template <class Dot>
+FOVEAL_INLINE KeyRange keys_in_steps(const HeadTask& h, int64_t row_begin, int64_t row_end) {
+  const KeyRange range = visible_keys(h, row_begin, row_end);
+  if (range.begin >= range.end) return range;
+  return {range.begin / Dot::kStep * Dot::kStep, min64(round_up(range.end, Dot::kStep), h.kv_len)};
 }
 
 template <class V, class S>
@@ -308,12 +271,7 @@ static void backward(const GradientTask& task) {
   const HeadTask& h = *g.head;
   Arena<T> arena{static_cast<T*>(task.scratch)};
   const int64_t tiles = (task.row_end - task.row_begin + kTileRows<V> - 1) / kTileRows<V>;
-  T* p = arena.take(kGradientKeys * kTileRows<V>);
-  T* ds = arena.take(kGradientKeys * kTileRows<V>);
-  T* slope = arena.take(kGradientKeys * kTileRows<V>);
-  Key* packed_k = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.head_dim));
-  Key* packed_v = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.value_dim));
-  T* packed_value = arena.take(kGradientKeys * h.head_dim);
+  const GradientScratch<V, Dot> scratch(arena, h);
   GradientTile<V>* tile =
       reinterpret_cast<GradientTile<V>*>(arena.take(tiles * static_cast<int64_t>(sizeof(GradientTile<V>) / sizeof(T))));
   for (int64_t t = 0; t < tiles; ++t) {
@@ -332,7 +290,7 @@ static void backward(const GradientTask& task) {
     begin_gradient_tile<V, S, Dot>(task, x, q_buffer, dout_buffer);
   }
 
-  KeyRange range = visible_keys(h, task.row_begin, task.row_end);
+  KeyRange range = keys_in_steps<Dot>(h, task.row_begin, task.row_end);
   range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
   const int64_t head_width = padded<V>(h.head_dim), sums_stride = key_sums_width<V>(h);
   for (int64_t block = range.begin / kGradientKeys * kGradientKeys; block < range.end; block += kGradientKeys) {
@@ -342,26 +300,30 @@ static void backward(const GradientTask& task) {
     const int64_t n = keys.end - keys.begin;
     const S* k = static_cast<const S*>(h.k) + keys.begin * h.k_stride_s;
     const S* v = static_cast<const S*>(h.v) + keys.begin * h.v_stride_s;
-    keys.k = rows_as<V, Key>(k, h.k_stride_s, h.k_stride_d, n, h.head_dim, packed_k);
-    keys.v = rows_as<V, Key>(v, h.v_stride_s, h.v_stride_d, n, h.value_dim, packed_v);
-    if constexpr (__is_same(Key, T))
+    keys.k = rows_as<V, Key>(k, h.k_stride_s, h.k_stride_d, n, h.head_dim, scratch.packed_k);
+    keys.v = rows_as<V, Key>(v, h.v_stride_s, h.v_stride_d, n, h.value_dim, scratch.packed_v);
+    if constexpr (Dot::kStep == 2) {
+      const auto chunk_at = [&](int64_t j, int64_t c) __attribute__((always_inline)) {
+        return Dot::load_chunk_n(keys.k.row(j) + c, h.head_dim - c);
+      };
+      keys.k_value = pack_pairs<V>(n, padded<V>(h.head_dim), chunk_at, scratch.k_pairs);
+    } else {
       keys.k_value = keys.k;
-    else
-      keys.k_value = rows_as<V, T>(k, h.k_stride_s, h.k_stride_d, n, h.head_dim, packed_value);
+    }
     keys.dk = static_cast<T*>(task.key_sums) + (keys.begin - task.key_begin) * sums_stride;
     keys.dv = keys.dk + head_width;
     keys.sums_stride = sums_stride;
     for (int64_t t = 0; t < tiles; ++t) {
-      const KeyRange own = visible_keys(h, tile[t].row_begin, tile[t].row_begin + tile[t].rows);
+      const KeyRange own = keys_in_steps<Dot>(h, tile[t].row_begin, tile[t].row_begin + tile[t].rows);
       const int64_t begin = max64(keys.begin, own.begin), end = min64(keys.end, own.end);
       if (begin >= end) continue;
       const GradientKeys<V, Dot> part = keys.part(begin, end);
       if (tile[t].vectors == 1)
-        add_gradients<V, Dot, 1>(g, tile[t], part, p, ds, slope);
+        add_gradients<V, Dot, 1>(g, tile[t], part, scratch);
       else if (tile[t].vectors == 2)
-        add_gradients<V, Dot, 2>(g, tile[t], part, p, ds, slope);
+        add_gradients<V, Dot, 2>(g, tile[t], part, scratch);
       else
-        add_gradients<V, Dot, 3>(g, tile[t], part, p, ds, slope);
+        add_gradients<V, Dot, 3>(g, tile[t], part, scratch);
     }
   }
 

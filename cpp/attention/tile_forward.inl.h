@@ -112,6 +112,7 @@ static Visibility block_scores(const HeadTask& h, const Tile<V>& tile,
 template <class V, class Dot, int NV>
 static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename Dot::Key, typename V::T>& block,
                        typename V::T* s) {
+  using T = typename V::T;
   V highest[NV], rescale[NV];
   const int64_t n = block.end - block.begin;
   const Visibility seen = block_scores<V, Dot, NV>(h, tile, block, s, highest);
@@ -123,9 +124,9 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
     add_values_guarded<V, NV>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale, tile.untouched,
                               [s](int64_t j, int r) { return sign_mask(load(s + (j * NV + r) * V::kLanes)); });
   else if (tile.untouched)
-    add_values<V, NV, true>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale);
+    add_values<V, WidenedDot<V, T>, NV, true>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale);
   else
-    add_values<V, NV, false>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale);
+    add_values<V, WidenedDot<V, T>, NV, false>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale);
   tile.untouched = false;
 }
 

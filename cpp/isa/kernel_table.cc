@@ -38,6 +38,9 @@
 #include "attention/value_pairs.inl.h"
 #include "attention/tile_decode.inl.h"
 #include "attention/merge.inl.h"
+#include "attention/gradient_pairs.inl.h"
+#include "attention/gradient_tile.inl.h"
+#include "attention/bias_gradient.inl.h"
 #include "attention/tile_backward.inl.h"
 // clang-format on
 
@@ -56,11 +59,12 @@ constexpr RowKernels kRowKernels = {kTileRows<V>,
                                     decode_scratch_nbytes<V>,
                                     decode<V, S>,
                                     merge<V, S>,
-                                    backward_scratch_nbytes<V>,
+                                    backward_scratch_nbytes<V, ScoreDot<V, S>>,
                                     key_sums_width<V>,
                                     backward_delta<V, S>,
                                     backward<V, S>,
-                                    backward_keys<V, S>};
+                                    backward_keys<V, S>,
+                                    ScoreDot<V, S>::kStep == 2};
 
 }  // namespace
 

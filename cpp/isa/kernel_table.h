@@ -121,6 +121,7 @@ struct RowKernels {
   void (*backward_delta)(const GradientTask&);
   void (*backward)(const GradientTask&);
   void (*backward_keys)(const GradientTask&);
+  bool rounds_gradients;  // weights and gradients of scores, to the stored type before they are summed
 };
 
 struct KernelTable {

@@ -220,6 +220,24 @@ FOVEAL_INLINE F32 load_pairs_n(const BFloat16* p, int64_t n) {
 FOVEAL_INLINE void store_pairs(BFloat16* p, F32 first, F32 second) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
 }
+// Lane l: the pair (a[l], b[l]), rounded to nearest even.
+FOVEAL_INLINE F32 round_pairs(F32 a, F32 b) {
+  alignas(64) static constexpr auto kOrder = [] {
+    struct {
+      uint16_t lane[32];
+    } order = {};
+    for (int x = 0; x < 32; ++x) order.lane[x] = static_cast<uint16_t>(x % 2 * 16 + x / 2);
+    return order;
+  }();
+  const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder.lane), rounded))};
+}
+// The first and the second of each pair.
+FOVEAL_INLINE void widen_pairs(F32 pairs, F32& first, F32& second) {
+  const __m512i x = _mm512_castps_si512(pairs.v);
+  first = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
+  second = {_mm512_castsi512_ps(_mm512_and_epi32(x, _mm512_set1_epi32(-0x10000)))};
+}
 FOVEAL_INLINE F32 broadcast_pair(const BFloat16* p) {
   int32_t pair;
   __builtin_memcpy(&pair, p, sizeof(pair));

@@ -7,6 +7,7 @@
 // test_backward [GROUP...] runs the groups named at the end of this file, or all.
 #include <string>
 
+#include "attention/plan.h"
 #include "attention_case.h"
 #include "attention_check.h"
 #include "case_lists.h"
@@ -141,10 +142,11 @@ Truth oracle(const Gradients& x) {
 // l from the log-sum-exp, which is rounded to the accumulator. dp = dout . v and delta = dout . out, with an `out` that
 // was rounded to q's dtype, are off by d in all; |dp - delta| and dlse are at most m. So ds = p (dp - delta) is off by
 // p b, b = (w + l) m + d, and sums of it with factors up to f, over weights that come to W, by W f (b + s m), s from
-// the order of the sum. W is 1 along keys, the largest column along rows.
+// the order of the sum. W is 1 along keys, the largest column along rows. Where the kernel rounds p and ds before it
+// sums them, s is that rounding more; dbias sums what is not rounded.
 class GradientBound {
  public:
-  GradientBound(Gradients& x, const Truth& truth) : bound_(x.problem, false) {
+  GradientBound(Gradients& x, const Truth& truth, const KernelTable& table) : bound_(x.problem, false) {
     const Case& c = x.problem.asked;
     const double lse = x.problem.lse.max_abs_finite();
     weight_ = bound_.weight() + 8 * bound_.unit() * (1 + lse);
@@ -158,10 +160,11 @@ class GradientBound {
     const double rows = static_cast<double>(c.seqlen_q * c.heads / std::max<int64_t>(c.kv_heads, 1));
     const double keys = static_cast<double>(c.seqlen_kv);
     const double scale = c.scale != 0 ? std::fabs(c.scale) : 1 / std::sqrt(static_cast<double>(c.head_dim));
+    const double rounded = kernels_for(table, c.dtype).rounds_gradients ? bound_.rounding() : 0;
     column_ = truth.largest_column;
-    dq_ = scale * x.problem.k.max_abs_finite() * (score_error + bound_.sum(keys) * mean);
-    dk_ = scale * x.problem.q.max_abs_finite() * column_ * (score_error + bound_.sum(rows) * mean);
-    dv_ = kept * x.dout.max_abs_finite() * column_ * (weight_ + bound_.sum(rows));
+    dq_ = scale * x.problem.k.max_abs_finite() * (score_error + (bound_.sum(keys) + rounded) * mean);
+    dk_ = scale * x.problem.q.max_abs_finite() * column_ * (score_error + (bound_.sum(rows) + rounded) * mean);
+    dv_ = kept * x.dout.max_abs_finite() * column_ * (weight_ + bound_.sum(rows) + rounded);
     if (c.softcap > 0) {  // the slope 1 - t^2 is off by as much as t, whose argument is the score
       dq_ *= 4;
       dk_ *= 4;
@@ -216,7 +219,7 @@ void check(Gradients& x) {
   for (const KernelTable* table : tables()) {
     forward(x, *table);
     backward(x, *table);
-    const GradientBound bound(x, truth);
+    const GradientBound bound(x, truth, *table);
     const std::string where = std::string(table->name) + ' ' + text_of(x.problem.asked) + ": ";
     x.for_each_result([&](const char* name, Array& found) {
       const std::string which = name;

@@ -225,6 +225,21 @@ def test_options_together(problem, isa):
     check(arrays, options, dlse=seed % 2 == 0, seed=seed)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_bfloat16_is_off_by_at_most_twice_what_pytorch_is(isa, causal):
+    arrays = dict(zip("qkv", qkv(1, 3, 3, 500, 500, 64, 64, torch.bfloat16), strict=True))
+    dout = torch.randn(1, 3, 500, 64, generator=torch.Generator().manual_seed(5)).bfloat16().double()
+
+    def theirs(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal), None
+
+    exact = gradients(lambda **x: formula(**x, causal=causal), {name: x.double() for name, x in arrays.items()}, dout)
+    ours, others = (gradients(call, arrays, dout) for call in (lambda **x: with_lse(**x, causal=causal), theirs))
+    for name, x in exact.items():
+        for norm in (lambda error: error.square().mean().sqrt(), lambda error: error.abs().max()):
+            assert norm(ours[name].double() - x) <= 2 * norm(others[name].double() - x)
+
+
 def test_gradcheck():
     q, k, v = (x.requires_grad_() for x in qkv(1, 4, 2, 5, 7, 6, 4, torch.float64))
     bias = torch.randn(4, 5, 1, dtype=torch.float64, requires_grad=True)
