@@ -205,8 +205,9 @@ def reference_gradients(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Gradients of sum(out * dout) + sum(lse * dlse) in float64, row by row from the definition; and magnitudes.
 
-    Those are dbias and dsinks with the absolute value of every term. Terms of both signs add up to them, each with the
-    rounding error of its row's out, so an error is to be measured by their size and not by what is left of them.
+    Those are dbias and dsinks with the absolute value of every term, for dsinks of every product in dout . out. Terms
+    of both signs add up to them, each with the rounding error of its row's out, so an error is to be measured by their
+    size and not by what is left of them.
     """
     group = case.num_heads // case.num_kv_heads
     out, lse = reference(case, arrays)
@@ -238,9 +239,10 @@ def reference_gradients(
                         np.add.at(result["dbias"][at], columns, db)
                         np.add.at(magnitude["dbias"][at], columns, np.abs(db))
                     if "dsinks" in result:
-                        term = np.exp(float(arrays["sinks"][h]) - lse[b, h, i]) * delta
-                        result["dsinks"][h] -= term
-                        magnitude["dsinks"][h] += abs(term)
+                        own = np.exp(float(arrays["sinks"][h]) - lse[b, h, i])
+                        result["dsinks"][h] -= own * delta
+                        products = np.abs(out[b, h, i]) @ np.abs(dout[i]) + abs(float(given["dlse"][b, h, i]))
+                        magnitude["dsinks"][h] += own * products
     return result, magnitude
 
 
@@ -364,6 +366,7 @@ def gradient_grid(small: bool) -> Iterator[Case]:
     for dtype in ("bfloat16", "float16", "float32", "float64"):
         for extra in options:
             yield Case(**{**base, "dtype": dtype, **extra})
+        yield Case(1, 2, 1, 1, 300, 256, 256, dtype, causal=True, sinks=True)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -531,7 +531,12 @@ def stage_tiny(library: Any, memory: Any, args: argparse.Namespace, deadline: fl
                     assert check_case(library, memory, case)["passed"], case.name()
                     assert check_gradients(library, memory, case)["passed"], case.name()
                     done += 2
-    print(f"tiny: {done} launches")
+    for case in packed_cases():
+        assert check_packed(library, memory, case)["passed"], case.name()
+    for case, page_size in paged_cases():
+        assert check_paged(library, memory, case, page_size)["passed"], case.name()
+    done += len(packed_cases()) + len(paged_cases())
+    print(f"tiny: {done} problems")
     return {"passed": True, "count": done}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -28,3 +30,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
     assert _core.isa() == request.param
     _core.use_isa(None)
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA backend for the emulated device (tests/cpp/cuda_emulation), built once: it takes half a minute."""
+    source = Path(__file__).resolve().parents[1] / "cpp" / "cuda_emulation" / "build.py"
+    spec = importlib.util.spec_from_file_location("build_emulated_cuda", source)
+    assert spec is not None
+    assert spec.loader is not None
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    path = tmp_path_factory.mktemp("cuda") / "libfoveal_cuda_emulated.so"
+    builder.build(path)
+    return path

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib.util
 import itertools
 import sys
 from pathlib import Path
@@ -29,16 +28,9 @@ AMPERE_CONSUMER_SHARED = 99 * 1024
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def emulated(emulated_cuda: Path) -> Any:
     """The backend on the emulated device."""
-    spec = importlib.util.spec_from_file_location("build_emulated", ROOT / "tests/cpp/cuda_emulation/build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    builder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builder)
-    path = tmp_path_factory.mktemp("cuda") / "libfoveal_cuda_emulated.so"
-    builder.build(path)
-    return cuda.Library(path)
+    return cuda.Library(emulated_cuda)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
