@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +9,6 @@ import pytest
 torch = pytest.importorskip("torch")
 foveal = pytest.importorskip("foveal")
 pytest.importorskip("foveal.torch")
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/cpp/cuda_emulation"))
-import build as emulation  # noqa: E402
 
 from foveal import _cuda  # noqa: E402
 from foveal.torch import _cuda_ops  # noqa: E402
@@ -31,16 +25,15 @@ def on_the_gpu(op: Any) -> Any:
 
 
 @pytest.fixture(scope="module", params=["emulated", "cuda"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def kernels(request: pytest.FixtureRequest) -> Any:
     """The ops by name: over the emulated device, and those that the package registered where there is a GPU."""
     if request.param == "cuda":
         if not (torch.cuda.is_available() and _cuda.experimental() and _cuda.is_built()):
             pytest.skip("needs a GPU, a package with the CUDA backend and FOVEAL_CUDA=experimental")
         names = [n for n in dir(torch.ops.foveal) if n.startswith("attention_")]
         return {name: on_the_gpu(getattr(torch.ops.foveal, name)) for name in names}
-    path = tmp_path_factory.mktemp("cuda") / "libfoveal_cuda_emulated.so"
-    emulation.build(path)
-    return _cuda_ops.kernels(_cuda.Library(path), lambda device: 0)
+    library = _cuda.Library(request.getfixturevalue("emulated_cuda"))
+    return _cuda_ops.kernels(library, lambda device: 0)
 
 
 def tensors(dtype: Any, *shape: int, seed: int = 0) -> list[Any]:
@@ -137,6 +130,37 @@ def test_packed_sequences_agree_with_the_cpu(kernels: Any, dtype: Any) -> None:
     torch.testing.assert_close(torch.isinf(found[1]), torch.isinf(expected[1]))
     full = [*scores, None, 0.0, 0.0]
     check_gradients(kernels, "attention_varlen", dtype, [q, k, v, *begins], full)
+
+
+@pytest.mark.parametrize("kind", ["rows", "chosen rows", "pages"])
+@pytest.mark.parametrize("appended", [0, 3])
+def test_a_cache_agrees_with_the_cpu(kernels: Any, kind: str, appended: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 3, heads, 64, generator=generator).half() for heads in (4, 2, 2))
+    k, v = (x[:, :appended] if appended else None for x in (k, v))
+    shape = {"rows": (2, 40, 2, 64), "chosen rows": (5, 40, 2, 64), "pages": (9, 16, 2, 64)}[kind]
+    caches = [torch.randn(shape, generator=generator).half() for _ in range(2)]
+    table = torch.tensor([[3, 8, 1], [0, 7, 5]], dtype=torch.int32) if kind == "pages" else None
+    chosen = torch.tensor([4, 1]) if kind == "chosen rows" else None
+    lens = torch.tensor([29, 5], dtype=torch.int32)
+    mine, theirs = ([x.clone() for x in caches] for _ in range(2))
+    last = [lens, k, v, table, chosen, None, None, None, None, False, None, None, None, None, None, None, True]
+    expected = torch.ops.foveal.attention_kvcache(q, *theirs, *last)
+    on_gpu = torch.cuda.is_available() and _cuda.experimental()
+    arguments = [x.cuda() if on_gpu and isinstance(x, torch.Tensor) else x for x in (q, *mine, *last)]
+    op = torch.ops.foveal.attention_kvcache if on_gpu else kernels["attention_kvcache"]
+    found = op(*arguments)
+    expect_close(found[0].cpu(), expected[0], torch.float16)
+    torch.testing.assert_close(found[1].cpu(), expected[1], rtol=1e-3, atol=1e-3)
+    for cache, wanted in zip(arguments[1:3], theirs, strict=True):
+        torch.testing.assert_close(cache.cpu(), wanted, rtol=0, atol=0)
+
+
+def test_what_a_cache_on_the_gpu_lacks_is_named(kernels: Any) -> None:
+    q, k, v = tensors(torch.float16, 1, 8, 2, 64)
+    tables = [torch.zeros(8, 32)] * 2
+    with pytest.raises(NotImplementedError, match="attention_kvcache: rotary_cos is given, which the CUDA backend"):
+        kernels["attention_kvcache"](q, k, v, torch.tensor([4]), None, None, None, None, None, None, *tables)
 
 
 def test_out_may_have_any_strides(kernels: Any) -> None:

@@ -237,11 +237,7 @@ def _explained(
     """Find the exception that NumPy callers would get for what made the call raise ``error``."""
     if isinstance(error, NotImplementedError) and str(error).startswith(f"{function}: "):
         return error
-    if (
-        isinstance(error, _WORDED)
-        and str(error).startswith("attention: ")
-        and getattr(arguments["q"], "is_cuda", False)
-    ):
+    if isinstance(error, _WORDED) and str(error).startswith("attention") and getattr(arguments["q"], "is_cuda", False):
         return error
     if isinstance(error, NotImplementedError) and "jvp" in str(error):  # Dynamo allows our Function none to say it in
         return NotImplementedError("attention: there is no forward-mode derivative, expected reverse mode")

@@ -18,7 +18,19 @@ from torch import Tensor
 from foveal import _cuda
 from foveal.torch._ops import Options, Problem, _autocast, _new_lse_and_weights, _new_out
 
-_TENSOR_OPTIONS = ("mask", "bias", "alibi_slopes", "sinks", "q_lens", "kv_lens", "cu_seqlens_q", "cu_seqlens_kv")
+_TENSOR_OPTIONS = (
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "sinks",
+    "q_lens",
+    "kv_lens",
+    "cu_seqlens_q",
+    "cu_seqlens_kv",
+    "block_table",
+)
+# What the ops of packed sequences and caches end with.
+_SCORES = [name for name in Problem._fields if name not in ("q_lens", "kv_lens", "bshd")]
 
 
 def _view(name: str, tensor: Tensor, device: torch.device) -> _cuda.View:
@@ -35,6 +47,17 @@ def _view(name: str, tensor: Tensor, device: torch.device) -> _cuda.View:
 def _put_views(target: Any, device: torch.device, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         setattr(target, name, _view(name, tensor, device))
+
+
+def _named(values: tuple[Any, ...], **others: Any) -> dict[str, Any]:
+    return {**Problem()._asdict(), **dict(zip(_SCORES, values, strict=False)), **others}
+
+
+def _append(cache: Tensor, new: Tensor, places: tuple[Tensor, Tensor], name: str) -> None:
+    if new.shape != (*places[0].shape, *cache.shape[2:]):
+        expected = (*places[0].shape, *cache.shape[2:])
+        raise ValueError(f"attention_kvcache: {name} has shape {tuple(new.shape)}, expected {expected}")
+    cache.index_put_(places, new)
 
 
 class _Call:
@@ -122,21 +145,59 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
         call = _Call(q, k, v, problem._asdict(), problem.bshd)
         return differentiate(dout, dlse, out, lse, call, problem._asdict())
 
-    def packed(cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, values: tuple[Any, ...]) -> dict[str, Any]:
-        """Name the arguments of the varlen ops; theirs are those of the others, less the lengths and layout."""
-        names = [n for n in Problem._fields if n not in ("q_lens", "kv_lens", "bshd")]
-        named = Problem()._asdict() | dict(zip(names, values, strict=False))
-        return {**named, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    def tokens_first(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        out = _new_out(q, v)
+        lse, _ = _new_lse_and_weights(q, k, Options(bshd=True))
+        call = _Call(q, k, v, options, bshd=True)
+        _put_views(call.problem, q.device, out=out, lse=lse)
+        call.enqueue(library, stream_of(q.device))
+        return out, lse
 
     def varlen_forward(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, *values: Any
     ) -> tuple[Tensor, Tensor]:
-        out = _new_out(q, v)
-        lse, _ = _new_lse_and_weights(q, k, Options(bshd=True))
-        call = _Call(q, k, v, packed(cu_seqlens_q, cu_seqlens_kv, values), bshd=True)
-        _put_views(call.problem, q.device, out=out, lse=lse)
-        call.enqueue(library, stream_of(q.device))
-        return out, lse
+        options = _named(values, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
+        return tokens_first(q, k, v, options)
+
+    def kvcache(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cache_lens: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        block_table: Tensor | None = None,
+        cache_batch_idx: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        rotary_cos: Tensor | None = None,
+        rotary_sin: Tensor | None = None,
+        rotary_interleaved: bool = False,
+        *values: Any,
+    ) -> tuple[Tensor, Tensor]:
+        lacks = {"k_scale": k_scale, "v_scale": v_scale, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+        for name, tensor in lacks.items():
+            if tensor is not None:
+                raise NotImplementedError(f"attention_kvcache: {name} is given, which the CUDA backend lacks")
+        if (k is None) != (v is None):
+            raise ValueError(f"attention_kvcache: {'k' if k is None else 'v'} is absent, expected both or none")
+        if block_table is not None and cache_batch_idx is not None:
+            raise ValueError("attention_kvcache: cache_batch_idx is given with block_table, expected one of them")
+        if cache_batch_idx is not None:  # one page a sequence: its row of the cache
+            block_table = cache_batch_idx.unsqueeze(1)
+        lens = cache_lens.expand(q.shape[0])
+        if k is not None and v is not None:
+            positions = lens.unsqueeze(1) + torch.arange(k.shape[1], device=q.device)
+            rows = torch.arange(q.shape[0], device=q.device).unsqueeze(1).expand_as(positions)
+            if block_table is not None:
+                page_size = k_cache.shape[1]
+                rows = block_table.long().gather(1, positions // page_size)
+                positions = positions % page_size
+            _append(k_cache, k, (rows, positions), "k")
+            _append(v_cache, v, (rows, positions), "v")
+            lens = lens + k.shape[1]
+        options = _named(values, kv_lens=lens.contiguous(), block_table=block_table)
+        return tokens_first(q, k_cache, v_cache, options)
 
     def varlen_backward(
         dout: Tensor,
@@ -150,7 +211,7 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
         cu_seqlens_kv: Tensor,
         *values: Any,
     ) -> tuple[Tensor, ...]:
-        options = packed(cu_seqlens_q, cu_seqlens_kv, values)
+        options = _named(values, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
         return differentiate(dout, dlse, out, lse, _Call(q, k, v, options, bshd=True), options)
 
     return {
@@ -160,6 +221,7 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
         "attention_backward": backward,
         "attention_varlen_forward": varlen_forward,
         "attention_varlen_backward": varlen_backward,
+        "attention_kvcache": kvcache,
     }
 
 

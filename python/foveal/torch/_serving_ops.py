@@ -157,7 +157,7 @@ def _register() -> None:
     _library.impl(torch.ops.foveal.attention_kvcache.default, _kvcache_kernel, "Autograd", with_keyset=True)
     varlen = torch.ops.foveal.attention_varlen_forward.default
     _library.impl(varlen, _autocast(varlen, 0), "AutocastCPU", with_keyset=True)
-    _cuda_ops.register(_library, "attention_varlen_forward", "attention_varlen_backward")
+    _cuda_ops.register(_library, *_SCHEMAS)
 
 
 _register()
