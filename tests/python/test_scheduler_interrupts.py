@@ -131,32 +131,44 @@ def test_an_interrupt_at_any_line_loses_nothing(policy):
 
 @needs_signals
 def test_interrupts_at_random_moments():
-    """The same with true signals, which come in the middle of C code too."""
+    """The same with true signals, which come in the middle of C code too; some end in a destructor, where Python drops
+    the exception."""
     program = """
-    import os, random, signal, sys, threading, foveal
+    import os, random, signal, sys, threading, time, foveal
     signal.signal(signal.SIGINT, signal.default_int_handler)
     rng = random.Random(int(sys.argv[1]))
+    caught = 0
     for _ in range(int(sys.argv[2])):
-        futures, scheduler = [], foveal.Scheduler(max_in_flight=2)
-        after = lambda: threading.Timer(rng.uniform(0.0, 0.05), os.kill, (os.getpid(), signal.SIGINT)).start()
+        futures, scheduler, sent = [], foveal.Scheduler(max_in_flight=2), []
+
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            sent.append(time.monotonic())
+
+        def goes_on():
+            return not sent or time.monotonic() < sent[0] + 0.3
+
         try:
+            timer = threading.Timer(rng.uniform(0.0, 0.05), interrupt)
             if rng.random() < 0.5:
                 with scheduler:
-                    after()
-                    while True:
+                    timer.start()
+                    while goes_on():
                         futures.append(scheduler.submit(int, urgency=rng.random()))
                         if rng.random() < 0.3:
                             futures[-1].cancel()
                         if rng.random() < 0.3:
                             scheduler.cancel(futures[-1]) or scheduler.distribution()
             else:
-                after()
-                while True:
+                timer.start()
+                while goes_on():
                     futures += [scheduler.submit(int, urgency=rng.random()) for _ in range(20)]
                     scheduler.run()
         except KeyboardInterrupt:
-            scheduler.shutdown(cancel_futures=True)
+            caught += 1
+        scheduler.shutdown(cancel_futures=True)
         assert all(future.done() for future in futures)
+    assert caught
     print("fine")
     """
     assert run_program(program, "0", "15") == "fine\n"
@@ -243,6 +255,26 @@ def test_a_pool_that_cannot_start_its_thread_ends_the_run_and_runs_nothing_twice
     assert scheduler.run().counts == {"done": 3}
     assert ran == [0, 1, 2]
     pool.shutdown()
+
+
+def test_a_runner_that_comes_too_late_for_its_run_does_not_end_the_next(monkeypatch):
+    """It makes room for others in the pool and goes behind them, while the rest is done and the pool is closed."""
+    scheduler, submit, late = Scheduler(max_in_flight=2), ThreadPoolExecutor.submit, threading.Event()
+
+    def is_late(pool, fn, /, *arguments):
+        if threading.current_thread().name.startswith("ThreadPoolExecutor") and not late.is_set():
+            late.set()
+            while not pool._shutdown:
+                time.sleep(0.001)
+        return submit(pool, fn, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", is_late)
+    while not late.is_set():
+        futures = [scheduler.submit(time.sleep, 0.001) for _ in range(30)]
+        scheduler.run()
+        assert all(future.done() for future in futures)
+    scheduler.submit(int)
+    assert scheduler.run().counts == {"done": 1}
 
 
 @pytest.mark.parametrize(("method", "times"), [("settle", 1), ("settle", 2), ("pop", 1)])

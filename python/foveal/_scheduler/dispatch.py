@@ -121,6 +121,10 @@ class Dispatch:
     def open(self, width: int, runs_in_pool: bool) -> None:
         """Be ready to hand out so many tasks at once. In a section."""
         self._width, self._runs_in_pool, self.error = width, runs_in_pool, None
+        while self._returned:  # runners whom the pool refused when the last run was over: nothing is in flight
+            one = self._returned.popleft()
+            if isinstance(one.what, _Runner):
+                self._runners.discard(one.what)
 
     def fail(self, error: BaseException) -> None:
         """Hand out nothing more, since something is wrong with the scheduler itself. In a section."""
