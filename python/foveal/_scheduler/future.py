@@ -38,6 +38,30 @@ class Step(NamedTuple):
     """What the step took, in the unit of the budget that it was given."""
 
 
+_RLock: Any = type(threading.RLock())
+
+
+class _Condition(_RLock):  # type: ignore[misc]
+    """A threading.Condition, with the ``with`` of the lock that it is.
+
+    That of a threading.Condition is written in Python: Ctrl-C in the main thread, on its way out, leaves it locked.
+    This one is smaller too, until somebody waits.
+    """
+
+    __slots__ = ("_inner",)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait to be notified; the lock is held."""
+        if not hasattr(self, "_inner"):
+            self._inner = threading.Condition(self)
+        return self._inner.wait(timeout)
+
+    def notify_all(self) -> None:
+        """Wake those who wait; the lock is held."""
+        if hasattr(self, "_inner"):
+            self._inner.notify_all()
+
+
 class Future(concurrent.futures.Future):  # type: ignore[type-arg]
     """The result of a scheduled task: a ``concurrent.futures.Future`` with a `key`.
 
@@ -61,7 +85,7 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
 
     def __getattr__(self, name: str) -> Any:
         if name == "_condition":  # setdefault is atomic: all threads get the same one
-            return self.__dict__.setdefault("_condition", threading.Condition())
+            return self.__dict__.setdefault("_condition", _Condition())
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def cancel(self) -> bool:
@@ -225,6 +249,9 @@ class Task:
             return
         try:
             self.future._resolve(self)
+        except BaseException:  # Ctrl-C: perhaps before those who wait were told
+            self.future._look_again()
+            raise
         finally:
             if self.future._is_done():
                 self.fn, self.args, self.kwargs, self.features, self.result = None, (), None, None, None
