@@ -111,9 +111,9 @@ class SumTree(_core.SumTree):
         >>> (tree.weights() / tree.total).round(3)
         array([0.212, 0.576, 0.212])
         """
-        temperature = float(temperature)
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"SumTree.update_scores: temperature is {temperature}, expected a positive number")
+        temperature = float(temperature)
         array = np.asarray(scores)
         if array.dtype.kind not in "fiu":
             raise TypeError(f"SumTree.update_scores: scores has dtype {array.dtype}, expected a floating one")

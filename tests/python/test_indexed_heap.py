@@ -239,6 +239,20 @@ def test_a_tensor_that_torch_has_not_negated_yet():
     assert list(heap.iter_sorted()) == [(1, -4.0), (0, -2.0)]
 
 
+def test_ctrl_c_while_arrays_are_read():
+    class Slow:
+        def __array__(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+        __dlpack__ = __dlpack_device__ = __array__
+
+    heap = IndexedHeap(2)
+    for priorities in (Slow(), [Slow()]):
+        with pytest.raises(KeyboardInterrupt):
+            heap.push_many([0], priorities)
+    assert len(heap) == 0
+
+
 def test_from_arrays():
     heap = IndexedHeap.from_arrays([3, 1, 3], [1.0, 2.0, 3.0])
     assert (heap.capacity, len(heap), heap.peek(), heap.max) == (4, 2, (1, 2.0), False)

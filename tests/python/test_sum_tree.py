@@ -275,6 +275,7 @@ def test_scores_refused():
     for call, error, text in [
         (lambda: tree.update_scores([0], [np.nan]), ValueError, "scores hold nan or inf"),
         (lambda: tree.update_scores([0], [np.inf]), ValueError, "scores hold nan or inf"),
+        (lambda: tree.update_scores([0], [1.0], temperature="1"), TypeError, "not supported between"),
         (lambda: tree.update_scores([0], ["1"]), TypeError, "scores has dtype <U1, expected a floating one"),
         (lambda: tree.update_scores([0], [1j]), TypeError, "scores has dtype complex128, expected a floating one"),
         (
