@@ -34,7 +34,7 @@ py::array to_numpy(const char* function, const char* name, py::handle object) {
       const py::object settled = py::getattr(object, "resolve_neg", py::none());
       return numpy.attr("from_dlpack")(settled.is_none() ? object : settled()).cast<py::array>();
     } catch (py::error_already_set& error) {  // not on the CPU, not a dtype of NumPy's, requires grad
-      if (!error.matches(PyExc_Exception)) throw;  // Ctrl-C
+      if (!error.matches(PyExc_Exception)) throw;
       const std::string text =
           std::string(function) + ": " + name + " cannot be read: " + py::str(error.value()).cast<std::string>();
       py::raise_from(error, PyExc_TypeError, text.c_str());
