@@ -367,6 +367,12 @@ def gradient_grid(small: bool) -> Iterator[Case]:
         for extra in options:
             yield Case(**{**base, "dtype": dtype, **extra})
         yield Case(1, 2, 1, 1, 300, 256, 256, dtype, causal=True, sinks=True)
+    # Every kernel that is no default, by its id.
+    for dtype in ("bfloat16", "float16"):
+        for dim, variants in {64: (83, 93), 128: (84, 94)}.items():
+            for variant in variants:
+                yield Case(1, 2, 1, 140, 150, dim, dim, dtype, causal=True, variant=variant)
+                yield Case(1, 2, 1, 128, 128, dim, dim, dtype, softcap=9.0, variant=variant)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -201,8 +201,8 @@ class Run:
 class Backward:
     """The backward pass of a run whose forward pass is done, gradients poisoned before every launch."""
 
-    def __init__(self, run: Run, given: dict[str, np.ndarray]) -> None:
-        self.run = run
+    def __init__(self, run: Run, given: dict[str, np.ndarray], variant: int = -1) -> None:
+        self.run, self.variant = run, variant
         self.given = cuda.Gradients()
         self.given.dout = run._operand(given["dout"], run.case)
         self.given.dlse = run._view(given["dlse"], run.lse_dtype)
@@ -228,7 +228,12 @@ class Backward:
         nbytes = run.library.workspace_nbytes(run.problem, gradients=self.given)
         workspace, keep_workspace = run.memory.upload(np.full(nbytes, 255, np.uint8))
         run.library.backward(
-            run.problem, self.given, stream=run.memory.stream, workspace=workspace, workspace_nbytes=nbytes
+            run.problem,
+            self.given,
+            stream=run.memory.stream,
+            workspace=workspace,
+            workspace_nbytes=nbytes,
+            variant=self.variant,
         )
         results = {
             name: run.memory.download(keep).view(nan.dtype).reshape(nan.shape).astype(np.float64)
@@ -242,17 +247,17 @@ def check_gradients(library: Any, memory: Any, case: Case) -> dict[str, Any]:
     """Errors of the gradients of one case, from the library's own out and lse, and whether they pass."""
     arrays = problems.make_inputs(case)
     given = problems.make_gradients(case)
-    run = Run(library, memory, case, arrays)
+    run = Run(library, memory, dataclasses.replace(case, variant=-1), arrays)
     run()
-    backward = Backward(run, given)
+    backward = Backward(run, given, case.variant)
     found, again = backward(), backward()
     errors = problems.gradient_errors(found, *problems.reference_gradients(case, arrays, given))
     repeats = all(np.array_equal(found[name], again[name], equal_nan=True) for name in found)
-    plan = library.plan(run.problem, 227 * 1024, gradients=backward.given)
+    plan = library.plan(run.problem, 227 * 1024, case.variant, backward.given)
     return {
         "case": case.name(),
         "path": plan["path"],
-        "variant": plan["variant"],
+        "variants": [step["variant"] for step in plan["steps"]],
         "error": max(errors.values()),
         "errors": errors,
         "repeats": repeats,
@@ -599,8 +604,9 @@ class TorchForward:
 class TorchBackward:
     """Our backward on torch CUDA tensors, after one forward; everything allocated once."""
 
-    def __init__(self, library: Any, q: Any, k: Any, v: Any, dout: Any, causal: bool) -> None:
+    def __init__(self, library: Any, q: Any, k: Any, v: Any, dout: Any, causal: bool, variant: int = -1) -> None:
         forward = TorchForward(library, q, k, v, causal)
+        self.variant = variant
         torch, self.forward = forward.torch, forward
         lse = torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
         forward.problem.lse = cuda.view(lse.data_ptr(), "float32", lse.shape, lse.stride())
@@ -622,6 +628,7 @@ class TorchBackward:
             stream=self.forward.torch.cuda.current_stream().cuda_stream,
             workspace=self.workspace.data_ptr(),
             workspace_nbytes=self.workspace.numel(),
+            variant=self.variant,
         )
         return self.gradients
 
@@ -785,20 +792,27 @@ def stage_decode(library: Any, memory: Any, args: argparse.Namespace, deadline: 
 
 
 def stage_sweep(library: Any, memory: Any, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Rates of every forward kernel without policies."""
+    """Rates of every forward kernel without policies, and of the backward pass with every kernel of its launches."""
     torch = memory.torch
     rows = []
-    for head_dim, variants in {64: (0, 1), 128: (2, 3, 4), 256: (5, 6)}.items():
+    kernels = {64: (0, 1, 80, 83, 90, 93), 128: (2, 3, 4, 81, 84, 91, 94), 256: (5, 6, 82, 92)}
+    for head_dim, variants in kernels.items():
         for causal in (False, True):
-            q, k, v = (
-                torch.randn(4, 2048 // head_dim, 4096, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+            q, k, v, dout = (
+                torch.randn(4, 2048 // head_dim, 4096, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)
             )
-            calls = {variant: TorchForward(library, q, k, v, causal, variant) for variant in variants}
+            calls: dict[int, Callable[[], Any]] = {}
+            for variant in variants:
+                if variant < 80:
+                    calls[variant] = TorchForward(library, q, k, v, causal, variant)
+                else:
+                    calls[variant] = TorchBackward(library, q, k, v, dout, causal, variant)
             for call in calls.values():
                 time_cuda(torch, call, 3)
             for variant, call in calls.items():
                 seconds = statistics.median(time_cuda(torch, call, args.launches) for _ in range(args.rounds))
-                rate = flop(4, 2048 // head_dim, 4096, head_dim, causal) / seconds / 1e12
+                work = flop(4, 2048 // head_dim, 4096, head_dim, causal) * (1.0 if variant < 80 else 2.5)
+                rate = work / seconds / 1e12
                 rows.append({"head_dim": head_dim, "causal": causal, "variant": variant, "tflop_s": rate})
                 print(f"  d{head_dim} {'causal' if causal else 'full  '} variant {variant}: {rate:.0f} TFLOP/s")
     return {"rows": rows}

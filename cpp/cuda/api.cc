@@ -61,7 +61,7 @@ int32_t plan_launch(const Launch& launch, Plan& plan, int& device, const LimitOf
   if (const Error error = limit_of(device, &limit); error != kSuccess) {
     return report(error, launch.text, launch.text_nbytes);
   }
-  return report(launch, backward ? make_backward_plan(problem, gradients, limit, plan)
+  return report(launch, backward ? make_backward_plan(problem, gradients, limit, launch.variant, plan)
                                  : make_plan(problem, limit, launch.variant, plan));
 }
 

@@ -36,10 +36,14 @@
 // id, head-dim class, owns keys (dk, dv) or rows (dq), m tiles a warp, walked rows, warps, column parts
 #define FOVEAL_CUDA_BACKWARD_KERNELS(X) \
   X(80, 64, false, 2, 32, 4, 1)         \
+  X(83, 64, false, 1, 64, 8, 1)         \
   X(81, 128, false, 1, 32, 8, 1)        \
+  X(84, 128, false, 1, 64, 4, 1)        \
   X(82, 256, false, 1, 16, 4, 1)        \
   X(90, 64, true, 1, 64, 8, 1)          \
+  X(93, 64, true, 2, 16, 4, 1)          \
   X(91, 128, true, 1, 32, 4, 1)         \
+  X(94, 128, true, 1, 32, 8, 1)         \
   X(92, 256, true, 1, 16, 8, 2)
 
 // first id, accumulator, warps, rows per warp; five kernels each, in the order of PlainBackward

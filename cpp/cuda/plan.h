@@ -50,7 +50,7 @@ struct Plan {
 // `shared_limit`: bytes of shared memory that a block may have. `variant`: an id, or kDefaultVariant.
 Status make_plan(const AttentionProblem& problem, int shared_limit, int variant, Plan& plan);
 Status make_backward_plan(const AttentionProblem& problem, const AttentionGradients& gradients, int shared_limit,
-                          Plan& plan);
+                          int variant, Plan& plan);
 
 // Refuses a plan with a step that no CUDA launch, or not this device, takes.
 Status check_steps(const Plan& plan, int shared_limit);

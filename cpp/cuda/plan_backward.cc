@@ -37,10 +37,15 @@ constexpr PlainShape kPlainShapes[] = {
 #undef FOVEAL_ROW
 };
 
-Step mma_step(const Params& p, bool owns_keys, int shared_limit) {
+// A variant names a kernel of one of the two launches; the other keeps its default.
+Step mma_step(const Params& p, bool owns_keys, int shared_limit, int variant) {
   const int dim = std::max(p.head_dim, p.value_dim);
+  const bool forced = std::any_of(std::begin(kKernels), std::end(kKernels), [&](const KernelShape& kernel) {
+    return kernel.id == variant && kernel.owns_keys == owns_keys;
+  });
   for (const KernelShape& kernel : kKernels) {
     if (kernel.owns_keys != owns_keys || kernel.head_dim < dim || kernel.shared_nbytes > shared_limit) continue;
+    if (forced && kernel.id != variant) continue;
     const int64_t blocks = owns_keys ? blocks_of_head(p, p.seqlen_kv, kernel.owned) * p.num_kv_heads
                                      : blocks_of_head(p, p.seqlen_q, kernel.owned) * p.num_heads;
     return {kernel.id, blocks, kernel.num_threads, kernel.shared_nbytes};
@@ -57,7 +62,8 @@ int64_t bias_blocks(const Params& p, int rows) {
 
 }  // namespace
 
-Status make_backward_plan(const AttentionProblem& problem, const AttentionGradients& g, int shared_limit, Plan& plan) {
+Status make_backward_plan(const AttentionProblem& problem, const AttentionGradients& g, int shared_limit, int variant,
+                          Plan& plan) {
   plan = Plan{};
   plan.dtype = problem.q.dtype;
   if (Status status = check_extents(problem); !status.ok()) return status;
@@ -81,8 +87,8 @@ Status make_backward_plan(const AttentionProblem& problem, const AttentionGradie
   const bool chunks = std::all_of(std::begin(operands), std::end(operands),
                                   [](const TensorView* view) { return loads_in_chunks(*view); });
   plan.path = Path::kBackwardPlain;
-  Step rows = half && chunks && p.head_dim > 0 && p.value_dim > 0 ? mma_step(p, false, shared_limit) : Step{};
-  Step keys = rows.kernel != kDefaultVariant ? mma_step(p, true, shared_limit) : Step{};
+  Step rows = half && chunks && p.head_dim > 0 && p.value_dim > 0 ? mma_step(p, false, shared_limit, variant) : Step{};
+  Step keys = rows.kernel != kDefaultVariant ? mma_step(p, true, shared_limit, variant) : Step{};
   if (keys.kernel != kDefaultVariant) {
     plan.path = Path::kBackward;
   } else {
@@ -90,6 +96,10 @@ Status make_backward_plan(const AttentionProblem& problem, const AttentionGradie
             shared};
     keys = {plain.first_id + kPlainKeyRows, blocks_of_head(p, p.seqlen_kv, plain.rows) * p.num_kv_heads,
             plain.num_threads, shared};
+  }
+  if (variant != kDefaultVariant && rows.kernel != variant && keys.kernel != variant) {
+    return refuse(ErrorKind::kValue,
+                  "variant is " + std::to_string(variant) + ", which does not fit this problem or device");
   }
   plan.add(rows);
   plan.add(keys);

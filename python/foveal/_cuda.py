@@ -231,9 +231,10 @@ class Library:
         stream: int = 0,
         workspace: int = 0,
         workspace_nbytes: int = 0,
+        variant: int = DEFAULT_VARIANT,
     ) -> None:
         """Enqueue the backward pass of a problem whose `out` and `lse` the forward pass has filled or will fill."""
-        self._enqueue(problem, gradients, stream, workspace, workspace_nbytes, DEFAULT_VARIANT)
+        self._enqueue(problem, gradients, stream, workspace, workspace_nbytes, variant)
 
     def _enqueue(
         self,

@@ -233,6 +233,15 @@ def test_steps_of_the_backward_pass(emulated: Any, changes: dict[str, Any], path
     assert (plan["path"], [step["variant"] for step in plan["steps"]]) == (path, kernels)
 
 
+def test_a_variant_changes_its_own_launch_of_the_backward_pass(emulated: Any) -> None:
+    for variant, kernels in ((84, [100, 84, 91]), (94, [100, 81, 94])):
+        plan = plan_of(emulated, dataclasses.replace(BASE, variant=variant), backward=True)
+        assert [step["variant"] for step in plan["steps"]] == kernels
+    for changes in ({"variant": 83}, {"variant": 84, "dtype": "float32"}, {"variant": 2}):
+        with pytest.raises(ValueError, match=r"variant is \d+, which does not fit"):
+            plan_of(emulated, dataclasses.replace(BASE, **changes), backward=True)
+
+
 def test_backward_grids_and_workspace(emulated: Any) -> None:
     plan = plan_of(emulated, BASE, backward=True, dbias="hk")
     blocks = {step["variant"]: step["num_blocks"] for step in plan["steps"]}
