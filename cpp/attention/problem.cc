@@ -206,6 +206,12 @@ class Canonicalizer {
       if (p_.q_lens.present() || p_.kv_lens.present()) reject_value("q_lens or kv_lens is given with cu_seqlens");
       if (p_.weights.present()) reject_value("weights are asked for with cu_seqlens, expected neither or one");
       if (p_.paged()) reject_value("block_table is given with cu_seqlens, expected one of them");
+      // Its shape names the longest lengths, which only that device knows.
+      if (p_.q.device.type != DeviceType::kCpu && (p_.mask.present() || p_.bias.present())) {
+        throw Rejection{ErrorKind::kNotImplemented, std::string("attention: ") + (p_.mask.present() ? "mask" : "bias") +
+                                                        " is given with cu_seqlens on " + text_of(p_.q.device) +
+                                                        ", expected cpu for both"};
+      }
     }
     if (p_.paged()) {
       if (p_.q.rank != 4) reject_value("q has " + dimensions(p_.q.rank) + ", expected 4");

@@ -53,11 +53,6 @@ Status check_extents(const AttentionProblem& p) {
     }
   }
   if (p.dropout_p != 0.0) return refuse(ErrorKind::kNotImplemented, "dropout_p is not 0, which the CUDA backend lacks");
-  if (p.packed() && (p.mask.present() || p.bias.present())) {
-    // Their shape would name the longest lengths, which only the device knows.
-    return refuse(ErrorKind::kNotImplemented, std::string(p.mask.present() ? "mask" : "bias") +
-                                                  " is given with cu_seqlens, which the CUDA backend lacks");
-  }
   if (p.k_scale.present()) return refuse(ErrorKind::kNotImplemented, "k_scale is given, which the CUDA backend lacks");
   return {};
 }

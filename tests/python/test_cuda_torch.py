@@ -83,6 +83,14 @@ def test_weights(kernels: Any) -> None:
     torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-6)
 
 
+def test_a_mask_of_packed_sequences_is_refused(kernels: Any) -> None:
+    q, k, v = tensors(torch.float16, 20, 2, 64)
+    begins = torch.tensor([0, 8, 20])
+    mask = torch.ones(12, 12, dtype=torch.bool)
+    with pytest.raises(NotImplementedError, match="attention: mask is given with cu_seqlens on cuda"):
+        kernels["attention_varlen_forward"](q, k, v, begins, begins, mask)
+
+
 def check_gradients(kernels: Any, name: str, dtype: Any, arguments: list[Any], options: list[Any]) -> None:
     """The gradients of an op and those of the CPU's kernel, from the same out and lse."""
     out, lse = getattr(torch.ops.foveal, f"{name}_forward")(*arguments, *options)[:2]
