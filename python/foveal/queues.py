@@ -100,6 +100,12 @@ class _Queue(Generic[ItemT]):
         self._unfinished = 0
         self._is_shutdown = False
 
+    def __repr__(self) -> str:
+        """Say how many items are waiting; takes no lock."""
+        limit = f" of {self.maxsize}" if self.maxsize > 0 else ""
+        state = ", shut down" if self._is_shutdown else ""
+        return f"<{type(self).__name__}: {len(self._entries)}{limit} waiting, {self._unfinished} unfinished{state}>"
+
     def __reduce__(self) -> Any:
         raise TypeError(f"{type(self).__name__}: a queue can be neither copied nor pickled")
 

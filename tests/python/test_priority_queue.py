@@ -703,3 +703,15 @@ async def test_async_many_tasks():
     jobs.shutdown()
     await asyncio.gather(*consumers)
     assert sorted(taken) == list(range(600))
+
+
+def test_their_repr_says_how_full_they_are():
+    jobs = PriorityQueue(3)
+    assert repr(jobs) == "<PriorityQueue: 0 of 3 waiting, 0 unfinished>"
+    jobs.put("job", 1.0)
+    jobs.put("job", 1.0)
+    jobs.get()
+    assert repr(jobs) == "<PriorityQueue: 1 of 3 waiting, 2 unfinished>"
+    jobs.shutdown()
+    assert repr(jobs).endswith("2 unfinished, shut down>")
+    assert repr(AsyncPriorityQueue()) == "<AsyncPriorityQueue: 0 waiting, 0 unfinished>"
