@@ -36,7 +36,7 @@ try:
     from torch.nn import functional
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    sys.exit(f"multitask_digits: {error}; the example needs: pip install torch scikit-learn tqdm")
+    sys.exit(f"multitask_digits: {error}; the example needs: pip install '.[examples]' torch")
 
 TASKS = ("digit", "odd", "ink")
 GRID = (0.1, 0.3, 1.0, 3.0)

@@ -125,7 +125,7 @@ def simulate(order: np.ndarray, topics: np.ndarray, embeddings: minilm.Array, fo
             if i == len(ticks) // 2:
                 reader.turn_to(1)
             reader.tick([int(passage) for passage in arrived])
-        progress.set_postfix({reader.name: sum(reader.relevant()) for reader in readers[1:4]})
+        progress.set_postfix({reader.name.replace(",", ""): sum(reader.relevant()) for reader in readers[1:4]})
     return readers
 
 
