@@ -21,6 +21,7 @@ class Decision(NamedTuple):
     time: float
     """By the scheduler's clock."""
     key: Hashable
+    """Of the task that it chose."""
     rotation: bool
     """Whether the rotation that keeps the floor chose it, not the weights."""
 
@@ -29,24 +30,36 @@ class Row(NamedTuple):
     """What became of one task. Times are by the scheduler's clock."""
 
     key: Hashable
+    """As submitted, or made up."""
     status: str
-    """done, failed, cancelled, expired, or waiting: not reached before the budget or the time was spent."""
+    """done, failed, cancelled, expired; running; or waiting: not reached before the budget or the time was spent."""
     urgency: float
+    """The latest."""
     importance: float
+    """The latest."""
     submitted: float
+    """When it was."""
     started: float | None
+    """When its first turn began; None: it had none."""
     finished: float | None
+    """When it was over; None: it is not."""
     turns: int
+    """How many it had, those that were tried again included."""
     cost: float
+    """What these cost in all: 1 for a callable's, what its Step says for a stepper's."""
     error: str | None
+    """The repr of the exception that its Future carries."""
 
 
 class Span(NamedTuple):
     """One turn of one task, from when it was handed to the executor to when it was back."""
 
     key: Hashable
+    """Of the task."""
     start: float
+    """When it was handed out, by the scheduler's clock."""
     stop: float
+    """When it was back."""
 
 
 class Report:
@@ -54,6 +67,18 @@ class Report:
 
     ``print(report)`` shows a table (with rich where it is installed), :meth:`to_dict`, :meth:`to_pandas` and
     :meth:`plot` give the rest.
+
+    Attributes
+    ----------
+    rows : list of Row
+        What became of each task: first those that are over, in that order, then those that are not.
+    decisions : list of Decision
+        Who was given each turn, in order: what :meth:`Scheduler.replay` takes.
+    spans : list of Span
+        The turns that are over, in order of their end.
+    began, ended : float
+        When the run began and ended, by the scheduler's clock; in the background, when the first of the tasks was
+        submitted and when the report was made.
     """
 
     def __init__(
