@@ -18,65 +18,23 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import enum
 import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, Executor
 from contextlib import AbstractContextManager
 from typing import Any
 
 from foveal._scheduler.clock import Clock
-from foveal._scheduler.executors import ExecutorHandle, is_broken
+from foveal._scheduler.executors import ExecutorHandle
 from foveal._scheduler.future import Task
 from foveal._scheduler.ledger import Ledger
+from foveal._scheduler.returns import Return, Runner, Verdict
 
 _SLICE = 0.005  # seconds after which a runner lets others have the pool's thread
-_REFUSALS = (RuntimeError, concurrent.futures.CancelledError)  # what an executor that was shut down raises
 _LOG = logging.getLogger("foveal.scheduler")
-
-
-class _Runner:
-    """Stands for one call of the pool; whose name is not on the list of runners any more has nothing to do."""
-
-    __slots__ = ("task",)
-
-    def __init__(self) -> None:
-        self.task: Task | None = None  # taken last
-
-
-class _Verdict(enum.Enum):
-    """What the return of a task or a runner says."""
-
-    OVER = enum.auto()  # of the task alone: it is over, or the executor cannot take it
-    BREAK = enum.auto()  # the executor broke and has been replaced
-    FIRST_OF_BREAK = enum.auto()  # the same, and this was the first to say so
-    END = enum.auto()  # the executor takes no tasks any more
-    NONSENSE = enum.auto()  # what the executor's submit gave is no Future: who knows what has become of the task
-
-
-class _Return:
-    """A task, or a runner, that came back from an executor."""
-
-    __slots__ = ("error", "executor", "is_refused", "result", "verdict", "what")
-
-    def __init__(
-        self,
-        what: Task | _Runner,
-        executor: Executor | None,
-        result: concurrent.futures.Future[Any] | None,
-        error: BaseException | None = None,
-        verdict: _Verdict = _Verdict.END,
-    ) -> None:
-        self.what = what
-        self.executor = executor  # None: none was to be had
-        self.result = result  # None: the executor did not take it, with `error`
-        self.error = error
-        self.is_refused = result is None or isinstance(what, _Runner)  # no task was started
-        self.verdict = verdict
 
 
 class Dispatch:
@@ -93,8 +51,8 @@ class Dispatch:
         self._clock = clock
         self._runs_in_pool = False
         self._width = 1
-        self._runners: set[_Runner] = set()  # with the pool, running or not yet
-        self._returned: deque[_Return] = deque()
+        self._runners: set[Runner] = set()  # with the pool, running or not yet
+        self._returned: deque[Return] = deque()
         self._resolvers: list[int] = []  # our threads that are resolving Futures, once for each time
         # Users' threads that do, each with a lock that it holds meanwhile: whatever ends it, the lock is let go of.
         self._guests: list[tuple[int, threading.Lock]] = []
@@ -123,7 +81,7 @@ class Dispatch:
         self._width, self._runs_in_pool, self.error = width, runs_in_pool, None
         while self._returned:  # runners whom the pool refused when the last run was over: nothing is in flight
             one = self._returned.popleft()
-            if isinstance(one.what, _Runner):
+            if isinstance(one.what, Runner):
                 self._runners.discard(one.what)
 
     def fail(self, error: BaseException) -> None:
@@ -218,13 +176,13 @@ class Dispatch:
                 over = self._take_over()
             self._resolve(over)  # before the next decision, in which callbacks may want to have a say
             launched: list[Task] = []
-            runners: list[_Runner] = []
+            runners: list[Runner] = []
             try:
                 with self.mutex, ledger:
                     self._has_resolved(over)
                     if self._runs_in_pool:
                         wanted = min(self._width, ledger.room() + ledger.in_flight) - len(self._runners)
-                        runners = [_Runner() for _ in range(wanted)]
+                        runners = [Runner() for _ in range(wanted)]
                         self._runners.update(runners)
                     else:
                         while (task := ledger.take(now)) is not None:
@@ -250,89 +208,64 @@ class Dispatch:
     # To the executor and back.
 
     def _submit(
-        self, what: Task | _Runner, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, what: Task | Runner, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         executor = None
         try:
             executor = self._executor.get()
             inner = executor.submit(fn, *args, **kwargs)
         except BaseException as error:
-            self._come_back(_Return(what, executor, None, error))
+            self._come_back(Return(what, executor, None, error))
             return
         if not isinstance(inner, concurrent.futures.Future):
-            error = TypeError(
-                f"Scheduler: submit of the executor {type(executor).__name__} returned {type(inner).__name__}, "
-                "expected a concurrent.futures.Future"
-            )
-            self._come_back(_Return(what, executor, None, error, _Verdict.NONSENSE))
+            self._come_back(Return.of_nonsense(what, executor, inner))
             return
         if isinstance(what, Task):
             self._executor.has_taken = True
-        inner.add_done_callback(lambda inner: self._on_return(_Return(what, executor, inner)))
+        inner.add_done_callback(lambda inner: self._on_return(Return(what, executor, inner)))
 
-    def _on_return(self, one: _Return) -> None:
+    def _on_return(self, one: Return) -> None:
         assert one.result is not None
-        if isinstance(one.what, _Runner) and not one.result.cancelled() and one.result.exception() is None:
+        if isinstance(one.what, Runner) and not one.result.cancelled() and one.result.exception() is None:
             return  # a runner that has run takes leave itself
         self._come_back(one)
 
-    def _come_back(self, one: _Return) -> None:
+    def _come_back(self, one: Return) -> None:
         self._returned.append(one)
         self.wake.set()
 
-    def _collect(self) -> list[_Return]:
+    def _collect(self) -> list[Return]:
         """Collect what came back, and find out what it says. Not in a section."""
         returned = []
         while self._returned:
             returned.append(one := self._returned.popleft())
             try:
-                one.verdict = self._judge(one)
+                one.judge(self._executor)
             except BaseException as error:  # from an executor that cannot even be replaced: its end
                 one.error = one.error or error
         return returned
 
-    def _judge(self, one: _Return) -> _Verdict:
-        if one.verdict is _Verdict.NONSENSE:
-            return one.verdict
-        if one.result is not None:
-            if one.result.cancelled():  # by the executor, when it was shut down: nothing that runs can be cancelled
-                one.is_refused, one.error = True, concurrent.futures.CancelledError("cancelled by the executor")
-            else:
-                one.error = one.result.exception()
-        if isinstance(one.error, BrokenExecutor) and one.executor is not None:
-            was_mended = self._executor.is_mended(one.executor)
-            if not was_mended and not one.is_refused and not is_broken(one.executor):
-                return _Verdict.OVER  # the task has raised this for reasons of its own
-            if was_mended or self._executor.mend(one.executor):
-                return _Verdict.BREAK if was_mended else _Verdict.FIRST_OF_BREAK
-            return _Verdict.END
-        if one.is_refused and (
-            isinstance(one.what, _Runner) or one.executor is None or isinstance(one.error, _REFUSALS)
-        ):
-            return _Verdict.END
-        return _Verdict.OVER
-
-    def _take_back(self, one: _Return, now: float) -> None:
+    def _take_back(self, one: Return, now: float) -> None:
         """Tell the ledger what has become of a turn. In a section."""
         task = one.what if isinstance(one.what, Task) else None
-        if isinstance(one.what, _Runner):
+        if isinstance(one.what, Runner):
             self._runners.discard(one.what)
         try:
-            if one.verdict is _Verdict.END:  # what was not started waits for another run
+            if one.verdict is Verdict.END:  # what was not started waits for another run
                 failure = RuntimeError(f"Scheduler: the executor takes no tasks ({one.error}); none is lost")
                 failure.__cause__ = one.error
                 self._ledger.close(failure)
             if task is None:
                 return
-            if one.verdict is _Verdict.NONSENSE:
+            if one.verdict is Verdict.NONSENSE:
                 assert one.error is not None
                 self._ledger.close(one.error)
                 self._ledger.abandon(task, one.error, now)
-            elif one.is_refused and one.verdict is not _Verdict.OVER:
+            elif one.is_refused and one.verdict is not Verdict.OVER:
                 self._ledger.put_back(task)
-            elif one.verdict in (_Verdict.BREAK, _Verdict.FIRST_OF_BREAK):
+            elif one.verdict in (Verdict.BREAK, Verdict.FIRST_OF_BREAK):
                 assert one.error is not None
-                was_only_one = one.verdict is _Verdict.FIRST_OF_BREAK and self._ledger.in_flight == 1
+                was_only_one = one.verdict is Verdict.FIRST_OF_BREAK and self._ledger.in_flight == 1
                 self._ledger.settle_broken(task, one.error, now, was_only_one=was_only_one)
             else:
                 value = one.result.result() if one.error is None and one.result is not None else None
@@ -348,7 +281,7 @@ class Dispatch:
 
     # Runners.
 
-    def _run(self, runner: _Runner) -> None:
+    def _run(self, runner: Runner) -> None:
         """Be a runner."""
         self._executor.has_taken = True
         try:
@@ -359,7 +292,7 @@ class Dispatch:
                 self._give_up(runner.task, error)
             self.wake.set()
 
-    def _run_tasks(self, runner: _Runner) -> None:
+    def _run_tasks(self, runner: Runner) -> None:
         # An injected clock is read as often from run to run, so there are no slices with it.
         until = time.monotonic() + _SLICE if self._clock.is_ours else math.inf
         ledger = self._ledger
