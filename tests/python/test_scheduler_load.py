@@ -58,11 +58,9 @@ def soak(seconds, seed):
             time.sleep(0)
 
     futures = []
-    with Scheduler(max_in_flight=3, breadth=20.0, seed=seed) as scheduler:
+    with Scheduler(max_in_flight=3, breadth=20.0, seed=seed) as scheduler, ThreadPoolExecutor(2) as threads:
         stop = threading.Event()
-        pokers = [threading.Thread(target=poke, args=(stop, i)) for i in range(2)]
-        for poker in pokers:
-            poker.start()
+        pokers = [threads.submit(poke, stop, i) for i in range(2)]
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             deadline = rng.choice([None, None, None, 0.0, 0.01])
@@ -78,7 +76,7 @@ def soak(seconds, seed):
                 time.sleep(0.002)
         stop.set()
         for poker in pokers:
-            poker.join()
+            poker.result()
     assert all(f.done() for f in futures)
     assert resolved == Counter(range(len(futures)))
     kinds = Counter()

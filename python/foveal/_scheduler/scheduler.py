@@ -249,18 +249,17 @@ class Scheduler:
         if feedback is not None:
             check_finite("Scheduler.update", "feedback", feedback)
         task = self._lookup("Scheduler.update", key)
+        if task is None:
+            raise KeyError(f"Scheduler.update: {text_of(key)} is no task, or is done")
         new = (0.0, 0.0)
         with self._engine.lock("Scheduler.update"), self._ledger:
-            is_there = task is not None and task.finished is None
-            if task is not None and is_there:
+            if task.finished is None:  # else it is over at this moment, and its Future is about to say so
                 new = self._ledger.moved(task, urgency, importance, feedback)
                 if math.isfinite(sum(new)):
                     task.urgency, task.importance = new
                     if task.slot >= 0:
                         self._ledger.backlog.update(task)
-        if not is_there:  # raised out here, since an error in there breaks the section off
-            raise KeyError(f"Scheduler.update: {text_of(key)} is no task, or is done")
-        check_priority("Scheduler.update", *new)
+        check_priority("Scheduler.update", *new)  # raised out here: an error in there breaks the section off
 
     def rescore(self, state: ArrayLike | None = None) -> None:
         """Compute the attention of all waiting tasks anew and re-key them in one batch.
