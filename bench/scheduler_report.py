@@ -173,7 +173,7 @@ if kind == "Future":
     kept = [concurrent.futures.Future() for _ in range(count)]
 else:
     kept = [scheduler.submit(print, i) for i in range(count)]
-    scheduler.cancel("none")  # takes in those that were submitted
+    scheduler.replay([])  # takes in those that were submitted
     assert len(scheduler._ledger.backlog) == count
 print((resident() - before) / count)
 """

@@ -311,6 +311,8 @@ def test_a_step_that_returns_nonsense(step, kind, text):
         (lambda s: s.add_stepper(endless, key=1, max_steps=0), ValueError, "max_steps is 0"),
         (lambda s: s.update("none", urgency=1.0), KeyError, "'none' is no task"),
         (lambda s: s.update("k", feedback=math.nan), ValueError, "Scheduler.update: feedback is nan"),
+        (lambda s: s.update("k", urgency=math.nan), ValueError, "Scheduler.update: urgency is nan"),
+        (lambda s: s.update("k", importance=-math.inf), ValueError, "Scheduler.update: importance is -inf"),
         (lambda s: s.update("k", urgency="1"), TypeError, "Scheduler.update: urgency has type str"),
         (lambda s: s.allocate(0), ValueError, "budget is 0, expected above 0"),
         (lambda s: s.allocate(-3), ValueError, "budget is -3"),

@@ -120,7 +120,7 @@ class Backlog:
         """Add a task; `attention` is the scorer's part of its score."""
         if len(self._slots) == self._heap.capacity:
             self._make_room()
-        own = self._own_score(task)
+        own = _cut_off(task.urgency + task.importance - self._aging * task.queued)
         score = _cut_off(own + attention)
         log_weight = self._log_weight(score)
         if self._policy == "strict":
@@ -192,7 +192,9 @@ class Backlog:
 
     def update(self, task: Task) -> None:
         """Re-key one task after its urgency or importance has changed."""
-        score = own = self._own_score(task)
+        score = own = task.urgency + task.importance - self._aging * task.queued
+        if not -_LARGEST_SCORE <= own <= _LARGEST_SCORE:
+            score = own = _cut_off(own)
         if self._features is not None:
             score = _cut_off(own + (self._scores[task.slot] - float(self._own[task.slot])))
             self._own[task.slot] = own
@@ -214,9 +216,6 @@ class Backlog:
         """Give every task, in the order of iteration, a new attention score, and re-key all with one update_many."""
         attention = np.clip(attention, -_LARGEST_SCORE, _LARGEST_SCORE)
         self._rebase(np.clip(self._own[self._occupied()] + attention, -_LARGEST_SCORE, _LARGEST_SCORE))
-
-    def _own_score(self, task: Task) -> float:
-        return _cut_off(task.urgency + task.importance - self._aging * task.queued)
 
     def _is_rotations_turn(self) -> bool:
         if self._floor <= 0.0 or self._policy == "strict":
@@ -345,6 +344,4 @@ class Backlog:
 
 
 def _cut_off(score: float) -> float:
-    if -_LARGEST_SCORE <= score <= _LARGEST_SCORE:
-        return score
     return min(max(-_LARGEST_SCORE, score), _LARGEST_SCORE)  # in this order nan, an age beyond all, is the smallest

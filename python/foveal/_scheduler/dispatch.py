@@ -65,7 +65,7 @@ class Dispatch:
 
     def lock(self, function: str) -> AbstractContextManager[Any]:
         """Give the mutex, for a section; refuses to those whom the scheduler has called in one."""
-        if self.is_in_section():
+        if self.mutex._is_owned():  # type: ignore[attr-defined]  # is_in_section, without another call
             raise RuntimeError(
                 f"{function}: called by a scorer, a clock, a key or a destructor in the middle of a step of the "
                 "scheduler, expected a call from outside"

@@ -7,7 +7,6 @@ the Condition that waiters wait on. Here the Condition is made when somebody fir
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
     from foveal._scheduler.engine import Engine
 
 
-ARRIVING = -2  # as a task's slot: it has not been taken in yet
+# As a task's slot, besides those of the backlog and -1, not there: it has not been taken in yet; it is over, and noted
+# as such everywhere.
+ARRIVING, BOOKED = -2, -3
 
 
 class DeadlineExceeded(TimeoutError):
@@ -140,10 +141,10 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
     def _resolve(self, task: Task) -> None:
         """Take over the outcome of the task, which is over; may be called again."""
         self._task = None
-        with contextlib.suppress(concurrent.futures.InvalidStateError):  # somebody else has resolved it
-            if self._is_done():
-                pass
-            elif task.status == "done":
+        if self._is_done():
+            return
+        try:
+            if task.status == "done":
                 self.set_result(task.result)
             elif task.status == "cancelled":
                 self._state = "PENDING"  # from running: a task that is to be tried again can be cancelled
@@ -153,6 +154,8 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
                     self.set_running_or_notify_cancel()  # tells those in concurrent.futures.wait
             else:
                 self.set_exception(task.error)
+        except concurrent.futures.InvalidStateError:  # somebody else has resolved it
+            pass
 
     def _look_again(self) -> None:
         """Wake those who wait in `result`: the scheduler has stopped."""
@@ -181,7 +184,6 @@ class Task:
         "granted",
         "importance",
         "in_rotation",
-        "is_booked",
         "key",
         "kwargs",
         "max_steps",
@@ -215,7 +217,7 @@ class Task:
         self.importance = importance
         self.submitted = self.queued = self.turn_began = now
         self.status = "waiting"
-        self.slot = ARRIVING  # in the backlog; -1: not there
+        self.slot = ARRIVING  # in the backlog
         self.charge = 1.0  # the expected cost of the next turn
         self.granted = 0.0  # what was set aside for the turn under way
         # What is left to wait with the proportional server after a turn of the rotation, in charge; -1: nothing.
@@ -223,7 +225,6 @@ class Task:
         self.by_rotation = False  # who serves it this turn
         self.in_rotation = False  # has a place there
         self.doomed = False  # cancelled while a step was under way
-        self.is_booked = False  # as over, everywhere
         self.steps = 0
         self.attempts = 0
         self.cost = 0.0
@@ -247,13 +248,14 @@ class Task:
         """
         if self.is_resolved():
             return
+        future = self.future
         try:
-            self.future._resolve(self)
+            future._resolve(self)
         except BaseException:  # Ctrl-C: perhaps before those who wait were told
-            self.future._look_again()
+            future._look_again()
             raise
         finally:
-            if self.future._is_done():
+            if future._is_done():
                 self.fn, self.args, self.kwargs, self.features, self.result = None, (), None, None, None
                 del self.future
 

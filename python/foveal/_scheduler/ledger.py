@@ -19,7 +19,7 @@ from typing import Any
 
 from foveal._scheduler.backlog import Backlog
 from foveal._scheduler.checks import text_of, wrong_with_step
-from foveal._scheduler.future import ARRIVING, DeadlineExceeded, Step, Task
+from foveal._scheduler.future import ARRIVING, BOOKED, DeadlineExceeded, Step, Task
 from foveal._scheduler.report import Decision, Report, Span, row_of
 from foveal._scheduler.scorer import ScorerHandle
 from foveal.queues import PriorityMap
@@ -73,14 +73,14 @@ class Ledger:
             self.cancel(*self.put_off[0])
             self.put_off.popleft()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self.is_whole = kind is None
 
     def _mend(self) -> None:
         """Make anew, from what the tasks say, all that a section that was broken off may have left half changed."""
         tasks = list(self.tasks.values())
         for task in tasks:
-            if task.finished is not None and not task.is_booked:
+            if task.finished is not None and task.slot != BOOKED:
                 for book in (self.over, self._finished):
                     if task in book:
                         book.remove(task)
@@ -133,14 +133,9 @@ class Ledger:
         """Give the tasks that wait or are in flight."""
         return [task for task in list(self.tasks.values()) if task.finished is None]
 
-    def moved(
-        self, task: Task, urgency: float | None, importance: float | None, feedback: float | None
-    ) -> tuple[float, float]:
-        """Give what a task's urgency and importance are to be; `feedback` moves the urgency by the moving average."""
-        new = task.urgency if urgency is None else float(urgency)
-        if feedback is not None:  # any real number, a tensor's too
-            new = (1.0 - self._ema) * new + self._ema * float(feedback)  # cannot overflow
-        return new, task.importance if importance is None else float(importance)
+    def fed_back(self, urgency: float, feedback: float) -> float:
+        """Give an urgency moved by the moving average; `feedback` may be any real number, a tensor's too."""
+        return (1.0 - self._ema) * urgency + self._ema * float(feedback)  # cannot overflow
 
     def cancel(self, task: Task, now: float) -> bool:
         """Cancel a task that waits, or a stepper when its step is over; say whether it is, or will be."""
@@ -260,7 +255,7 @@ class Ledger:
                 self.close(error)
         elif task.max_steps and not value.done and task.steps < task.max_steps:
             if value.feedback is not None:
-                task.urgency, _ = self.moved(task, None, None, value.feedback)
+                task.urgency = self.fed_back(task.urgency, value.feedback)
             self._wait_again(task, now)
         else:
             task.result = value
@@ -323,7 +318,7 @@ class Ledger:
             del self.tasks[task.key]
         except Exception as error:  # of a key whose __eq__ raises; the entry stays, and says that it is finished
             self.close(error)
-        task.is_booked = True
+        task.slot = BOOKED
 
     def _withdraw(self, task: Task) -> bool:
         """Take a waiting task out of wherever it waits; say whether it did."""

@@ -242,24 +242,30 @@ class Scheduler:
         ValueError
             A number is not finite, or the new score; nothing is changed then.
         """
-        if urgency is not None:
+        if urgency is not None and type(urgency) is not float:  # whether a float is finite comes out below
             check_finite("Scheduler.update", "urgency", urgency)
-        if importance is not None:
+        if importance is not None and type(importance) is not float:
             check_finite("Scheduler.update", "importance", importance)
         if feedback is not None:
             check_finite("Scheduler.update", "feedback", feedback)
         task = self._lookup("Scheduler.update", key)
         if task is None:
             raise KeyError(f"Scheduler.update: {text_of(key)} is no task, or is done")
-        new = (0.0, 0.0)
+        is_finite = True
         with self._engine.lock("Scheduler.update"), self._ledger:
-            if task.finished is None:  # else it is over at this moment, and its Future is about to say so
-                new = self._ledger.moved(task, urgency, importance, feedback)
-                if math.isfinite(sum(new)):
-                    task.urgency, task.importance = new
+            # Else it is over at this moment, and its Future is about to say so. The slot first: it is in the cache.
+            if task.slot >= 0 or task.finished is None:
+                new_urgency = task.urgency if urgency is None else float(urgency)
+                new_importance = task.importance if importance is None else float(importance)
+                if feedback is not None:
+                    new_urgency = self._ledger.fed_back(new_urgency, feedback)
+                is_finite = math.isfinite(new_urgency + new_importance)
+                if is_finite:
+                    task.urgency, task.importance = new_urgency, new_importance
                     if task.slot >= 0:
                         self._ledger.backlog.update(task)
-        check_priority("Scheduler.update", *new)  # raised out here: an error in there breaks the section off
+        if not is_finite:  # raised out here: an error in there breaks the section off
+            check_priority("Scheduler.update", new_urgency, new_importance)
 
     def rescore(self, state: ArrayLike | None = None) -> None:
         """Compute the attention of all waiting tasks anew and re-key them in one batch.
