@@ -250,11 +250,12 @@ PyObject* pop_many(HeapObject& self, Call call) {
   if (k < 0) fail(PyExc_ValueError, "%s: k is %S, expected at least 0", kSignature.function, k_argument);
   const bool relaxed = relaxed_argument != nullptr && to_bool(kSignature.function, "relaxed", relaxed_argument);
   IndexedHeap& heap = *self.heap;
-  const auto most = static_cast<size_t>(std::min(k, heap.capacity()));  // size() lags behind other threads
+  const auto most = static_cast<size_t>(std::min(k, heap.capacity()));
   const auto ids = std::make_unique_for_overwrite<int64_t[]>(most);
   const auto priorities = std::make_unique_for_overwrite<double[]>(most);
   size_t count = 0;
-  without_gil(most, [&] {
+  // size() lags behind other threads: it says whether to let the GIL go, not what there is.
+  without_gil(static_cast<size_t>(std::min(k, heap.size())), [&] {
     thread_local uint64_t random_state = reinterpret_cast<uintptr_t>(&random_state);
     const std::span<int64_t> id_span(ids.get(), most);
     const std::span<double> priority_span(priorities.get(), most);
