@@ -23,6 +23,9 @@ from foveal._scheduler import ledger as ledger_module
 
 HERE = os.path.dirname(ledger_module.__file__)
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+starts_threads_at_the_end = pytest.mark.skipif(
+    sys.version_info[:2] == (3, 12), reason="Python 3.12 may start no thread any more when the interpreter ends"
+)
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
@@ -533,6 +536,7 @@ def test_forks_while_other_threads_use_the_scheduler():
     assert run_program(program, forks=True) == "fine\n"
 
 
+@starts_threads_at_the_end
 @pytest.mark.parametrize("executor", ["None", "ThreadPoolExecutor(1)", "lambda: ProcessPoolExecutor(1)"])
 def test_what_waits_in_the_background_is_run_at_the_end_of_the_interpreter(executor):
     program = f"""
@@ -545,6 +549,7 @@ def test_what_waits_in_the_background_is_run_at_the_end_of_the_interpreter(execu
     assert run_program(program) == "20\n"
 
 
+@starts_threads_at_the_end
 def test_a_run_in_a_thread_that_is_awaited_is_not_cut_off_by_the_end_of_the_interpreter():
     program = """
     import threading, time, foveal
