@@ -6,7 +6,7 @@
 //                they are stored, and the scale comes after
 //
 // `multiply_add` serves both kernels: with queries in the lanes (a key element or pair broadcast) and with elements in
-// the lanes (a chunk of kChunk elements of each).
+// the lanes (a chunk of kChunk elements of each; those of a key may be codes of an int8 cache).
 #pragma once
 
 namespace foveal {
@@ -29,8 +29,14 @@ struct WidenedDot {
   FOVEAL_INLINE static V load_query(const S* q, int64_t stride, int64_t n, V scale) {
     return widen_strided<V>(q, stride, n) * scale;
   }
-  FOVEAL_INLINE static V load_chunk(const S* k) { return widen(k); }
-  FOVEAL_INLINE static V load_chunk_n(const S* k, int64_t n) { return widen_n(k, n); }
+  template <class C>
+  FOVEAL_INLINE static V load_chunk(const C* k) {
+    return widen(k);
+  }
+  template <class C>
+  FOVEAL_INLINE static V load_chunk_n(const C* k, int64_t n) {
+    return widen_n(k, n);
+  }
   FOVEAL_INLINE static V finish(V sum, V) { return sum; }
 };
 
@@ -59,8 +65,14 @@ struct PairDot {
     for (int64_t c = 0; c < n && c < kChunk; ++c) elements[c] = q[c * stride];
     return load_pairs(elements);
   }
-  FOVEAL_INLINE static V load_chunk(const BFloat16* k) { return load_pairs(k); }
-  FOVEAL_INLINE static V load_chunk_n(const BFloat16* k, int64_t n) { return load_pairs_n(k, n); }
+  template <class C>
+  FOVEAL_INLINE static V load_chunk(const C* k) {
+    return load_pairs(k);
+  }
+  template <class C>
+  FOVEAL_INLINE static V load_chunk_n(const C* k, int64_t n) {
+    return load_pairs_n(k, n);
+  }
   FOVEAL_INLINE static V finish(V sum, V scale) { return sum * scale; }
 };
 

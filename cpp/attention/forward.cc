@@ -3,6 +3,7 @@
 // Threads take items from one counter; an item's result does not depend on who computes it. The parts of a split row
 // block are merged in order by whoever finishes the last of them.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -80,17 +81,18 @@ class ForwardRun {
     for (const SequencePlan& s : plan_.sequences) {
       const int64_t rows = std::min(s.rows_per_block, s.rows);
       rows_max_ = std::max(rows_max_, rows);
-      kernel = std::max(kernel, s.decode ? plan_.kernels->decode_scratch_nbytes(h, rows)
+      heads_max_ = std::max(heads_max_, s.heads_together);
+      kernel = std::max(kernel, s.decode ? plan_.kernels->decode_scratch_nbytes(h, s.heads_together)
                                          : plan_.kernels->forward_scratch_nbytes(h, rows));
     }
     // The kernel's own, then max and sum of the rows; a whole number of cache lines a thread.
     kernel_nbytes_ = kernel;
-    const int64_t total = kernel + 2 * rows_max_ * accumulator_nbytes_;
+    const int64_t total = kernel + 2 * heads_max_ * rows_max_ * accumulator_nbytes_;
     scratch_nbytes_ = (total + 127) / 128 * 128;
   }
 
   void work(std::byte* scratch, int thread) {
-    HeadTask head;
+    std::array<HeadTask, kMaxHeadsTogether> heads;
     int64_t batch = -1, kv_head = -1;
     for (;;) {
       const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
@@ -99,17 +101,18 @@ class ForwardRun {
       if (item.batch != batch || item.kv_head != kv_head) {
         batch = item.batch;
         kv_head = item.kv_head;
-        head = heads_.task(batch, kv_head);
+        for (int64_t x = 0; x < item.heads; ++x) heads[static_cast<size_t>(x)] = heads_.task(batch, kv_head + x);
       }
-      run(head, item, scratch);
+      run(heads.data(), item, scratch);
       team_->poll(thread);
     }
   }
 
-  void run(const HeadTask& head, const WorkItem& item, std::byte* scratch) {
+  void run(const HeadTask* heads, const WorkItem& item, std::byte* scratch) {
     if (p_.weights.present()) clear_weights(item);
     RowTask task = {};
-    task.head = &head;
+    task.head = heads;
+    task.heads = item.heads;
     task.row_begin = item.row_begin;
     task.row_end = item.row_end;
     task.key_begin = item.key_begin;
@@ -117,9 +120,11 @@ class ForwardRun {
     task.scratch = scratch;
     const int64_t rows = item.row_end - item.row_begin;
     if (item.parts == 1) {
+      task.rows_between_heads = rows;
       task.row_max = scratch + kernel_nbytes_;
-      task.row_sum = scratch + kernel_nbytes_ + rows_max_ * accumulator_nbytes_;
+      task.row_sum = scratch + kernel_nbytes_ + heads_max_ * rows_max_ * accumulator_nbytes_;
     } else {
+      task.rows_between_heads = rows * item.parts;
       task.partial = partial_rows(item.partial_row);
       task.row_max = partial_max(item.partial_row);
       task.row_sum = partial_sum(item.partial_row);
@@ -131,16 +136,25 @@ class ForwardRun {
       // acq_rel: the last to finish reads what the others wrote before they counted.
       std::atomic<int64_t>& done = pending_[static_cast<size_t>(item.group_index)];
       if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < item.parts) return;
-      task.partial = partial_rows(item.group_partial_row);
       task.row_max = partial_max(item.group_partial_row);
       task.row_sum = partial_sum(item.group_partial_row);
-      plan_.kernels->merge(task, item.parts);
+      for (int64_t x = 0; x < item.heads; ++x) {
+        const int64_t first_row = item.group_partial_row + x * task.rows_between_heads;
+        RowTask merged = task;
+        merged.head = heads + x;
+        merged.partial = partial_rows(first_row);
+        merged.row_max = partial_max(first_row);
+        merged.row_sum = partial_sum(first_row);
+        plan_.kernels->merge(merged, item.parts);
+      }
     }
-    if (p_.lse.present())
-      for (int64_t x = 0; x < rows; ++x) {
-        const int64_t row = item.row_begin + x;
-        write_lse(p_.lse, item.batch, item.kv_head * plan_.group + row % plan_.group,
-                  sequence.q_begin + row / plan_.group, accumulator(task.row_max, x), accumulator(task.row_sum, x));
+    if (!p_.lse.present()) return;
+    for (int64_t x = 0; x < item.heads; ++x)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = item.row_begin + r, result = x * task.rows_between_heads + r;
+        write_lse(p_.lse, item.batch, (item.kv_head + x) * plan_.group + row % plan_.group,
+                  sequence.q_begin + row / plan_.group, accumulator(task.row_max, result),
+                  accumulator(task.row_sum, result));
       }
   }
 
@@ -169,7 +183,7 @@ class ForwardRun {
   const Heads heads_;
   std::unique_ptr<std::atomic<int64_t>[]> pending_;
   std::byte* partial_ = nullptr;
-  int64_t accumulator_nbytes_ = 4, rows_max_ = 0, kernel_nbytes_ = 0, scratch_nbytes_ = 0;
+  int64_t accumulator_nbytes_ = 4, rows_max_ = 0, heads_max_ = 1, kernel_nbytes_ = 0, scratch_nbytes_ = 0;
   std::atomic<int64_t> next_{0};
   std::optional<Team> team_;
 };
@@ -183,7 +197,7 @@ Status attention_forward(const AttentionProblem& problem, const ExecutionOptions
   // A batch without rows may be larger than any plan of it; one of packed sequences may still have rows of none.
   if (problem.q.shape[1] == 0) return {};
   if (!problem.packed() && (problem.q.shape[0] == 0 || problem.q.shape[2] == 0)) return {};
-  const Plan plan = make_plan(problem, *table);
+  const Plan plan = make_plan(problem, *table, options.num_threads);
   return ForwardRun(problem, plan, options)();
 } catch (const std::bad_alloc&) {
   return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};

@@ -2,7 +2,8 @@
 //
 // Pages (Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention") are read
 // in place, row by row, and a block may cross any number of them: blocks begin where they do in one array, so the bits
-// are the same. Pages of int8 are widened, one block at a time: element = code * scale of the page, rounded to `To`.
+// are the same. Pages of int8 are widened for the many-rows kernel, one block at a time: element = code * scale of the
+// page, rounded to `To`. The few-rows kernel reads the codes (S = To = int8_t).
 #pragma once
 
 namespace foveal {
@@ -38,15 +39,6 @@ struct PageCursor {
   }
 };
 
-// n <= kLanes codes of a row.
-template <class V>
-FOVEAL_INLINE V widen_some_codes(const int8_t* p, int64_t stride, int64_t n) {
-  if (stride == 1 && n >= V::kLanes) return widen(p);
-  int8_t codes[V::kLanes] = {};
-  for (int64_t x = 0; x < n && x < V::kLanes; ++x) codes[x] = p[x * stride];
-  return widen(codes);
-}
-
 // Keys [begin, begin + n). Asks for those of the next block meanwhile: rows of some hundred bytes, far from each other,
 // are nothing that hardware would guess.
 template <class V, class To>
@@ -71,7 +63,7 @@ static void widen_codes(const HeadTask& h, const KeyArray& a, int64_t begin, int
 #endif
       for (; c < a.width; c += V::kLanes) {
         const int64_t some = min64(V::kLanes, a.width - c);
-        narrow_n(dst + c, widen_some_codes<V>(src + c * a.stride_d, a.stride_d, some) * step, some);
+        narrow_n(dst + c, widen_strided<V>(src + c * a.stride_d, a.stride_d, some) * step, some);
       }
     }
   }
@@ -84,10 +76,11 @@ static Rows<To> key_rows(const HeadTask& h, const KeyArray& a, int64_t begin, in
                          const To** pointers) {
   const S* p = static_cast<const S*>(a.p);
   if (h.pages == nullptr) return rows_as<V, To>(p + begin * a.stride_s, a.stride_s, a.stride_d, n, a.width, packed);
-  if (a.scales != nullptr) {
-    widen_codes<V>(h, a, begin, n, packed);
-    return {packed, a.width};
-  }
+  if constexpr (!__is_same(S, int8_t))
+    if (a.scales != nullptr) {
+      widen_codes<V>(h, a, begin, n, packed);
+      return {packed, a.width};
+    }
   const bool in_place = __is_same(To, S) && a.stride_d == 1;
   int64_t page = begin / h.page_size, row = begin - page * h.page_size;
   for (int64_t j = 0; j < n; ++page, row = 0) {

@@ -15,7 +15,21 @@ constexpr int64_t kForwardPartKeys = 2048;
 constexpr int64_t kRowsSharingKeys = 192;
 constexpr int64_t kItemsEnough = 32;
 
+// Heads that go together keep two phases of a key block in the second-level cache, keys and values.
+constexpr int64_t kBlockBytes = 512 * 1024;
+constexpr int64_t kBlockKeys = 128;
+constexpr int64_t kItemsAThread = 4;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many heads a few-rows item may take: more than one where that reads memory in its order.
+int64_t most_heads_together(const AttentionProblem& p) {
+  const auto side_by_side = [](const TensorView& x) { return x.stride[3] == 1 && x.stride[1] == x.shape[3]; };
+  if (!side_by_side(p.k) || !side_by_side(p.v)) return 1;
+  const int64_t head_nbytes = kBlockKeys * (p.k.shape[3] + p.v.shape[3]) * itemsize(p.k.dtype);
+  return std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(head_nbytes, 1), 1,
+                             std::min(kMaxHeadsTogether, std::max<int64_t>(p.k.shape[1], 1)));
+}
 
 }  // namespace
 
@@ -32,7 +46,7 @@ const RowKernels& kernels_for(const KernelTable& table, DType dtype) {
   }
 }
 
-Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
+Plan make_plan(const AttentionProblem& p, const KernelTable& table, int threads) {
   Plan plan;
   plan.kernels = &kernels_for(table, p.q.dtype);
   plan.kv_heads = p.k.shape[1];
@@ -46,6 +60,7 @@ Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
   while (rows_per_item > tile && batch * plan.kv_heads * divide_up(most_rows, rows_per_item) < kItemsEnough)
     rows_per_item = std::max(divide_up(rows_per_item / 2, tile) * tile, tile);
   plan.sequences.reserve(static_cast<size_t>(batch));
+  int64_t decode_parts = 0;
   for (int64_t b = 0; b < batch; ++b) {
     SequencePlan s;
     static_cast<Sequence&>(s) = sequence_at(p, b);
@@ -60,17 +75,26 @@ Plan make_plan(const AttentionProblem& p, const KernelTable& table) {
       s.parts = 1;
       s.keys_per_part = s.kv_len;
     }
-    s.first_item = plan.items;
-    s.first_group = plan.groups;
-    s.first_partial_row = plan.partial_rows;
-    plan.items += plan.kv_heads * s.row_blocks * s.parts;
-    if (s.parts > 1) {
-      plan.groups += plan.kv_heads * s.row_blocks;
-      plan.partial_rows += plan.kv_heads * s.rows * s.parts;
-    }
+    if (s.decode) decode_parts += s.parts;
     plan.flops += 2.0 * static_cast<double>(plan.kv_heads * s.rows) * static_cast<double>(s.kv_len) *
                   static_cast<double>(p.k.shape[3] + p.v.shape[3]);
     plan.sequences.push_back(s);
+  }
+  // A head's arithmetic is its own, so this too may look at the batch, and at the threads.
+  int64_t heads_together = most_heads_together(p);
+  while (heads_together > 1 && decode_parts * divide_up(plan.kv_heads, heads_together) < kItemsAThread * threads)
+    heads_together = divide_up(heads_together, 2);
+  for (SequencePlan& s : plan.sequences) {
+    s.heads_together = s.decode ? heads_together : 1;
+    const int64_t groups = divide_up(plan.kv_heads, s.heads_together) * s.row_blocks;
+    s.first_item = plan.items;
+    s.first_group = plan.groups;
+    s.first_partial_row = plan.partial_rows;
+    plan.items += groups * s.parts;
+    if (s.parts > 1) {
+      plan.groups += groups;
+      plan.partial_rows += plan.kv_heads * s.rows * s.parts;
+    }
   }
   return plan;
 }
@@ -80,20 +104,22 @@ WorkItem item_at(const Plan& plan, int64_t index) {
                                       [](int64_t x, const SequencePlan& s) { return x < s.first_item; });
   const SequencePlan& s = *(after - 1);
   const int64_t local = index - s.first_item;
-  const int64_t block_index = local / s.parts;  // over heads and row blocks
+  const int64_t groups = divide_up(plan.kv_heads, s.heads_together) * s.row_blocks;
+  const int64_t group = local % groups;
   WorkItem item;
   item.batch = (after - 1) - plan.sequences.begin();
-  item.kv_head = block_index / s.row_blocks;
+  item.kv_head = group / s.row_blocks * s.heads_together;
+  item.heads = std::min(s.heads_together, plan.kv_heads - item.kv_head);
   // Under a causal mask the last rows see the most keys: hand them out first, so that threads finish together.
-  const int64_t block = s.row_blocks - 1 - block_index % s.row_blocks;
+  const int64_t block = s.row_blocks - 1 - group % s.row_blocks;
   item.row_begin = block * s.rows_per_block;
   item.row_end = std::min(item.row_begin + s.rows_per_block, s.rows);
-  item.part = local % s.parts;
+  item.part = local / groups;
   item.parts = s.parts;
   item.key_begin = item.part * s.keys_per_part;
   item.key_end = std::min(item.key_begin + s.keys_per_part, s.kv_len);
-  item.group_index = s.first_group + block_index;
-  item.group_partial_row = s.first_partial_row + block_index * s.rows * s.parts;
+  item.group_index = s.first_group + group;
+  item.group_partial_row = s.first_partial_row + item.kv_head * s.rows * s.parts;
   item.partial_row = item.group_partial_row + item.part * s.rows;
   return item;
 }

@@ -1,8 +1,8 @@
 // The HOW: which kernel, row blocks and key parts a problem is cut into.
 //
-// Everything is decided per batch element, from its own q_len and kv_len, D, Dv, dtype, options and the GQA ratio;
-// never from the batch size, the number of heads or of threads. So a sequence gives the same bits alone, padded, or in
-// any batch.
+// Everything that enters the arithmetic is decided per batch element, from its own q_len and kv_len, D, Dv, dtype,
+// options and the GQA ratio; never from the batch size, the number of heads or of threads. So a sequence gives the same
+// bits alone, padded, or in any batch.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,18 @@
 
 namespace foveal {
 
-// How one batch element is cut. Its items are numbered head by head, row block by row block, key part by key part.
+// How one batch element is cut. Its items are numbered key part by key part, in each head by head (or so many heads
+// that go together), in each row block by row block: the order of memory where heads lie side by side.
 struct SequencePlan : Sequence {
-  bool decode;   // the few-rows kernel
-  int64_t rows;  // q_len * group
+  bool decode;             // the few-rows kernel
+  int64_t heads_together;  // an item's; 1 if not decode
+  int64_t rows;            // q_len * group
   int64_t rows_per_block;
   int64_t row_blocks;
   int64_t keys_per_part;
   int64_t parts;        // more than 1: partial results, merged in order
   int64_t first_item;   // of this element
-  int64_t first_group;  // a group is the parts of one row block; numbered only where parts > 1
+  int64_t first_group;  // a group is the parts of the same rows; numbered only where parts > 1
   int64_t first_partial_row;
 };
 
@@ -38,18 +40,20 @@ struct Plan {
 };
 
 struct WorkItem {
-  int64_t batch, kv_head;
+  int64_t batch;
+  int64_t kv_head, heads;  // the first, and how many
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;
   int64_t part, parts;
   int64_t group_index;        // where parts > 1
-  int64_t partial_row;        // first row of this part in the partial buffer
+  int64_t partial_row;        // first row of this part in the partial buffer, of the first head
   int64_t group_partial_row;  // first row of part 0
 };
 
 const RowKernels& kernels_for(const KernelTable& table, DType dtype);
 
-Plan make_plan(const AttentionProblem& problem, const KernelTable& table);
+// `threads` may work on it.
+Plan make_plan(const AttentionProblem& problem, const KernelTable& table, int threads);
 
 WorkItem item_at(const Plan& plan, int64_t index);
 

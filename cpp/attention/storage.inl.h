@@ -1,8 +1,16 @@
-// Reading and writing rows of stored elements (float, double, Float16, BFloat16) as accumulator values, at any stride.
+// Reading and writing rows of stored elements (float, double, Float16, BFloat16, and codes of an int8 cache) as
+// accumulator values, at any stride.
 #pragma once
 
 namespace foveal {
 namespace {
+
+// The first n <= kLanes small integers.
+FOVEAL_INLINE F32 widen_n(const int8_t* p, int64_t n) {
+  int8_t codes[F32::kLanes] = {};
+  for (int64_t x = 0; x < n && x < F32::kLanes; ++x) codes[x] = p[x];
+  return widen(codes);
+}
 
 template <class V, class S>
 FOVEAL_INLINE typename V::T widen_one(const S* p) {
@@ -134,23 +142,6 @@ static V widen_any(const void* p, DType dtype, int64_t offset, int64_t stride, i
   }
   return load(lanes);
 }
-
-// Decoding waits for memory, and the hardware foresees neither the jump to the values nor the one to the next block:
-// ask for a row's cache lines one phase ahead, into the second-level cache (a block may be larger than the first).
-// Asking past the end of an array is harmless. Short key ranges are likely there already, and the requests would only
-// cost: `width` 0 asks for nothing.
-constexpr int64_t kPrefetchFromBytes = 128 * 1024;
-
-template <class S>
-struct Prefetch {
-  Rows<S> rows;
-  int64_t width;
-
-  FOVEAL_INLINE void row(int64_t j) const {
-    const char* line = reinterpret_cast<const char*>(rows.row(j));
-    for (int64_t x = 0; x < width * static_cast<int64_t>(sizeof(S)); x += 64) __builtin_prefetch(line + x, 0, 2);
-  }
-};
 
 }  // namespace
 }  // namespace foveal

@@ -17,10 +17,9 @@ template <int R>
 constexpr bool kPairsValues<F32, BFloat16, R> = R >= 4;
 
 // o[R][NC * 32 columns] = o * rescale + p^T v. `weights` holds pairs of keys, R of them each.
-template <int R, int NC>
-FOVEAL_INLINE void paired_value_step(const BFloat16* weights, int64_t n, const Rows<BFloat16>& v, int64_t column,
-                                     int64_t width, float* o, int64_t o_stride, const float* rescale,
-                                     const Prefetch<BFloat16>& next) {
+template <int R, int NC, class C>
+FOVEAL_INLINE void paired_value_step(const BFloat16* weights, int64_t n, const Rows<C>& v, int64_t column,
+                                     int64_t width, float* o, int64_t o_stride, const float* rescale, Ahead<C>& ahead) {
   constexpr int kChunk = 2 * F32::kLanes;
   F32 even[R][NC], odd[R][NC];
 #pragma GCC unroll 8
@@ -28,14 +27,10 @@ FOVEAL_INLINE void paired_value_step(const BFloat16* weights, int64_t n, const R
 #pragma GCC unroll 2
     for (int c = 0; c < NC; ++c) even[r][c] = odd[r][c] = zero<F32>();
   const auto values = [&](int64_t j, int c) __attribute__((always_inline)) {
-    const BFloat16* x = v.row(j) + column + c * kChunk;
+    const C* x = v.row(j) + column + c * kChunk;
     return width >= NC * kChunk ? load_pairs(x) : load_pairs_n(x, width);
   };
   const auto add_pair = [&](int64_t j, bool alone) __attribute__((always_inline)) {
-    if (column == 0) {
-      next.row(j);
-      next.row(j + 1);
-    }
     F32 lower[NC], upper[NC];
 #pragma GCC unroll 2
     for (int c = 0; c < NC; ++c)
@@ -49,6 +44,7 @@ FOVEAL_INLINE void paired_value_step(const BFloat16* weights, int64_t n, const R
         odd[r][c] = dot_bf16(upper[c], w, odd[r][c]);
       }
     }
+    ahead.used(alone ? width : 2 * width);
   };
   int64_t j = 0;
   for (; j + 2 <= n; j += 2) add_pair(j, false);
@@ -67,17 +63,17 @@ FOVEAL_INLINE void paired_value_step(const BFloat16* weights, int64_t n, const R
 }
 
 // p[n][R], zeros up to a whole vector, are the weights; NC chunks of 32 columns at once.
-template <int R, int NC>
-static void decode_paired_values(const float* p, int64_t n, const Rows<BFloat16>& v, int64_t value_dim, float* o,
-                                 int64_t o_stride, const float* rescale, const Prefetch<BFloat16>& next) {
+template <int R, int NC, class C>
+static void decode_paired_values(const float* p, int64_t n, const Rows<C>& v, int64_t value_dim, float* o,
+                                 int64_t o_stride, const float* rescale, Ahead<C>& ahead) {
   alignas(64) BFloat16 weights[kKeyBlock * R];
   for (int64_t x = 0; x < n * R; x += F32::kLanes) store_key_pairs<R>(load(p + x), weights + x);
   constexpr int kColumns = NC * 2 * F32::kLanes;
   int64_t c = 0;
   for (; c + kColumns <= value_dim; c += kColumns)
-    paired_value_step<R, NC>(weights, n, v, c, kColumns, o + c, o_stride, rescale, next);
+    paired_value_step<R, NC>(weights, n, v, c, kColumns, o + c, o_stride, rescale, ahead);
   for (; c < value_dim; c += 2 * F32::kLanes)
-    paired_value_step<R, 1>(weights, n, v, c, min64(2 * F32::kLanes, value_dim - c), o + c, o_stride, rescale, next);
+    paired_value_step<R, 1>(weights, n, v, c, min64(2 * F32::kLanes, value_dim - c), o + c, o_stride, rescale, ahead);
 }
 #endif
 

@@ -35,6 +35,8 @@
 #include "attention/rows.inl.h"
 #include "attention/key_rows.inl.h"
 #include "attention/tile_forward.inl.h"
+#include "attention/ahead.inl.h"
+#include "attention/decode_products.inl.h"
 #include "attention/value_pairs.inl.h"
 #include "attention/tile_decode.inl.h"
 #include "attention/merge.inl.h"

@@ -55,9 +55,15 @@ struct HeadTask {
   int64_t weights_stride_s, weights_stride_g, weights_stride_k;
 };
 
+constexpr int64_t kMaxHeadsTogether = 8;
+
 // Rows [row_begin, row_end) of a head over the keys [key_begin, key_end).
 struct RowTask {
   const HeadTask* head;
+  // For `decode`: so many heads from `head` on, of one sequence. Where there are several, the rows of their keys lie
+  // side by side in memory, head by head without gaps, and so do those of their values.
+  int64_t heads;
+  int64_t rows_between_heads;  // from the results (row_max, row_sum, partial) of a head to those of the next
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;
 
@@ -108,7 +114,7 @@ struct RowKernels {
       rounding_rows;  // from so many on, `decode` rounds its weights to the stored type (value_pairs.inl.h); 0: never
   int64_t (*forward_scratch_nbytes)(const HeadTask&, int64_t rows);
   void (*forward)(const RowTask&);
-  int64_t (*decode_scratch_nbytes)(const HeadTask&, int64_t rows);
+  int64_t (*decode_scratch_nbytes)(const HeadTask&, int64_t heads);
   void (*decode)(const RowTask&);
   // Joins `parts` partial results of the same rows, in their order, writes the finished rows to head.out and the joined
   // state to row_max and row_sum (which hold parts * rows values on entry, rows on return).

@@ -216,6 +216,19 @@ FOVEAL_INLINE F32 load_pairs_n(const BFloat16* p, int64_t n) {
   const __mmask32 m = n >= 32 ? 0xffffffffu : (1u << n) - 1;
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m, p))};
 }
+// Codes of an int8 cache: bfloat16 holds them exactly.
+FOVEAL_INLINE F32 pairs_of_codes(__m256i codes) {
+  const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+  const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+  return {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first))};
+}
+FOVEAL_INLINE F32 load_pairs(const int8_t* p) {
+  return pairs_of_codes(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FOVEAL_INLINE F32 load_pairs_n(const int8_t* p, int64_t n) {
+  const __mmask32 m = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+  return pairs_of_codes(_mm256_maskz_loadu_epi8(m, p));
+}
 // 32 numbers, rounded to nearest even.
 FOVEAL_INLINE void store_pairs(BFloat16* p, F32 first, F32 second) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));

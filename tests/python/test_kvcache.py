@@ -175,6 +175,46 @@ def test_any_number_of_threads(isa: str) -> None:
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [2, 8, 11])
+def test_heads_that_are_read_together_have_the_bits_of_each_alone(
+    isa: str, kv_heads: int, group: int, dtype: Any
+) -> None:
+    rng = np.random.default_rng(kv_heads)
+    lens = [1100, 1, 130, 300, 40]
+    k, v = (random_array(rng, (5, 1100, kv_heads, width), np.dtype(dtype)) for width in (40, 24))
+    q = random_array(rng, (5, 1, kv_heads * group, 40), np.dtype(dtype))
+    options: dict[str, Any] = {
+        "cache_lens": lens,
+        "window": (1000, None),
+        "sinks": np.linspace(-1, 1, kv_heads * group),
+    }
+    before = foveal.get_num_threads()
+    try:
+        foveal.set_num_threads(1)  # few threads, so that an item may take many heads
+        together = foveal.attention_kvcache(q, k, v, **options, return_lse=True)
+        foveal.set_num_threads(64)
+        apart = foveal.attention_kvcache(q, k, v, **options, return_lse=True)
+    finally:
+        foveal.set_num_threads(before)
+    assert together.out.tobytes() == apart.out.tobytes()
+    assert together.lse.tobytes() == apart.lse.tobytes()
+    for b, n in enumerate(lens):
+        for h in range(kv_heads):
+            rows = slice(h * group, (h + 1) * group)
+            alone: Any = foveal.attention(
+                q[b, 0, rows, None],
+                np.ascontiguousarray(k[b, :n, h])[None],
+                np.ascontiguousarray(v[b, :n, h])[None],
+                window=(1000, None),
+                sinks=options["sinks"][rows],
+                return_lse=True,
+            )
+            assert together.out[b, 0, rows].tobytes() == alone.out[:, 0].tobytes()
+            assert together.lse[b, rows, 0].tobytes() == alone.lse[:, 0].tobytes()
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -292,11 +332,11 @@ def quantized(cache: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16], ids=str)
-@pytest.mark.parametrize("seqlen", [1, 2, 40])
+@pytest.mark.parametrize(("seqlen", "heads"), [(1, 2), (1, 4), (2, 4), (2, 8), (40, 4)])
 @pytest.mark.parametrize("page_size", [3, 16, 256])
-def test_int8_cache(isa: str, page_size: int, seqlen: int, dtype: Any) -> None:
+def test_int8_cache(isa: str, page_size: int, seqlen: int, heads: int, dtype: Any) -> None:
     lens = [50, 0, 700, 1500]
-    pages, q = paged(lens, page_size, dtype), queries(4, seqlen, dtype)
+    pages, q = paged(lens, page_size, dtype), queries(4, seqlen, dtype, heads)
     k_cache, k_scale = quantized(pages.k_cache, pages.table)
     v_cache, v_scale = quantized(pages.v_cache, pages.table)
     out = foveal.attention_kvcache(
@@ -321,6 +361,42 @@ def test_int8_cache(isa: str, page_size: int, seqlen: int, dtype: Any) -> None:
         norms = np.abs(q[b].astype(np.float64)).sum(-1).max(initial=0) * np.abs(keys).max(initial=0) / np.sqrt(24)
         slack = (4 + 2 * norms) * rounding * top
         assert_within(out[b], expected.out, expected.out_error + slack, f"sequence {b}")
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 4])
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_int8_scales_of_hidden_pages_do_not_matter(isa: str, page_size: int, seqlen: int) -> None:
+    pages, q = paged([200], page_size), queries(1, seqlen)
+    k_cache, k_scale = quantized(pages.k_cache, pages.table)
+    v_cache, v_scale = quantized(pages.v_cache, pages.table)
+    mask = np.repeat(np.random.default_rng(1).random(pages.table.shape[1]) > 0.4, page_size)
+    options: dict[str, Any] = {"cache_lens": [200], "block_table": pages.table, "mask": mask[None, None, None]}
+    expected = foveal.attention_kvcache(q, k_cache, v_cache, k_scale=k_scale, v_scale=v_scale, **options)
+    hidden = pages.table[0, : -(-200 // page_size)][~mask[:200:page_size]]
+    assert len(hidden) > 3
+    for number in (np.nan, np.inf):
+        k_scale[hidden], v_scale[hidden] = number, number
+        out = foveal.attention_kvcache(q, k_cache, v_cache, k_scale=k_scale, v_scale=v_scale, **options)
+        np.testing.assert_allclose(out, expected, atol=1e-5)  # other sums, where the kernel must leave values out
+
+
+def test_int8_bits_of_each_sequence_alone(isa: str) -> None:
+    pages, q = paged(LENS, 16, BFLOAT16), queries(4, 1, BFLOAT16)
+    (k_cache, k_scale), (v_cache, v_scale) = (quantized(x, pages.table) for x in (pages.k_cache, pages.v_cache))
+
+    def run(rows: slice) -> Any:
+        return foveal.attention_kvcache(
+            q[rows],
+            k_cache,
+            v_cache,
+            cache_lens=LENS[rows],
+            block_table=pages.table[rows],
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+
+    whole = run(slice(None))
+    assert whole.tobytes() == b"".join(run(slice(b, b + 1)).tobytes() for b in range(4))
 
 
 def test_int8_cache_takes_new_tokens(isa: str) -> None:
