@@ -14,11 +14,33 @@ namespace {
 
 constexpr int kDecodeAccumulators = kVectorRegisters >= 32 ? 16 : 8;
 
-// s[NK][R] = k . q for NK keys; `key` gives the address of each.
-template <class V, class S, int R, int NK, class Key>
-FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale,
-                                     const Key& key, typename V::T* s) {
-  using Dot = ScoreDot<V, S>;
+// Joins the lanes of each row, over the keys of a vector; every lane of a row gets the result.
+template <class V, int R, class Join>
+FOVEAL_INLINE V over_keys(V x, Join join) {
+  alignas(64) typename V::T lanes[V::kLanes];
+  store(lanes, x);
+#pragma GCC unroll 4
+  for (int half = V::kLanes / 2; half >= R; half /= 2)
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane) lanes[lane] = join(lanes[lane], lanes[lane + half]);
+#pragma GCC unroll 16
+  for (int lane = R; lane < V::kLanes; ++lane) lanes[lane] = lanes[lane % R];
+  return load(lanes);
+}
+
+// How R queries of S meet keys stored as C.
+template <class V, class S, class C, int R>
+struct DecodeDotFor {
+  using Type = ScoreDot<V, S>;
+};
+template <class V, class S, class C, int R>
+using DecodeDot = typename DecodeDotFor<V, S, C, R>::Type;
+
+// s[NK][R] = k . q for NK keys; `key` gives the address of each. Lane l of `unit` is what the products of row l % R
+// are multiplied by where the queries are not.
+template <class V, class Dot, int R, int NK, class Key>
+FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, int64_t head_dim, V unit, const Key& key,
+                                     typename V::T* s) {
   constexpr int kCount = NK * R;
   V acc[kCount];
 #pragma GCC unroll 16
@@ -46,29 +68,29 @@ FOVEAL_INLINE void decode_score_step(const typename V::T* q, int64_t q_stride, i
   if constexpr (kCount % V::kLanes == 0) {
 #pragma GCC unroll 4
     for (int x = 0; x < kCount; x += V::kLanes)
-      store(s + x, Dot::finish(sum_each(*reinterpret_cast<V(*)[V::kLanes]>(acc + x)), scale));
+      store(s + x, Dot::finish(Dot::sum_each(*reinterpret_cast<V(*)[V::kLanes]>(acc + x)), unit));
   } else {
     // The same tree as sum_each, so that a key's score does not depend on how many keys came with it.
     V padded[V::kLanes];
     for (int x = 0; x < V::kLanes; ++x) padded[x] = x < kCount ? acc[x] : zero<V>();
     alignas(64) typename V::T lanes[V::kLanes];
-    store(lanes, Dot::finish(sum_each(padded), scale));
+    store(lanes, Dot::finish(Dot::sum_each(padded), unit));
     for (int x = 0; x < kCount; ++x) s[x] = lanes[x];
   }
 }
 
-template <class V, class S, int R, class C>
-static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, V scale, const Rows<C>& k,
+template <class V, class Dot, int R, class C>
+static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head_dim, V unit, const Rows<C>& k,
                           int64_t n, typename V::T* s, Ahead<C>& ahead) {
   constexpr int kKeys = kDecodeAccumulators / R;
   const auto run = [&](const auto& key_from) __attribute__((always_inline)) {
     int64_t j = 0;
     for (; j + kKeys <= n; j += kKeys) {
-      decode_score_step<V, S, R, kKeys>(q, q_stride, head_dim, scale, key_from(j), s + j * R);
+      decode_score_step<V, Dot, R, kKeys>(q, q_stride, head_dim, unit, key_from(j), s + j * R);
       ahead.used(kKeys * head_dim);
     }
     for (; j < n; ++j) {
-      decode_score_step<V, S, R, 1>(q, q_stride, head_dim, scale, key_from(j), s + j * R);
+      decode_score_step<V, Dot, R, 1>(q, q_stride, head_dim, unit, key_from(j), s + j * R);
       ahead.used(head_dim);
     }
   };

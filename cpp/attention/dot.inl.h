@@ -17,6 +17,16 @@ FOVEAL_INLINE V score_scale(const HeadTask& h) {
   return broadcast<V>(static_cast<typename V::T>(h.scale * kLog2E));
 }
 
+// A query as chunks of Dot, of which `to` has room for a whole number. Returns what the products must be multiplied by.
+template <class Dot, class V, class S>
+FOVEAL_INLINE typename V::T load_query_row(const S* q, int64_t stride, int64_t n, V scale, typename V::T* to) {
+  for (int64_t d = 0; d < n; d += Dot::kChunk, to += V::kLanes)
+    store(to, Dot::load_query(q + d * stride, stride, n - d, scale));
+  alignas(64) typename V::T lanes[V::kLanes];
+  store(lanes, scale);
+  return lanes[0];
+}
+
 template <class V, class S>
 struct WidenedDot {
   using Key = typename V::T;  // what the forward tile broadcasts
@@ -29,6 +39,9 @@ struct WidenedDot {
   FOVEAL_INLINE static V load_query(const S* q, int64_t stride, int64_t n, V scale) {
     return widen_strided<V>(q, stride, n) * scale;
   }
+  FOVEAL_INLINE static typename V::T load_row(const S* q, int64_t stride, int64_t n, V scale, typename V::T* to) {
+    return load_query_row<WidenedDot>(q, stride, n, scale, to);
+  }
   template <class C>
   FOVEAL_INLINE static V load_chunk(const C* k) {
     return widen(k);
@@ -37,6 +50,7 @@ struct WidenedDot {
   FOVEAL_INLINE static V load_chunk_n(const C* k, int64_t n) {
     return widen_n(k, n);
   }
+  FOVEAL_INLINE static V sum_each(V (&sums)[V::kLanes]) { return foveal::sum_each(sums); }
   FOVEAL_INLINE static V finish(V sum, V) { return sum; }
 };
 
@@ -65,6 +79,10 @@ struct PairDot {
     for (int64_t c = 0; c < n && c < kChunk; ++c) elements[c] = q[c * stride];
     return load_pairs(elements);
   }
+  FOVEAL_INLINE static typename V::T load_row(const BFloat16* q, int64_t stride, int64_t n, V scale,
+                                              typename V::T* to) {
+    return load_query_row<PairDot>(q, stride, n, scale, to);
+  }
   template <class C>
   FOVEAL_INLINE static V load_chunk(const C* k) {
     return load_pairs(k);
@@ -73,6 +91,7 @@ struct PairDot {
   FOVEAL_INLINE static V load_chunk_n(const C* k, int64_t n) {
     return load_pairs_n(k, n);
   }
+  FOVEAL_INLINE static V sum_each(V (&sums)[V::kLanes]) { return foveal::sum_each(sums); }
   FOVEAL_INLINE static V finish(V sum, V scale) { return sum * scale; }
 };
 

@@ -15,7 +15,8 @@ constexpr int64_t kForwardPartKeys = 2048;
 constexpr int64_t kRowsSharingKeys = 192;
 constexpr int64_t kItemsEnough = 32;
 
-// Heads that go together keep two phases of a key block in the second-level cache, keys and values.
+// Heads go together in a few-rows item as long as the keys and values of their block fit in the second-level cache, and
+// there are items enough for threads to finish together.
 constexpr int64_t kBlockBytes = 512 * 1024;
 constexpr int64_t kBlockKeys = 128;
 constexpr int64_t kItemsAThread = 4;

@@ -24,26 +24,13 @@ struct DecodeState {
   int64_t row_begin, rows;
   typename V::T *q, *o, *s;
   int64_t q_stride, o_stride;
+  V unit;      // lane l: what the products of row l % R with keys are in
   V max, sum;  // lane l: of row l % R, the sum over the keys that fell to this lane
 
   // Of the block at hand: what its keys do to the sums so far, and who sees them.
   V rescale;
   Visibility seen;
 };
-
-// Joins the lanes of each row, over the keys of a vector; every lane of a row gets the result.
-template <class V, int R, class Join>
-FOVEAL_INLINE V over_keys(V x, Join join) {
-  alignas(64) typename V::T lanes[V::kLanes];
-  store(lanes, x);
-#pragma GCC unroll 4
-  for (int half = V::kLanes / 2; half >= R; half /= 2)
-#pragma GCC unroll 8
-    for (int lane = 0; lane < half; ++lane) lanes[lane] = join(lanes[lane], lanes[lane + half]);
-#pragma GCC unroll 16
-  for (int lane = R; lane < V::kLanes; ++lane) lanes[lane] = lanes[lane % R];
-  return load(lanes);
-}
 
 // The scores of keys [begin, begin + n), all policies applied, their per-lane maxima in `highest`.
 template <class V, class S, int R, class C>
@@ -56,7 +43,7 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
   highest = negative_infinity<V>();
   if (seen == Visibility::kNone) return seen;
   T* s = state.s;
-  decode_scores<V, S, R>(state.q, state.q_stride, h.head_dim, score_scale<V>(h), k, n, s, ahead);
+  decode_scores<V, DecodeDot<V, S, C, R>, R>(state.q, state.q_stride, h.head_dim, state.unit, k, n, s, ahead);
   if constexpr (__is_same(C, int8_t)) multiply_by_page<V, R>(h, h.k_scales, begin, n, s);
 
   const int64_t padded = round_up(n, kKeys);  // the block's last vector may reach past its keys
@@ -141,8 +128,8 @@ static void decode_add_values(const HeadTask& h, const DecodeState<V, R>& state,
       return decode_values_guarded<V, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale);
   }
   if constexpr (kPairsValues<V, S, R>)
-    decode_paired_values<R, kDecodeAccumulators / R / 2>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale,
-                                                         ahead);
+    decode_paired_values<ValuePairs<C>, R, kDecodeAccumulators / R / 2>(state.s, n, v, h.value_dim, state.o,
+                                                                        state.o_stride, rescale, ahead);
   else
     decode_values<V, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale, ahead);
 }
@@ -156,11 +143,10 @@ static int64_t decode_scratch_nbytes(const HeadTask& h, int64_t heads) {
   return round_up((heads * head + packed) * static_cast<int64_t>(sizeof(typename V::T)) + 2 * 64, 64);
 }
 
-template <class V, class S, int R>
+template <class V, class Dot, class S, int R>
 static void begin_decode(const RowTask& task, const HeadTask& h, Arena<typename V::T>& arena,
                          DecodeState<V, R>& state) {
   using T = typename V::T;
-  using Dot = ScoreDot<V, S>;
   state.row_begin = task.row_begin;
   state.rows = task.row_end - task.row_begin;
   state.q_stride = round_up(h.head_dim, Dot::kChunk) / Dot::kChunk * V::kLanes;
@@ -168,22 +154,27 @@ static void begin_decode(const RowTask& task, const HeadTask& h, Arena<typename 
   state.q = arena.take(R * state.q_stride);
   state.o = arena.take(R * state.o_stride);
   state.s = arena.take(R * kKeyBlock);
-  alignas(64) T row_max[V::kLanes], row_sum[V::kLanes];
+  alignas(64) T unit[V::kLanes], row_max[V::kLanes], row_sum[V::kLanes];
   for (int64_t r = 0; r < R; ++r) {
     const int64_t row = task.row_begin + r;
-    const S* q = static_cast<const S*>(h.q) + row / h.group * h.q_stride_s + row % h.group * h.q_stride_g;
-    for (int64_t x = 0, d = 0; d < h.head_dim; x += V::kLanes, d += Dot::kChunk)
-      store(state.q + r * state.q_stride + x,
-            r < state.rows ? Dot::load_query(q + d * h.q_stride_d, h.q_stride_d, h.head_dim - d, score_scale<V>(h))
-                           : zero<V>());
+    T* to = state.q + r * state.q_stride;
+    unit[r] = 0;
+    if (r < state.rows) {
+      const S* q = static_cast<const S*>(h.q) + row / h.group * h.q_stride_s + row % h.group * h.q_stride_g;
+      unit[r] = Dot::load_row(q, h.q_stride_d, h.head_dim, score_scale<V>(h), to);
+    } else {
+      for (int64_t x = 0; x < state.q_stride; x += V::kLanes) store(to + x, zero<V>());
+    }
     for (int64_t c = 0; c < state.o_stride; c += V::kLanes) store(state.o + r * state.o_stride + c, zero<V>());
     begin_row(h, row, task.partial == nullptr, row_max + r, row_sum + r);
   }
   // A sink counts once, in the lane of the row's first key.
   for (int lane = R; lane < V::kLanes; ++lane) {
+    unit[lane] = unit[lane % R];
     row_max[lane] = row_max[lane % R];
     row_sum[lane] = 0;
   }
+  state.unit = load(unit);
   state.max = load(row_max);
   state.sum = load(row_sum);
 }
@@ -221,7 +212,8 @@ static void decode_rows(const RowTask& task) {
   const HeadTask& first = heads[0];
   Arena<T> arena{static_cast<T*>(task.scratch)};
   DecodeState<V, R> states[kMaxHeadsTogether];
-  for (int64_t x = 0; x < task.heads; ++x) begin_decode<V, S, R>(task, heads[x], arena, states[x]);
+  for (int64_t x = 0; x < task.heads; ++x)
+    begin_decode<V, DecodeDot<V, S, C, R>, S, R>(task, heads[x], arena, states[x]);
 
   // Positions and lengths are the sequence's, so the same for all its heads.
   KeyRange range = visible_keys(first, task.row_begin, task.row_end);

@@ -31,8 +31,9 @@ const std::vector<const KernelTable*>& runnable_tables() {
     __builtin_cpu_init();
 #endif
 #ifdef FOVEAL_HAVE_avx512bf16
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
       found.push_back(&kTable_avx512bf16);
 #endif
 #ifdef FOVEAL_HAVE_avx512

@@ -38,6 +38,7 @@
 #include "attention/ahead.inl.h"
 #include "attention/decode_products.inl.h"
 #include "attention/value_pairs.inl.h"
+#include "attention/code_pairs.inl.h"
 #include "attention/tile_decode.inl.h"
 #include "attention/merge.inl.h"
 #include "attention/gradient_pairs.inl.h"

@@ -177,18 +177,21 @@ FOVEAL_INLINE void transpose(F64 (&r)[8]) {
 }
 
 // Folding halves while interleaving: 30 shuffles where a transpose and 15 additions take 64.
-FOVEAL_INLINE F32 sum_each(F32 (&a)[16]) {
+template <class Add>
+FOVEAL_INLINE F32 fold_each(F32 (&a)[16], Add add) {
   __m512 t[8], u[4];
   for (int i = 0; i < 8; ++i)  // pairs (a0,a1): lanes 0,2 | 1,3 of each quarter
-    t[i] =
-        _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
+    t[i] = add(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
   for (int i = 0; i < 4; ++i) {  // quarters now hold (a0,a1,a2,a3), one partial sum each
     const __m512d x = _mm512_castps_pd(t[2 * i]), y = _mm512_castps_pd(t[2 * i + 1]);
-    u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    u[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
-  const __m512 v0 = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
-  const __m512 v1 = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
-  return {_mm512_add_ps(_mm512_shuffle_f32x4(v0, v1, 0x88), _mm512_shuffle_f32x4(v0, v1, 0xdd))};
+  const __m512 v0 = add(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+  const __m512 v1 = add(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
+  return {add(_mm512_shuffle_f32x4(v0, v1, 0x88), _mm512_shuffle_f32x4(v0, v1, 0xdd))};
+}
+FOVEAL_INLINE F32 sum_each(F32 (&a)[16]) {
+  return fold_each(a, [](__m512 x, __m512 y) __attribute__((always_inline)) { return _mm512_add_ps(x, y); });
 }
 FOVEAL_INLINE F64 sum_each(F64 (&a)[8]) {
   __m512d t[4], u[2];
@@ -251,7 +254,7 @@ FOVEAL_INLINE void widen_pairs(F32 pairs, F32& first, F32& second) {
   first = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
   second = {_mm512_castsi512_ps(_mm512_and_epi32(x, _mm512_set1_epi32(-0x10000)))};
 }
-FOVEAL_INLINE F32 broadcast_pair(const BFloat16* p) {
+FOVEAL_INLINE F32 broadcast_pair(const void* p) {
   int32_t pair;
   __builtin_memcpy(&pair, p, sizeof(pair));
   return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
@@ -274,10 +277,10 @@ FOVEAL_INLINE void separate_columns(F32 lower, F32 upper, F32& left, F32& right)
   right = {_mm512_permutex2var_ps(lower.v, second, upper.v)};
 }
 
-// Lane l belongs to row l % R of key l / R: rounds to nearest even, and stores the pairs (key 2x, key 2x + 1) of each
+// Halves of 16 lanes, of which lane l belongs to row l % R of key l / R: stores the pairs (key 2x, key 2x + 1) of each
 // row beside each other.
 template <int R>
-FOVEAL_INLINE void store_key_pairs(F32 w, BFloat16* p) {
+FOVEAL_INLINE void store_key_pairs(__m256i halves, void* p) {
   alignas(32) static constexpr auto kOrder = [] {
     struct {
       uint16_t lane[16];
@@ -285,9 +288,43 @@ FOVEAL_INLINE void store_key_pairs(F32 w, BFloat16* p) {
     for (int x = 0; x < 16; ++x) order.lane[x] = static_cast<uint16_t>((x / (2 * R) * 2 + x % 2) * R + x / 2 % R);
     return order;
   }();
-  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(w.v);
   const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kOrder.lane));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm256_permutexvar_epi16(order, rounded));
+  _mm256_store_si256(static_cast<__m256i*>(p), _mm256_permutexvar_epi16(order, halves));
+}
+// Rounded to nearest even.
+template <int R>
+FOVEAL_INLINE void store_key_pairs(F32 w, BFloat16* p) {
+  store_key_pairs<R>((__m256i)_mm512_cvtneps_pbh(w.v), p);
+}
+
+// The same in integers, for codes of an int8 cache: pairs of int16, one pair a lane, exact products, and sums in int32,
+// all of them as the bits of an F32. Every processor with BF16 has these instructions (VNNI) too.
+FOVEAL_INLINE F32 integer_bits(__m512i x) { return {_mm512_castsi512_ps(x)}; }
+FOVEAL_INLINE F32 load_code_pairs(const int8_t* p) {
+  return integer_bits(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+FOVEAL_INLINE F32 load_code_pairs_n(const int8_t* p, int64_t n) {
+  const __mmask32 m = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+  return integer_bits(_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(m, p)));
+}
+FOVEAL_INLINE F32 dot_int16(F32 a, F32 b, F32 sum) {
+  return integer_bits(
+      _mm512_dpwssd_epi32(_mm512_castps_si512(sum.v), _mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
+}
+FOVEAL_INLINE F32 from_int32(F32 x) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(x.v))}; }
+FOVEAL_INLINE F32 sum_each_int32(F32 (&a)[16]) {
+  return fold_each(a, [](__m512 x, __m512 y) __attribute__((always_inline)) {
+    return integer_bits(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y))).v;
+  });
+}
+// To nearest even, at most 2^15 - 1 in magnitude.
+FOVEAL_INLINE __m256i round_to_int16(F32 x) { return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x.v)); }
+FOVEAL_INLINE F32 int16_pairs(F32 first, F32 second) {
+  return integer_bits(_mm512_inserti64x4(_mm512_castsi256_si512(round_to_int16(first)), round_to_int16(second), 1));
+}
+template <int R>
+FOVEAL_INLINE void store_key_pairs(F32 w, int16_t* p) {
+  store_key_pairs<R>(round_to_int16(w), p);
 }
 #endif
 

@@ -380,6 +380,39 @@ def test_int8_scales_of_hidden_pages_do_not_matter(isa: str, page_size: int, seq
         np.testing.assert_allclose(out, expected, atol=1e-5)  # other sums, where the kernel must leave values out
 
 
+@pytest.mark.parametrize("head_dim", [16, 128, 512, 600, 1030])
+@pytest.mark.parametrize("heads", [1, 4, 8])
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
+def test_int8_sums_of_the_largest_codes(isa: str, dtype: Any, heads: int, head_dim: int) -> None:
+    """Whatever a kernel adds codes in, it must hold these sums; and one large feature must not hide the others."""
+    seqlen = 200
+    codes = np.full((1, seqlen, 1, head_dim), -128, np.int8)
+    codes[0, ::3] = 127
+    codes[0, 1, 0, 1:] = 64
+    values = np.where(np.arange(seqlen)[None, :, None, None] % 2, 127, -128).astype(np.int8).repeat(24, 3)
+    q = np.ones((1, 1, heads, head_dim), dtype)
+    q[..., 0] = 100
+    k_scale, v_scale = np.full((1, 1), 1e-5, np.float32), np.full((1, 1), 0.25, np.float32)
+    for scale in (1.0, 1e-3):
+        options: dict[str, Any] = {"scale": scale}
+        out = foveal.attention_kvcache(
+            q,
+            codes,
+            values,
+            cache_lens=seqlen,
+            block_table=np.zeros((1, 1), np.int32),
+            k_scale=k_scale,
+            v_scale=v_scale,
+            **options,
+        )
+        k, v = codes.astype(np.float64) * 1e-5, values.astype(np.float64) * 0.25
+        expected = formula(q.astype(np.float64), k, v, **options, layout="bshd")
+        # docs/numerics.md: scores off by at most e, and a weight by exp(2 e).
+        e = scale * 2.0**-16 * 100 * np.abs(k).sum(-1).max()
+        slack = (2 * ROUNDOFF[dtype.name] + np.expm1(2 * e) * (dtype == BFLOAT16) + 2e-6) * 32
+        assert_within(out, expected.out, expected.out_error + slack, f"scale {scale}")
+
+
 def test_int8_bits_of_each_sequence_alone(isa: str) -> None:
     pages, q = paged(LENS, 16, BFLOAT16), queries(4, 1, BFLOAT16)
     (k_cache, k_scale), (v_cache, v_scale) = (quantized(x, pages.table) for x in (pages.k_cache, pages.v_cache))
