@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "attention/cache_arguments.h"
 #include "attention/element.h"
@@ -116,6 +117,35 @@ void check_new_tokens(const AttentionProblem& p, CacheUpdate& u) {
         reject_value(std::string(name) + " shares memory with the cache, expected a separate array");
 }
 
+// A page that gets new tokens has one writer. `p` is canonical, so the pages that are used exist.
+void check_writers(const AttentionProblem& p, const CacheUpdate& u) {
+  struct Writer {
+    int64_t page, b, column;
+  };
+  const TensorView& table = p.block_table;
+  const int64_t added = u.k.shape[2], page_size = p.k.shape[2];
+  if (added == 0) return;
+  std::vector<Writer> writers;
+  for (int64_t b = 0; b < p.q.shape[0]; ++b) {
+    const int64_t len = u.lens[static_cast<size_t>(b)];
+    for (int64_t column = (len - added) / page_size; column <= (len - 1) / page_size; ++column)
+      writers.push_back({integer_at(table, b * table.stride[0] + column * table.stride[1]), b, column});
+  }
+  std::sort(writers.begin(), writers.end(), [](const Writer& x, const Writer& y) {
+    return std::tie(x.page, x.b, x.column) < std::tie(y.page, y.b, y.column);
+  });
+  const auto twice = std::adjacent_find(writers.begin(), writers.end(),
+                                        [](const Writer& x, const Writer& y) { return x.page == y.page; });
+  if (twice == writers.end()) return;
+  const bool rows = u.cache_batch_idx.present();
+  const auto named = [rows](const Writer& x) {
+    return rows ? "cache_batch_idx[" + std::to_string(x.b) + "]"
+                : "block_table[" + std::to_string(x.b) + ", " + std::to_string(x.column) + "]";
+  };
+  reject_value(named(twice[1]) + is_integer(twice[1].page) + " like " + named(twice[0]) + ", expected a " +
+               (rows ? "row" : "page") + " of its own for new tokens");
+}
+
 void check_rotary(const AttentionProblem& p, const CacheUpdate& u) {
   if (!u.rotary_cos.present() && !u.rotary_sin.present()) return;
   for (const auto& [name, table] : {std::pair("rotary_cos", &u.rotary_cos), std::pair("rotary_sin", &u.rotary_sin)}) {
@@ -168,7 +198,10 @@ void check_cache(AttentionProblem& p, CacheUpdate& u) {
 }
 
 void check_update(AttentionProblem& p, CacheUpdate& u) {
-  if (u.k.present()) check_new_tokens(p, u);
+  if (u.k.present()) {
+    check_new_tokens(p, u);
+    check_writers(p, u);
+  }
   check_rotary(p, u);
 }
 

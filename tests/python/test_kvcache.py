@@ -470,6 +470,12 @@ def call(**changed: Any) -> dict[str, Any]:
     return arguments | {n: x(arguments) if callable(x) else x for n, x in changed.items()}
 
 
+def with_a_page_twice(table: np.ndarray) -> np.ndarray:
+    changed = table.copy()
+    changed[1, 1] = changed[0, 3]
+    return changed
+
+
 ONE = np.ones((8, 2), np.float32)
 TABLES = {"rotary_cos": np.ones((20, 12)), "rotary_sin": np.ones((20, 12))}
 REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -515,6 +521,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rank": ({"q": np.zeros((2, 4, 24), np.float32)}, ValueError, "q has 3 dimensions, expected 4"),
     "shared": ({"v_cache": lambda a: a["k_cache"][..., :16]}, ValueError, "v_cache shares memory with k_cache"),
     "own tokens": ({"k": lambda a: a["k_cache"][:2, :2]}, ValueError, "k shares memory with the cache"),
+    "two writers of a row": (
+        {"block_table": None, "cache_batch_idx": [3, 3], "cache_lens": 1},
+        ValueError,
+        r"cache_batch_idx\[1\] is 3 like cache_batch_idx\[0\], expected a row of its own for new tokens",
+    ),
+    "two writers of a page": (
+        {"block_table": lambda a: with_a_page_twice(a["block_table"])},
+        ValueError,
+        r"block_table\[1, 1\] is \d+ like block_table\[0, 3\], expected a page of its own for new tokens",
+    ),
     "rows and pages": ({"cache_batch_idx": [0, 1]}, ValueError, "cache_batch_idx is given with block_table"),
     "rows": ({"block_table": None}, ValueError, r"k_cache.shape\[0\] is \d+, expected batch 2 \(from q\)"),
     "row": (
