@@ -99,7 +99,10 @@ uint64_t seed_of(const Tensor& tensor, double dropout_p) {
   const TensorView seed = view_of("seed", tensor);
   if (seed.rank != 0 || seed.dtype != DType::kInt64)
     fail({ErrorKind::kType, "attention: seed is no int64 tensor of shape (), as the op expects it"});
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data));
+  const int64_t number = *static_cast<const int64_t*>(seed.data);
+  if (number < 0)
+    fail({ErrorKind::kValue, "attention: seed is " + std::to_string(number) + ", expected 0 to 2^63 - 1"});
+  return static_cast<uint64_t>(number);
 }
 
 }  // namespace

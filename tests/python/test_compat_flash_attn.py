@@ -177,6 +177,7 @@ def test_gradients(packed):
         ({"window_size": 3}, ValueError, "flash_attn_func: window_size is 3, expected (left, right)"),
         ({"window_size": (1.5, 0)}, ValueError, "flash_attn_func: window_size is (1.5, 0), expected (left, right)"),
         ({"softcap": -1.0}, ValueError, "flash_attn_func: softcap is -1.0, expected 0.0 or more"),
+        ({"softcap": None}, TypeError, "flash_attn_func: softcap has type NoneType, expected a number"),
         (
             {"dropout_p": 0.5, "return_attn_probs": True},
             NotImplementedError,

@@ -195,6 +195,8 @@ def test_compiles_whole():
             "attn_mask has dtype torch.int32, expected torch.bool or a floating dtype",
         ),
         ({"attn_mask": [[True]]}, TypeError, "attn_mask has type list, expected torch.Tensor"),
+        ({"query": None}, TypeError, "query has type NoneType, expected torch.Tensor"),
+        ({"value": "v"}, TypeError, "value has type str, expected torch.Tensor"),
         (
             {"query": (1, 1, 1, 5, 8), "attn_mask": torch.ones(1, 1, 1, 1, 5, 7, dtype=torch.bool)},
             ValueError,

@@ -207,7 +207,12 @@ def test_the_op():
     options = Options(dropout_p=0.5, seed=torch.tensor(3))
     torch.library.opcheck(ops.attention_forward.default, (q, k, v, *options))
     torch.library.opcheck(ops.attention_forward.default, ([x.requires_grad_() for x in (q, k, v)] + [*options]))
-    for seed, text in ((None, "seed is absent"), (torch.ones(2), "seed is no int64 tensor")):
+    refused = (
+        (None, "seed is absent"),
+        (torch.ones(2), "seed is no int64 tensor"),
+        (torch.tensor(-1), r"seed is -1, expected 0 to 2\^63 - 1"),
+    )
+    for seed, text in refused:
         with pytest.raises((RuntimeError, ValueError, TypeError), match=f"attention: {text}"):
             ops.attention_forward(*(x.detach() for x in (q, k, v)), dropout_p=0.5, seed=seed)
 

@@ -91,6 +91,9 @@ def scaled_dot_product_attention(
         else:
             raise TypeError(f"{_NAME}: attn_mask has dtype {attn_mask.dtype}, expected torch.bool or a floating dtype")
 
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{_NAME}: {name} has type {type(x).__name__}, expected torch.Tensor")
     lead: tuple[int, ...] = query.shape[:-2]
     if not (2 <= query.ndim <= 4 and lead == key.shape[:-2] == value.shape[:-2]):
         query, key, value, lead = _broadcast(query, key, value, enable_gqa)

@@ -49,7 +49,10 @@ def _seed(options: Options | Problem) -> int | None:
         raise ValueError("attention: seed is absent, expected one with dropout_p")
     if options.seed.ndim or options.seed.dtype != torch.int64:
         raise TypeError("attention: seed is no int64 tensor of shape (), as the op expects it")
-    return int(options.seed)
+    seed = int(options.seed)
+    if seed < 0:
+        raise ValueError(f"attention: seed is {seed}, expected 0 to 2^63 - 1")
+    return seed
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None, *, return_lse: bool) -> Any:

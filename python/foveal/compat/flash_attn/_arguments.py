@@ -30,8 +30,12 @@ def window_of(function: str, window_size: Any) -> tuple[int | None, int | None]:
     return None if left < 0 else left, None if right < 0 else right
 
 
-def softcap_of(function: str, softcap: float) -> float:
-    """Refuse a negative one by its own name."""
+def softcap_of(function: str, softcap: Any) -> float:
+    """Refuse what is no number, and a negative one by its own name."""
+    try:
+        softcap = float(softcap)
+    except (TypeError, ValueError):
+        raise TypeError(f"{function}: softcap has type {type(softcap).__name__}, expected a number") from None
     if not softcap >= 0.0:
         raise ValueError(f"{function}: softcap is {softcap}, expected 0.0 or more")
     return softcap
@@ -53,9 +57,14 @@ def unpack(function: str, name: str, packed: Tensor, axis: int, count: int) -> t
     return packed.unbind(axis)
 
 
-def boundaries(function: str, side: str, cu_seqlens: Any, max_seqlen: int, total: int | None) -> list[int]:
+def boundaries(function: str, side: str, cu_seqlens: Any, max_seqlen: Any, total: int | None) -> list[int]:
     """Read cu_seqlens_q or cu_seqlens_k, and refuse what does not cut ``total`` tokens into sequences."""
     name = f"cu_seqlens_{side}"
+    try:
+        max_seqlen = index(max_seqlen)
+    except TypeError:
+        found = type(max_seqlen).__name__
+        raise TypeError(f"{function}: max_seqlen_{side} has type {found}, expected an integer") from None
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
         found = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
         raise TypeError(f"{function}: {name} has type {found}, expected an int32 or int64 torch.Tensor")

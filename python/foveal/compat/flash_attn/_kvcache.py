@@ -89,6 +89,7 @@ def flash_attn_with_kvcache(
     True
     """
     check_rank(_NAME, 4, q=q, k_cache=k_cache, v_cache=v_cache)
+    check_rank(_NAME, 4, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
     window, softcap = window_of(_NAME, window_size), softcap_of(_NAME, softcap)
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
@@ -156,7 +157,6 @@ def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v:
         return
     if k is None or v is None:
         raise ValueError(f"{_NAME}: {'v' if k is None else 'k'} is given alone, expected k and v")
-    check_rank(_NAME, 4, k=k, v=v)
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expected = (q.shape[0], k.shape[1], *cache.shape[2:])
         if x.shape != expected:

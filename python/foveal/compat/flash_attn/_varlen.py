@@ -93,7 +93,7 @@ def flash_attn_varlen_func(
     lens_k = [end - begin for begin, end in pairwise(begins_k)]
     if block_table is not None:
         check_pages(function, block_table, lens_k, k, v)
-    if alibi_slopes is not None and alibi_slopes.ndim == 2 and alibi_slopes.shape[0] != batch:
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2 and alibi_slopes.shape[0] != batch:
         raise ValueError(
             f"{function}: alibi_slopes.shape[0] is {alibi_slopes.shape[0]}, expected {batch} (from cu_seqlens_q)"
         )
