@@ -33,12 +33,12 @@ def window_of(function: str, window_size: Any) -> tuple[int | None, int | None]:
 def softcap_of(function: str, softcap: Any) -> float:
     """Refuse what is no number, and a negative one by its own name."""
     try:
-        softcap = float(softcap)
+        cap = float(softcap)
     except (TypeError, ValueError):
         raise TypeError(f"{function}: softcap has type {type(softcap).__name__}, expected a number") from None
-    if not softcap >= 0.0:
+    if not cap >= 0.0:
         raise ValueError(f"{function}: softcap is {softcap}, expected 0.0 or more")
-    return softcap
+    return cap
 
 
 def refuse_dropped_weights(function: str, dropout_p: float, return_attn_probs: bool) -> None:
