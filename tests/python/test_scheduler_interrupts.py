@@ -45,6 +45,7 @@ class Interrupter:
     """Raises KeyboardInterrupt in this thread at the nth line of the scheduler's code, as Ctrl-C may.
 
     Not at a ``with``: the second event there comes between the block and __exit__, where CPython looks for no signal.
+    And not around the call of a callback: one that is interrupted as it begins is not called again.
     """
 
     def __init__(self, at):
@@ -58,7 +59,7 @@ class Interrupter:
         sys.settrace(None)
 
     def trace(self, frame, event, argument):
-        if os.path.dirname(frame.f_code.co_filename) != HERE:
+        if os.path.dirname(frame.f_code.co_filename) != HERE or frame.f_code.co_name == "_invoke_callbacks":
             return None
         text = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
         if event in ("call", "line") and not text.lstrip().startswith("with "):

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from foveal._scheduler.bell import Bell
 from foveal._scheduler.clock import Clock
 from foveal._scheduler.executors import ExecutorHandle
 from foveal._scheduler.future import Task
@@ -42,7 +43,7 @@ class Dispatch:
 
     def __init__(self, ledger: Ledger, executor: ExecutorHandle, clock: Clock) -> None:
         self.mutex = threading.RLock()
-        self.wake = threading.Event()
+        self.wake = Bell()
         """News for the driver."""
         self.error: BaseException | None = None
         """Of the scheduler itself: a clock that raises, a stderr that is broken."""
@@ -59,7 +60,7 @@ class Dispatch:
 
     def after_fork(self) -> None:
         """Have locks of one's own, in a child where the threads that held them are not."""
-        self.mutex, self.wake = threading.RLock(), threading.Event()
+        self.mutex, self.wake = threading.RLock(), Bell()
         self._resolvers, self._guests = [], []
         self._ledger.is_whole = False
 
@@ -107,8 +108,8 @@ class Dispatch:
         self._ledger.arrivals.append(task)
         # Who is busy looks at the arrivals when it is done, or wakes the driver, so this need not.
         busy = len(self._runners) if self._runs_in_pool else self._ledger.in_flight
-        if (busy < self._width or task.deadline is not None) and not self.wake.is_set():
-            self.wake.set()
+        if busy < self._width or task.deadline is not None:
+            self.wake.ring()
 
     def cancel(self, task: Task) -> bool:
         """Cancel a task that waits, or a stepper when its step is over; say whether it is, or will be.
@@ -117,7 +118,7 @@ class Dispatch:
         """
         if self.is_in_section():
             self._ledger.put_off.append((task, self._clock.latest))
-            self.wake.set()
+            self.wake.ring()
             return task.finished is None and task.status == "waiting"
         now = self._clock.now()
         over: deque[Task] = deque()
@@ -136,7 +137,7 @@ class Dispatch:
             if over:
                 with self.mutex, self._ledger:
                     self._ledger.over.extend(task for task in over if not task.is_resolved())
-            self.wake.set()
+            self.wake.ring()
         return cancelled
 
     def is_idle(self) -> bool:
@@ -232,7 +233,7 @@ class Dispatch:
 
     def _come_back(self, one: Return) -> None:
         self._returned.append(one)
-        self.wake.set()
+        self.wake.ring()
 
     def _collect(self) -> list[Return]:
         """Collect what came back, and find out what it says. Not in a section."""
@@ -290,7 +291,7 @@ class Dispatch:
             with self.mutex, self._ledger:
                 self._runners.discard(runner)
                 self._give_up(runner.task, error)
-            self.wake.set()
+            self.wake.ring()
 
     def _run_tasks(self, runner: Runner) -> None:
         # An injected clock is read as often from run to run, so there are no slices with it.
@@ -319,7 +320,7 @@ class Dispatch:
                 self._submit(runner, self._run, (runner,), {})
                 return
             if task is None:
-                self.wake.set()
+                self.wake.ring()
                 return
             task.future._set_running(task)
             value = error = None

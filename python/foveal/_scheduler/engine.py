@@ -16,9 +16,11 @@ import atexit
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
+from foveal._scheduler.bell import Bell
 from foveal._scheduler.clock import Clock
 from foveal._scheduler.dispatch import Dispatch
 from foveal._scheduler.executors import ExecutorHandle
@@ -40,19 +42,26 @@ class _Drive(threading.Thread):
         self.show = show  # progress
         self.has_begun = False
         self.is_awaited = forever or not threading.current_thread().daemon  # at the end of the interpreter
-        self._ended = threading.Event()
+        self._has_ended = False
+        self._end = Bell()
 
     def run(self) -> None:
         try:
             self.engine._drive_on(self)
         finally:
             self.engine._has_ended(self)
-            self._ended.set()
+            self._has_ended = True
+            self._end.ring()
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float = math.inf) -> bool:
         """Wait for the end, and say whether it has come."""
-        if not self._ended.wait(timeout):  # join alone takes a thread for dead when Ctrl-C interrupts it (CPython 3.11)
-            return False
+        until = time.monotonic() + timeout
+        while not self._has_ended:  # join alone takes a thread for dead when Ctrl-C interrupts it (CPython 3.11)
+            left = until - time.monotonic()
+            if left <= 0.0:
+                return False
+            self._end.wait(min(left, _HEARTBEAT))
+        self._end.ring()  # for others who wait
         self.join()
         return True
 
@@ -117,7 +126,7 @@ class Engine:
         drive = self._drive
         for task in self._ledger.unfinished() if cancel or drive is None else []:
             self.cancel(task)
-        self._dispatch.wake.set()
+        self._dispatch.wake.ring()
         if self._dispatch.is_in_section():
             return
         if drive is None:
@@ -147,7 +156,7 @@ class Engine:
             self._ledger.close()
             if not drive.has_begun:
                 self._drive = None
-        self._dispatch.wake.set()
+        self._dispatch.wake.ring()
         if drive.has_begun:
             drive.wait()
 
@@ -159,7 +168,7 @@ class Engine:
             drive.has_begun = True
         try:
             while not self._is_over(drive):
-                dispatch.wake.clear()
+                dispatch.wake.hush()
                 dispatch.go_round()
                 if drive.show is not None:
                     drive.show()
@@ -169,7 +178,7 @@ class Engine:
             with dispatch.mutex, self._ledger:
                 dispatch.fail(error)
             while not self._is_over(drive):
-                dispatch.wake.clear()
+                dispatch.wake.hush()
                 dispatch.go_round()
                 dispatch.wake.wait(_ANOTHER_LOOK)
         try:

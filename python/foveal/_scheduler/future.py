@@ -7,6 +7,7 @@ the Condition that waiters wait on. Here the Condition is made when somebody fir
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from foveal._scheduler.engine import Engine
+
+_LOG = logging.getLogger("foveal.scheduler")
 
 
 # As a task's slot, besides those of the backlog and -1, not there: it has not been taken in yet; it is over, and noted
@@ -157,6 +160,15 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
         except concurrent.futures.InvalidStateError:  # somebody else has resolved it
             pass
 
+    def _invoke_callbacks(self) -> None:
+        """Call those callbacks that have not been called yet: unlike that of the base class, may be called again."""
+        while self._is_done() and self._done_callbacks:
+            callback = self._done_callbacks.pop(0)
+            try:
+                callback(self)
+            except Exception:
+                _LOG.exception("exception calling callback for %r", self)
+
     def _look_again(self) -> None:
         """Wake those who wait in `result`: the scheduler has stopped."""
         condition = self.__dict__.get("_condition")
@@ -251,8 +263,9 @@ class Task:
         future = self.future
         try:
             future._resolve(self)
-        except BaseException:  # Ctrl-C: perhaps before those who wait were told
+        except BaseException:  # Ctrl-C: perhaps before those who wait were told, or all callbacks called
             future._look_again()
+            future._invoke_callbacks()
             raise
         finally:
             if future._is_done():
