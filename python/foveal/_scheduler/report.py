@@ -134,7 +134,7 @@ class Report:
         if len(lines) <= 100:
             ax.set_yticks(range(len(lines)), [_label(key) for key in lines])
         ax.invert_yaxis()
-        ax.set_xlabel("time since the run began")
+        ax.set_xlabel("time since the run began, in the clock's seconds")
         ax.set_ylabel("task")
         if path is not None:
             ax.figure.savefig(path, dpi=150)
