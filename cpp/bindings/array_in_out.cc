@@ -6,6 +6,7 @@
 #include <bit>
 #include <climits>
 #include <cstring>
+#include <string_view>
 #include <utility>
 
 #include "attention/rejection.h"
@@ -137,11 +138,11 @@ int64_t load_integer(const BorrowedArray& array, int64_t index) {
 }
 
 int64_t to_int64(const char* name, py::handle value) {
-  if (PyBool_Check(value.ptr()) || !PyIndex_Check(value.ptr())) {
+  const py::object integer = integer_of(value);
+  if (!integer) {
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     reject_type(std::string(name) + " holds a " + type_text(value) + ", expected integers");
   }
-  const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
-  if (!integer) throw py::error_already_set();
   int overflow = 0;
   const int64_t result = PyLong_AsLongLongAndOverflow(integer.ptr(), &overflow);
   return overflow == 0 ? result : overflow > 0 ? INT64_MAX : INT64_MIN;
@@ -186,6 +187,14 @@ py::object from_dlpack_of(py::handle array) {
 }
 
 }  // namespace
+
+py::object integer_of(py::handle value) {
+  const std::string_view type = Py_TYPE(value.ptr())->tp_name;
+  if (PyBool_Check(value.ptr()) || type == "numpy.bool" || type == "numpy.bool_" || !PyIndex_Check(value.ptr())) {
+    return {};
+  }
+  return py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+}
 
 std::string type_text(py::handle object) {
   const std::string module = module_of(object);

@@ -17,6 +17,10 @@
 
 namespace foveal {
 
+// The int that `value` is by __index__. Null for what has none and for bools, NumPy's too, which had one until
+// NumPy 2.3; null with a Python exception set where __index__ raised.
+pybind11::object integer_of(pybind11::handle value);
+
 // "torch.Tensor", "list": for texts.
 std::string type_text(pybind11::handle object);
 

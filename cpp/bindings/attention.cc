@@ -99,9 +99,7 @@ uint64_t to_seed(py::handle value, double dropout_p) {
     std::random_device entropy;
     return uint64_t{entropy()} << 32 | entropy();
   }
-  const auto index = PyIndex_Check(value.ptr()) && !PyBool_Check(value.ptr())
-                         ? py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()))
-                         : py::object();
+  const py::object index = integer_of(value);
   if (!index) {
     PyErr_Clear();
     reject_type("seed has type " + type_text(value) + ", expected an integer or None");
@@ -117,9 +115,7 @@ uint64_t to_seed(py::handle value, double dropout_p) {
 // One side of a window: None is unlimited here, so the core's own sign for it is no number to accept.
 int64_t to_window_side(const char* name, py::handle value) {
   if (value.is_none()) return kUnlimited;
-  const auto index = PyIndex_Check(value.ptr()) && !PyBool_Check(value.ptr())
-                         ? py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()))
-                         : py::object();
+  const py::object index = integer_of(value);
   if (!index) {
     PyErr_Clear();
     reject_type(std::string(name) + " has type " + type_text(value) + ", expected an integer or None");
