@@ -358,7 +358,8 @@ def test_what_has_no_repr_is_reported_on_all_the_same():
     time.sleep(0.01)
     report = scheduler.run()
     assert report.counts == {"failed": 2, "expired": 1}
-    assert "Mute, whose repr raises ValueError" in str(report)
+    assert "whose" in str(report)  # rich breaks the rest where its columns end
+    assert any("Mute, whose repr raises ValueError" in (row.error or "") for row in report.rows)
     assert isinstance(future.exception(), Mute)
     assert "Nameless" in str(late.exception())
 
