@@ -8,6 +8,7 @@
 #include <cstring>
 #include <string>
 
+#include "bindings/gil.h"
 #include "bindings/native_type.h"
 
 namespace py = pybind11;
@@ -16,6 +17,12 @@ namespace foveal {
 namespace {
 
 std::string dtype_text(const py::array& array) { return py::str(array.dtype()).cast<std::string>(); }
+
+py::object call(const py::object& function, py::handle argument) {
+  PyObject* result = asking_for_gil([&] { return PyObject_CallOneArg(function.ptr(), argument.ptr()); });
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
 
 // The array itself, or a view of the tensor. Lists, tuples and ranges are copied.
 py::array to_numpy(const char* function, const char* name, py::handle object) {
@@ -32,7 +39,8 @@ py::array to_numpy(const char* function, const char* name, py::handle object) {
     try {
       // torch exports a tensor that it is still to negate as if that were done.
       const py::object settled = py::getattr(object, "resolve_neg", py::none());
-      return numpy.attr("from_dlpack")(settled.is_none() ? object : settled()).cast<py::array>();
+      const py::object tensor = settled.is_none() ? py::reinterpret_borrow<py::object>(object) : settled();
+      return call(numpy.attr("from_dlpack"), tensor).cast<py::array>();
     } catch (py::error_already_set& error) {  // not on the CPU, not a dtype of NumPy's, requires grad
       if (!error.matches(PyExc_Exception)) throw;
       const std::string text =
@@ -46,7 +54,7 @@ py::array to_numpy(const char* function, const char* name, py::handle object) {
          Py_TYPE(object.ptr())->tp_name);
   }
   try {
-    return numpy.attr("asarray")(object).cast<py::array>();
+    return call(numpy.attr("asarray"), object).cast<py::array>();
   } catch (py::error_already_set& error) {  // lists of different lengths, or whatever an element raises
     if (!error.matches(PyExc_Exception)) throw;
     const std::string text = std::string(function) + ": " + name + " is no array";
@@ -127,7 +135,7 @@ Batch<double> read_numbers(const char* function, const char* name, py::handle nu
   }
   const bool list = !py::isinstance<py::array>(numbers) && !py::hasattr(numbers, "__dlpack__");
   if (list && (array.dtype().kind() == 'i' || array.dtype().kind() == 'u')) {
-    array = py::array(array.attr("astype")("float64"));
+    array = py::array(call(array.attr("astype"), py::str("float64")));
   }
   if (array.dtype().kind() != 'f' || array.itemsize() < 4 || array.itemsize() > 8) {
     refuse_dtype(function, name, array, "float32 or float64");

@@ -11,11 +11,12 @@
 
 namespace foveal {
 
-// Asks for the GIL by `take`, which the end of the interpreter may make the thread's last act.
-template <class Take>
-auto take_gil(Take take) {
+// Does what asks for the GIL, which the end of the interpreter may make the thread's last act: takes it, or runs Python
+// code, NumPy's too, which lets go of it in between. `call` is one call of Python's C interface, and owns nothing.
+template <class Call>
+auto asking_for_gil(Call call) {
   try {
-    return take();
+    return call();
   } catch (...) {  // the unwinding of pthread_exit, which may be caught but not ended
     for (;;) pause();
   }
@@ -38,7 +39,7 @@ class ReleasedGil {
 
  private:
   void take_back() {
-    take_gil([this] { PyEval_RestoreThread(state_); });
+    asking_for_gil([this] { PyEval_RestoreThread(state_); });
   }
 
   PyThreadState* state_;
@@ -47,7 +48,7 @@ class ReleasedGil {
 // For a thread that somebody else made let go of it.
 class TakenGil {
  public:
-  TakenGil() : state_(take_gil(PyGILState_Ensure)) {}
+  TakenGil() : state_(asking_for_gil(PyGILState_Ensure)) {}
   ~TakenGil() { PyGILState_Release(state_); }
   TakenGil(const TakenGil&) = delete;
   TakenGil& operator=(const TakenGil&) = delete;

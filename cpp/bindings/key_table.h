@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "bindings/native_type.h"
 
 namespace foveal {
@@ -39,7 +40,7 @@ class KeyTable {
   }
 
   static Py_hash_t hash_of(PyObject* key) {
-    const Py_hash_t hash = PyObject_Hash(key);
+    const Py_hash_t hash = asking_for_gil([&] { return PyObject_Hash(key); });
     if (hash == -1) throw PythonError{};
     return hash;
   }
@@ -136,7 +137,7 @@ class KeyTable {
       if (node.hash != hash) continue;
       const uint64_t changes = changes_;
       PyObject* found = Py_NewRef(node.key);
-      const int equal = PyObject_RichCompareBool(found, key, Py_EQ);
+      const int equal = asking_for_gil([&] { return PyObject_RichCompareBool(found, key, Py_EQ); });
       Py_DECREF(found);
       if (equal < 0) throw PythonError{};
       if (changes_ != changes) return std::nullopt;

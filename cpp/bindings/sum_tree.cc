@@ -73,7 +73,8 @@ Batch<double> draw_points(const char* function, PyObject* rng, int64_t k) {
   if (!method) {
     fail(PyExc_TypeError, "%s: rng has type %s, expected a numpy.random.Generator", function, Py_TYPE(rng)->tp_name);
   }
-  const py::object numbers = method(k);
+  const auto numbers = py::reinterpret_steal<py::object>(
+      checked(asking_for_gil([&] { return PyObject_CallFunction(method.ptr(), "L", static_cast<long long>(k)); })));
   Batch<double> points = read_numbers(function, "rng.random(k)", numbers, static_cast<size_t>(k));
   for (size_t i = 0; i < points.count; ++i) {
     if (!(0 <= points[i] && points[i] < 1)) {
