@@ -258,6 +258,24 @@ def gradient_errors(
     return errors
 
 
+# What either pass is asked, beside options of its own.
+_OPTIONS: list[dict[str, Any]] = [
+    {"alibi": True, "causal": True},
+    {"sinks": True},
+    {"sinks": True, "mask": True, "softcap": 20.0, "bias": "float16", "alibi": True, "window": (40, 5)},
+    {"scale": -0.2},
+    {"scale": 0.0},
+    {"layout": "bshd", "causal": True},
+    {"strided": True, "causal": True, "sinks": True},
+    {"poison": True, "causal": True},
+    {"poison": True, "window": (5, 5)},
+    {"poison": True, "mask": True, "causal": True},
+    {"head_dim": 40, "value_dim": 72},
+    {"head_dim": 36, "value_dim": 30},
+    {"head_dim": 192, "value_dim": 128, "causal": True},
+]
+
+
 def correctness_grid(small: bool) -> Iterator[Case]:
     """Every option on every path; `small` keeps to sizes that an emulated GPU can run."""
     # The middle sizes have no ragged key block: what is wrong there cannot hide behind a mask.
@@ -281,19 +299,7 @@ def correctness_grid(small: bool) -> Iterator[Case]:
         {"mask": True},
         {"bias": "float32"},
         {"bias": "bfloat16", "causal": True},
-        {"alibi": True, "causal": True},
-        {"sinks": True},
-        {"sinks": True, "mask": True, "softcap": 20.0, "bias": "float16", "alibi": True, "window": (40, 5)},
-        {"scale": -0.2},
-        {"scale": 0.0},
-        {"layout": "bshd", "causal": True},
-        {"strided": True, "causal": True, "sinks": True},
-        {"poison": True, "causal": True},
-        {"poison": True, "window": (5, 5)},
-        {"poison": True, "mask": True, "causal": True},
-        {"head_dim": 40, "value_dim": 72},
-        {"head_dim": 36, "value_dim": 30},
-        {"head_dim": 192, "value_dim": 128, "causal": True},
+        *_OPTIONS,
     ]
     for dtype in ("bfloat16", "float16", "float32", "float64"):
         for shape in (base, few):
@@ -344,19 +350,7 @@ def gradient_grid(small: bool) -> Iterator[Case]:
         {"bias": "float32", "bias_axes": "k", "kv_lens": (70, 33)},
         {"bias": "float16", "bias_axes": "bq"},
         {"bias": "float32", "bias_axes": "h", "q_lens": (40, 7)},
-        {"alibi": True, "causal": True},
-        {"sinks": True},
-        {"sinks": True, "mask": True, "softcap": 20.0, "bias": "float16", "alibi": True, "window": (40, 5)},
-        {"scale": -0.2},
-        {"scale": 0.0},
-        {"layout": "bshd", "causal": True},
-        {"strided": True, "causal": True, "sinks": True},
-        {"poison": True, "causal": True},
-        {"poison": True, "window": (5, 5)},
-        {"poison": True, "mask": True, "causal": True},
-        {"head_dim": 40, "value_dim": 72},
-        {"head_dim": 36, "value_dim": 30},
-        {"head_dim": 192, "value_dim": 128, "causal": True},
+        *_OPTIONS,
         {"kv_lens": (33, 0), "q_lens": (38, 3), "causal": True},
         {"kv_lens": (20, 70), "poison": True, "sinks": True, "seqlen_q": 70},
         {"poison_rows": "q", "causal": True, "q_offset": 0, "seqlen_q": 130},

@@ -667,6 +667,19 @@ def peers(torch: Any, q: Any, k: Any, v: Any, causal: bool) -> dict[str, Callabl
     return found
 
 
+def times_in_turn(
+    torch: Any, candidates: dict[str, Callable[[], Any]], args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Seconds a call of each candidate, round by round, after a few to warm up."""
+    for call in candidates.values():
+        time_cuda(torch, call, 3)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(args.rounds):
+        for name, call in candidates.items():
+            times[name].append(time_cuda(torch, call, args.launches))
+    return times
+
+
 def stage_ratios(library: Any, memory: Any, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """Median ratio of ours to each peer's rate; every output is compared with cuDNN's before it is timed."""
     torch = memory.torch
@@ -681,12 +694,7 @@ def stage_ratios(library: Any, memory: Any, args: argparse.Namespace, deadline: 
         wanted = next(call for name, call in candidates.items() if name != "ours")().float()
         difference = float((ours().float() - wanted).norm() / wanted.norm())
         assert difference < 8e-3, f"ours differs from the peer by {difference}"
-        for call in candidates.values():
-            time_cuda(torch, call, 3)
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(args.rounds):
-            for name, call in candidates.items():
-                times[name].append(time_cuda(torch, call, args.launches))
+        times = times_in_turn(torch, candidates, args)
         work = flop(batch, heads, seqlen, head_dim, causal) / 1e12
         row: dict[str, Any] = {"batch": batch, "heads": heads, "seqlen": seqlen, "head_dim": head_dim, "causal": causal}
         for name, samples in times.items():
@@ -722,12 +730,7 @@ def stage_gradients(library: Any, memory: Any, args: argparse.Namespace, deadlin
         for mine, theirs in zip(ours(), wanted, strict=True):
             difference = float((mine.float() - theirs.float()).norm() / theirs.float().norm())
             assert difference < 1e-2, f"ours differs from the peer by {difference}"
-        for call in candidates.values():
-            time_cuda(torch, call, 3)
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(args.rounds):
-            for name, call in candidates.items():
-                times[name].append(time_cuda(torch, call, args.launches))
+        times = times_in_turn(torch, candidates, args)
         work = 2.5 * flop(batch, heads, seqlen, head_dim, causal) / 1e12
         row: dict[str, Any] = {"batch": batch, "heads": heads, "seqlen": seqlen, "head_dim": head_dim, "causal": causal}
         row |= {name: work / statistics.median(samples) for name, samples in times.items()}
