@@ -12,7 +12,6 @@
 namespace foveal {
 namespace {
 
-#ifdef FOVEAL_HAS_BF16_DOT
 constexpr int64_t kLargestCode = 128;  // in magnitude
 
 // Steps so that `largest` (finite, at least 0) is `steps` of them. NaN where `probe` is: the sum of all x * 0.
@@ -62,15 +61,6 @@ struct CodeDot {
   }
 };
 
-template <>
-struct DecodeDotFor<F32, BFloat16, int8_t, 4> {
-  using Type = CodeDot;
-};
-template <>
-struct DecodeDotFor<F32, BFloat16, int8_t, 8> {
-  using Type = CodeDot;
-};
-
 struct CodePairs {
   using Weight = int16_t;
 
@@ -102,12 +92,6 @@ struct CodePairs {
     for (int64_t x = 0; x < n * R; x += F32::kLanes) store_key_pairs<R>(foveal::load(p + x) * inverse, weights + x);
   }
 };
-
-template <>
-struct ValuePairsFor<int8_t> {
-  using Type = CodePairs;
-};
-#endif
 
 }  // namespace
 }  // namespace foveal

@@ -28,14 +28,6 @@ FOVEAL_INLINE V over_keys(V x, Join join) {
   return load(lanes);
 }
 
-// How R queries of S meet keys stored as C.
-template <class V, class S, class C, int R>
-struct DecodeDotFor {
-  using Type = ScoreDot<V, S>;
-};
-template <class V, class S, class C, int R>
-using DecodeDot = typename DecodeDotFor<V, S, C, R>::Type;
-
 // s[NK][R] = k . q for NK keys; `key` gives the address of each. Lane l of `unit` is what the products of row l % R
 // are multiplied by where the queries are not.
 template <class V, class Dot, int R, int NK, class Key>

@@ -1,9 +1,5 @@
-// How a query meets a key: the products of head_dim elements, kStep of them a multiply-add.
-//
-//   WidenedDot   one element a step, in the accumulator type; the scale is put on the queries beforehand
-//   PairDot      two bfloat16 a step, by an instruction that multiplies pairs and adds both products to a float32; the
-//   queries stay as
-//                they are stored, and the scale comes after
+// How a query meets a key: the products of head_dim elements, kStep of them a multiply-add; and `Products`, which says
+// for queries of S what every kernel multiplies by.
 //
 // `multiply_add` serves both kernels: with queries in the lanes (a key element or pair broadcast) and with elements in
 // the lanes (a chunk of kChunk elements of each; those of a key may be codes of an int8 cache).
@@ -27,6 +23,7 @@ FOVEAL_INLINE typename V::T load_query_row(const S* q, int64_t stride, int64_t n
   return lanes[0];
 }
 
+// One element a step, in the accumulator type; the scale is put on the queries beforehand.
 template <class V, class S>
 struct WidenedDot {
   using Key = typename V::T;  // what the forward tile broadcasts
@@ -54,55 +51,24 @@ struct WidenedDot {
   FOVEAL_INLINE static V finish(V sum, V) { return sum; }
 };
 
+// The arithmetic of the matrix products of queries stored as S. An instruction set that multiplies in another way
+// specialises this, and nothing else (bfloat16_products.inl.h).
 template <class V, class S>
-struct ScoreDotFor {
-  using Type = WidenedDot<V, S>;
+struct Products {
+  // Queries and keys of many rows, and all products of the backward pass.
+  using Score = WidenedDot<V, S>;
+  // R queries and keys stored as C.
+  template <class C, int R>
+  using FewRowsScore = Score;
+  // R rows of weights and values stored as C, by pairs of keys (value_pairs.inl.h); void: one key after the other.
+  template <class C, int R>
+  using FewRowsValue = void;
+  // From so many rows on, FewRowsValue rounds weights to the stored type; 0: never.
+  static constexpr int64_t kRoundingRows = 0;
 };
-
-#ifdef FOVEAL_HAS_BF16_DOT
-template <class V>
-struct PairDot {
-  using Key = BFloat16;
-  static constexpr int kStep = 2;
-  static constexpr int kChunk = 2 * V::kLanes;
-
-  FOVEAL_INLINE static V multiply_add(V a, V b, V sum) { return dot_bf16(a, b, sum); }
-  FOVEAL_INLINE static V broadcast_key(const Key* k) { return broadcast_pair(k); }
-  FOVEAL_INLINE static V broadcast_last_key(const Key* k) {
-    const BFloat16 pair[2] = {*k, {0}};
-    return broadcast_pair(pair);
-  }
-  // kLanes pairs, zeros past n elements.
-  FOVEAL_INLINE static V load_query(const BFloat16* q, int64_t stride, int64_t n, V) {
-    if (stride == 1) return load_chunk_n(q, n);
-    BFloat16 elements[kChunk] = {};
-    for (int64_t c = 0; c < n && c < kChunk; ++c) elements[c] = q[c * stride];
-    return load_pairs(elements);
-  }
-  FOVEAL_INLINE static typename V::T load_row(const BFloat16* q, int64_t stride, int64_t n, V scale,
-                                              typename V::T* to) {
-    return load_query_row<PairDot>(q, stride, n, scale, to);
-  }
-  template <class C>
-  FOVEAL_INLINE static V load_chunk(const C* k) {
-    return load_pairs(k);
-  }
-  template <class C>
-  FOVEAL_INLINE static V load_chunk_n(const C* k, int64_t n) {
-    return load_pairs_n(k, n);
-  }
-  FOVEAL_INLINE static V sum_each(V (&sums)[V::kLanes]) { return foveal::sum_each(sums); }
-  FOVEAL_INLINE static V finish(V sum, V scale) { return sum * scale; }
-};
-
-template <>
-struct ScoreDotFor<F32, BFloat16> {
-  using Type = PairDot<F32>;
-};
-#endif
 
 template <class V, class S>
-using ScoreDot = typename ScoreDotFor<V, S>::Type;
+using ScoreDot = typename Products<V, S>::Score;
 
 }  // namespace
 }  // namespace foveal

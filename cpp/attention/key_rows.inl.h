@@ -55,12 +55,9 @@ static void widen_codes(const HeadTask& h, const KeyArray& a, int64_t begin, int
       const int8_t* src = codes + now.offset(a);
       const V step = broadcast<V>(a.scales[now.page]);
       int64_t c = 0;
-#ifdef FOVEAL_HAS_BF16_DOT
-      if constexpr (__is_same(To, BFloat16))
-        if (a.stride_d == 1)
-          for (; c + 2 * V::kLanes <= a.width; c += 2 * V::kLanes)
-            store_pairs(dst + c, widen(src + c) * step, widen(src + c + V::kLanes) * step);
-#endif
+      if (a.stride_d == 1)
+        for (; c + 2 * V::kLanes <= a.width; c += 2 * V::kLanes)
+          narrow_two(dst + c, widen(src + c) * step, widen(src + c + V::kLanes) * step);
       for (; c < a.width; c += V::kLanes) {
         const int64_t some = min64(V::kLanes, a.width - c);
         narrow_n(dst + c, widen_strided<V>(src + c * a.stride_d, a.stride_d, some) * step, some);

@@ -43,7 +43,7 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
   highest = negative_infinity<V>();
   if (seen == Visibility::kNone) return seen;
   T* s = state.s;
-  decode_scores<V, DecodeDot<V, S, C, R>, R>(state.q, state.q_stride, h.head_dim, state.unit, k, n, s, ahead);
+  decode_scores<V, typename Products<V, S>::template FewRowsScore<C, R>, R>(state.q, state.q_stride, h.head_dim, state.unit, k, n, s, ahead);
   if constexpr (__is_same(C, int8_t)) multiply_by_page<V, R>(h, h.k_scales, begin, n, s);
 
   const int64_t padded = round_up(n, kKeys);  // the block's last vector may reach past its keys
@@ -127,11 +127,12 @@ static void decode_add_values(const HeadTask& h, const DecodeState<V, R>& state,
     if (state.seen == Visibility::kPartial && !all_finite<V>(v, n, h.value_dim))
       return decode_values_guarded<V, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale);
   }
-  if constexpr (kPairsValues<V, S, R>)
-    decode_paired_values<ValuePairs<C>, R, kDecodeAccumulators / R / 2>(state.s, n, v, h.value_dim, state.o,
-                                                                        state.o_stride, rescale, ahead);
-  else
+  using Pairs = typename Products<V, S>::template FewRowsValue<C, R>;
+  if constexpr (__is_same(Pairs, void))
     decode_values<V, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale, ahead);
+  else
+    decode_paired_values<Pairs, R, kDecodeAccumulators / R / 2>(state.s, n, v, h.value_dim, state.o, state.o_stride,
+                                                                rescale, ahead);
 }
 
 template <class V>
@@ -213,7 +214,7 @@ static void decode_rows(const RowTask& task) {
   Arena<T> arena{static_cast<T*>(task.scratch)};
   DecodeState<V, R> states[kMaxHeadsTogether];
   for (int64_t x = 0; x < task.heads; ++x)
-    begin_decode<V, DecodeDot<V, S, C, R>, S, R>(task, heads[x], arena, states[x]);
+    begin_decode<V, typename Products<V, S>::template FewRowsScore<C, R>, S, R>(task, heads[x], arena, states[x]);
 
   // Positions and lengths are the sequence's, so the same for all its heads.
   KeyRange range = visible_keys(first, task.row_begin, task.row_end);

@@ -10,19 +10,6 @@
 namespace foveal {
 namespace {
 
-template <class V, class S, int R>
-constexpr bool kPairsValues = false;
-
-// The Pairs for values stored as C.
-template <class C>
-struct ValuePairsFor;
-template <class C>
-using ValuePairs = typename ValuePairsFor<C>::Type;
-
-#ifdef FOVEAL_HAS_BF16_DOT
-template <int R>
-constexpr bool kPairsValues<F32, BFloat16, R> = R >= 4;
-
 struct BFloat16Pairs {
   using Weight = BFloat16;
 
@@ -37,11 +24,6 @@ struct BFloat16Pairs {
     for (int64_t x = 0; x < n * R; x += F32::kLanes) store_key_pairs<R>(foveal::load(p + x), weights + x);
     for (int r = 0; r < R; ++r) unit[r] = 1;
   }
-};
-
-template <>
-struct ValuePairsFor<BFloat16> {
-  using Type = BFloat16Pairs;
 };
 
 // o[R][NC * 32 columns] = o * rescale + p^T v.
@@ -107,7 +89,6 @@ static void decode_paired_values(const float* p, int64_t n, const Rows<C>& v, in
     paired_value_step<Pairs, R, 1>(weights, unit, n, v, c, min64(2 * F32::kLanes, value_dim - c), o + c, o_stride,
                                    rescale, ahead);
 }
-#endif
 
 }  // namespace
 }  // namespace foveal

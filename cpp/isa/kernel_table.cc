@@ -37,8 +37,11 @@
 #include "attention/tile_forward.inl.h"
 #include "attention/ahead.inl.h"
 #include "attention/decode_products.inl.h"
+#ifdef FOVEAL_HAS_BF16_DOT
 #include "attention/value_pairs.inl.h"
 #include "attention/code_pairs.inl.h"
+#include "attention/bfloat16_products.inl.h"
+#endif
 #include "attention/tile_decode.inl.h"
 #include "attention/merge.inl.h"
 #include "attention/gradient_pairs.inl.h"
@@ -56,7 +59,7 @@ namespace {
 template <class V, class S>
 constexpr RowKernels kRowKernels = {kTileRows<V>,
                                     kDecodeRows<V>,
-                                    kPairsValues<V, S, 4> ? 3 : 0,
+                                    Products<V, S>::kRoundingRows,
                                     forward_scratch_nbytes<V>,
                                     forward<V, S>,
                                     decode_scratch_nbytes<V>,

@@ -236,6 +236,7 @@ FOVEAL_INLINE F32 load_pairs_n(const int8_t* p, int64_t n) {
 FOVEAL_INLINE void store_pairs(BFloat16* p, F32 first, F32 second) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
 }
+FOVEAL_INLINE void narrow_two(BFloat16* p, F32 first, F32 second) { store_pairs(p, first, second); }
 // Lane l: the pair (a[l], b[l]), rounded to nearest even.
 FOVEAL_INLINE F32 round_pairs(F32 a, F32 b) {
   alignas(64) static constexpr auto kOrder = [] {

@@ -15,6 +15,7 @@
 //   widen(int8_t*)    kLanes small integers -> F32
 //   narrow_n          and back, the first n lanes: float, double, Float16 (IEEE), BFloat16, rounded to
 //                     nearest even; NaN stays NaN; neither touches memory past n elements
+//   narrow_two        two whole vectors, one after the other
 //   transpose(r)      a kLanes x kLanes block held in kLanes vectors
 //   sum_each(a)       lane i = the sum of the lanes of a[i]; each sum in the same fixed order
 //   nonzero_bits64    bit i = (p[i] != 0) for 64 bytes
@@ -48,6 +49,13 @@ using Mask = typename V::M;
 
 template <class V>
 Mask<V> mask_from_bits(uint64_t bits);  // specialised for F32 and F64
+
+// Where no instruction takes both at once.
+template <class S, class V>
+FOVEAL_INLINE void narrow_two(S* p, V first, V second) {
+  narrow_n(p, first, V::kLanes);
+  narrow_n(p + V::kLanes, second, V::kLanes);
+}
 
 // The first n <= 4 of some 16-bit elements, lowest first, zeros above: for instruction sets without masked 16-bit loads
 // and stores.
