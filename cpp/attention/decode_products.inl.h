@@ -95,17 +95,15 @@ static void decode_scores(const typename V::T* q, int64_t q_stride, int64_t head
 // x[n][R] *= the scale of the page of keys [begin, begin + n). 0 stays 0 by any scale: masked weights do.
 template <class V, int R>
 static void multiply_by_page(const HeadTask& h, const float* scales, int64_t begin, int64_t n, typename V::T* x) {
-  if constexpr (sizeof(typename V::T) == sizeof(float)) {
-    for (int64_t j = 0; j < n;) {
-      const int64_t page = (begin + j) / h.page_size;
-      const int64_t end = min64((page + 1) * h.page_size - begin, n);
-      const V scale = broadcast<V>(scales[page]);
-      for (int64_t c = j * R; c < end * R; c += V::kLanes) {
-        const V old = widen_n(x + c, end * R - c);
-        narrow_n(x + c, select(equal(old, zero<V>()), old, old * scale), end * R - c);
-      }
-      j = end;
+  for (int64_t j = 0; j < n;) {
+    const int64_t page = (begin + j) / h.page_size;
+    const int64_t end = min64((page + 1) * h.page_size - begin, n);
+    const V scale = broadcast<V>(scales[page]);
+    for (int64_t c = j * R; c < end * R; c += V::kLanes) {
+      const V old = widen_n(x + c, end * R - c);
+      narrow_n(x + c, select(equal(old, zero<V>()), old, old * scale), end * R - c);
     }
+    j = end;
   }
 }
 

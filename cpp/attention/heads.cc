@@ -95,6 +95,7 @@ HeadTask Heads::task(int64_t b, int64_t kv_head) const {
     h.k = at(p.k, kv_head, s.kv_begin);
     h.v = at(p.v, kv_head, s.kv_begin);
   }
+  h.kv_dtype = p.k.dtype;
   h.k_stride_s = p.k.stride[2];
   h.k_stride_d = p.k.stride[3];
   h.v_stride_s = p.v.stride[2];

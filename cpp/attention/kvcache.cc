@@ -12,6 +12,7 @@
 
 #include "attention/element.h"
 #include "attention/heads.h"
+#include "attention/stored.h"
 #include "foveal/attention.h"
 
 namespace foveal {
@@ -59,7 +60,7 @@ class Writer {
       const T x = row_[static_cast<size_t>(c)];
       const int64_t offset = to + c * target.stride[3];
       if (target.dtype == DType::kInt8)
-        static_cast<int8_t*>(target.data)[offset] = code(x, scale);
+        static_cast<int8_t*>(target.data)[offset] = Stored<int8_t>::encode(x, scale);
       else
         store_as(target, offset, x);
     }
@@ -80,11 +81,6 @@ class Writer {
       first = a * cosine - b * sine;
       second = a * sine + b * cosine;
     }
-  }
-
-  static int8_t code(double x, double scale) {
-    if (!(scale > 0) || std::isnan(x)) return 0;
-    return static_cast<int8_t>(std::clamp(std::nearbyint(x / scale), -127.0, 127.0));
   }
 
   const CacheUpdate& u_;

@@ -43,8 +43,9 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
   highest = negative_infinity<V>();
   if (seen == Visibility::kNone) return seen;
   T* s = state.s;
-  decode_scores<V, typename Products<V, S>::template FewRowsScore<C, R>, R>(state.q, state.q_stride, h.head_dim, state.unit, k, n, s, ahead);
-  if constexpr (__is_same(C, int8_t)) multiply_by_page<V, R>(h, h.k_scales, begin, n, s);
+  decode_scores<V, typename Products<V, S>::template FewRowsScore<C, R>, R>(state.q, state.q_stride, h.head_dim,
+                                                                            state.unit, k, n, s, ahead);
+  if constexpr (Stored<C>::kScaled) multiply_by_page<V, R>(h, h.k_scales, begin, n, s);
 
   const int64_t padded = round_up(n, kKeys);  // the block's last vector may reach past its keys
   for (int64_t j = n; j < padded; ++j) {
@@ -114,7 +115,7 @@ static void decode_weights(const HeadTask& h, DecodeState<V, R>& state, int64_t 
     store(state.s + x, partial ? select(equal(score, negative_infinity<V>()), masked, w) : w);
   }
   state.sum = fma(state.sum, state.rescale, sum);
-  if constexpr (__is_same(C, int8_t)) multiply_by_page<V, R>(h, h.v_scales, begin, n, state.s);
+  if constexpr (Stored<C>::kScaled) multiply_by_page<V, R>(h, h.v_scales, begin, n, state.s);
 }
 
 template <class V, class S, int R, class C>
@@ -123,7 +124,7 @@ static void decode_add_values(const HeadTask& h, const DecodeState<V, R>& state,
   if (state.seen == Visibility::kNone) return;
   alignas(64) typename V::T rescale[V::kLanes];
   store(rescale, state.rescale);
-  if constexpr (!__is_same(C, int8_t)) {  // codes are finite
+  if constexpr (!Stored<C>::kFinite) {
     if (state.seen == Visibility::kPartial && !all_finite<V>(v, n, h.value_dim))
       return decode_values_guarded<V, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale);
   }
@@ -262,9 +263,7 @@ static void decode_stored(const RowTask& task) {
 
 template <class V, class S>
 static void decode(const RowTask& task) {
-  if constexpr (sizeof(typename V::T) == sizeof(float))  // there are no codes for float64
-    if (task.head->k_scales != nullptr) return decode_stored<V, S, int8_t>(task);
-  decode_stored<V, S, S>(task);
+  with_stored<V, S>(task.head->kv_dtype, [&task]<class C>(const C*) { decode_stored<V, S, C>(task); });
 }
 
 }  // namespace

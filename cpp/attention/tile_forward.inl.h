@@ -232,8 +232,12 @@ struct KeyReader {
   T* packed_v;
 
   KeyBlock<Key, T> read(int64_t begin, int64_t end) const {
-    const Rows<Key> k = key_rows<V, Key, S>(*h, keys_of(*h), begin, end - begin, packed_k, nullptr);
-    const Rows<T> v = key_rows<V, T, S>(*h, values_of(*h), begin, end - begin, packed_v, nullptr);
+    Rows<Key> k = {};
+    Rows<T> v = {};
+    with_stored<V, S>(h->kv_dtype, [&]<class C>(const C*) {
+      k = key_rows<V, Key, C>(*h, keys_of(*h), begin, end - begin, packed_k, nullptr);
+      v = key_rows<V, T, C>(*h, values_of(*h), begin, end - begin, packed_v, nullptr);
+    });
     return {begin, end, k.p, v.p, k.stride, v.stride};
   }
 };

@@ -22,6 +22,7 @@
 #endif
 
 #include "attention/philox.h"
+#include "attention/stored.h"
 #include "isa/kernel_table.h"
 // clang-format off: each builds on those before it
 #include "attention/elementary.inl.h"

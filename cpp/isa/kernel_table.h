@@ -16,11 +16,11 @@ constexpr int64_t kPositionLimit = int64_t{1}
 struct HeadTask {
   const void* q;  // (Sq, group, D)
   int64_t q_stride_s, q_stride_g, q_stride_d;
-  // Paged: k and v are those of page 0, key j is row j % page_size of page pages[j / page_size], and with scales the
-  // elements are int8, in steps of the page's scale.
+  // Paged: k and v are those of page 0, and key j is row j % page_size of page pages[j / page_size].
   const int32_t* pages;  // null: not paged
   int64_t page_size, k_stride_page, v_stride_page;
-  const float *k_scales, *v_scales;  // one a page of the sequence; null: elements of q's dtype
+  DType kv_dtype;                    // q's, or that of a cache of codes (attention/stored.h)
+  const float *k_scales, *v_scales;  // of codes: one a page of the sequence
   const void* k;                     // (Skv, D)
   int64_t k_stride_s, k_stride_d;
   const void* v;  // (Skv, Dv)
