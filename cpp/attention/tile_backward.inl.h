@@ -87,36 +87,24 @@ static void keep_seen(const uint64_t* seen, int64_t n, typename V::T* ds) {
     }
 }
 
-// p = exp(s - lse) with every policy of the scores, and slope = d(capped score)/d(score) where there is a soft cap.
+// p = exp(s - lse) with every policy of the scores, and their slope where one bends them.
 template <class V, class Dot, int NV>
 static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
                                   const uint64_t* seen, typename V::T* p, typename V::T* slope) {
   using T = typename V::T;
-  const int64_t n = keys.end - keys.begin, size = n * NV * V::kLanes;
+  const int64_t n = keys.end - keys.begin;
   const V scale = score_scale<V>(h);
   key_products<V, Dot, NV>(tile.qt, h.head_dim, keys.k.p, keys.k.stride, n,
                            [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
                              store(p + (j * NV + r) * V::kLanes, Dot::finish(dot, scale));
                            });
-  if (h.softcap > 0) {
-    const V cap = broadcast<V>(static_cast<T>(h.softcap * kLog2E));
-    const V inverse = broadcast<V>(static_cast<T>(1.0 / (h.softcap * kLog2E)));
-    for (int64_t x = 0; x < size; x += V::kLanes) {
-      const V t = tanh(load(p + x) * inverse);
-      store(p + x, cap * t);
-      store(slope + x, fma(zero<V>() - t, t, broadcast<V>(1)));
-    }
-    if (seen != nullptr) keep_seen<V, NV>(seen, n, slope);
-  }
-  if (h.slopes != nullptr) apply_alibi<V, NV>(h, tile.row_begin, keys.begin, n, p);
-  if (h.bias != nullptr) add_bias<V, NV>(h, tile.row_begin, tile.rows, keys.begin, n, p);
-  if (seen != nullptr) apply_bits<V, NV>(seen, n, p);
-  for (int64_t j = 0; j < n; ++j)
-    for (int r = 0; r < NV; ++r) {
-      T* x = p + (j * NV + r) * V::kLanes;
-      // Where scores are of the size of finfo.min, the rounding of the lse alone could make a weight infinite.
-      store(x, exp2_nonpositive(min(zero<V>(), load(x) - load(tile.lse + r * V::kLanes))));
-    }
+  const RowLanes<V, NV> lanes{tile.row_begin, tile.rows};
+  apply_policies<V>(h, lanes, keys.begin, n, p, slope);
+  if (bends_scores(h) && seen != nullptr) keep_seen<V, NV>(seen, n, slope);
+  apply_mask<V>(lanes, seen, n, p, [&](int64_t x, int r, V score) __attribute__((always_inline)) {
+    // Where scores are of the size of finfo.min, the rounding of the lse alone could make a weight infinite.
+    store(p + x, exp2_nonpositive(min(zero<V>(), score - load(tile.lse + r * V::kLanes))));
+  });
 }
 
 // The share of the tile and the keys in dv, dk and dq.
@@ -180,7 +168,7 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
   if (visibility == Visibility::kNone) return;
   const uint64_t* seen = visibility == Visibility::kPartial ? bits : nullptr;
 
-  if (h.softcap > 0 || h.slopes != nullptr || h.bias != nullptr || seen != nullptr) {
+  if (changes_scores(h) || seen != nullptr) {
     weights_with_policies<V, Dot, NV>(h, tile, keys, seen, p, slope);
   } else {
     const V scale = score_scale<V>(h);
@@ -203,7 +191,7 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
     });
   if (seen != nullptr) keep_seen<V, NV>(seen, n, ds);
   if (g.dbias != nullptr) add_to_bias<V, NV>(g, tile.row_begin, tile.rows, keys.begin, n, ds);
-  if (h.softcap > 0)
+  if (bends_scores(h))
     for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, load(ds + x) * load(slope + x));
 
   if (seen != nullptr && !(tile.finite && all_finite<V>(keys.k.p, keys.k.stride, n, h.head_dim)))

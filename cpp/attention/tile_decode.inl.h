@@ -37,7 +37,6 @@ template <class V, class S, int R, class C>
 static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>& state, int64_t begin, int64_t n,
                                       const Rows<C>& k, Ahead<C>& ahead, V& highest) {
   using T = typename V::T;
-  constexpr int kKeys = V::kLanes / R;  // keys a vector
   uint64_t bits[kKeyBlock + V::kLanes];
   const Visibility seen = visible_bits(h, state.row_begin, state.rows, begin, n, bits);
   highest = negative_infinity<V>();
@@ -47,49 +46,18 @@ static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>
                                                                             state.unit, k, n, s, ahead);
   if constexpr (Stored<C>::kScaled) multiply_by_page<V, R>(h, h.k_scales, begin, n, s);
 
-  const int64_t padded = round_up(n, kKeys);  // the block's last vector may reach past its keys
+  const KeyLanes<V, R> lanes{state.row_begin, state.rows};
+  const int64_t padded = lanes.steps(n) * lanes.kKeys;  // the block's last vector may reach past its keys
   for (int64_t j = n; j < padded; ++j) {
     bits[j] = 0;
     for (int r = 0; r < R; ++r) s[j * R + r] = -static_cast<T>(__builtin_inf());
   }
-  if (h.softcap > 0) apply_softcap<V, 1>(s, padded / kKeys, h.softcap);
-  if (h.slopes != nullptr) {
-    alignas(64) T slopes[V::kLanes], offsets[V::kLanes];
-    for (int lane = 0; lane < V::kLanes; ++lane) {
-      const int64_t row = state.row_begin + min64(lane % R, state.rows - 1);
-      slopes[lane] = static_cast<T>(-h.slopes[row % h.group] * kLog2E);
-      offsets[lane] = static_cast<T>(h.q_offset + row / h.group - begin - lane / R);
-    }
-    const V slope = load(slopes), distance = load(offsets);
-    for (int64_t j = 0; j < padded; j += kKeys)
-      store(s + j * R, fma(slope, abs(distance - broadcast<V>(static_cast<T>(j))), load(s + j * R)));
-  }
-  if (h.bias != nullptr) {
-    for (int64_t r = 0; r < state.rows; ++r) {
-      const int64_t row = state.row_begin + r;
-      const int64_t offset = row / h.group * h.bias_stride_s + row % h.group * h.bias_stride_g;
-      for (int64_t j0 = 0; j0 < n; j0 += V::kLanes) {
-        const int64_t width = min64(V::kLanes, n - j0);
-        alignas(64) T lanes[V::kLanes];
-        store(lanes, bounded_bias(widen_any<V>(h.bias, h.bias_dtype, offset + (begin + j0) * h.bias_stride_k,
-                                               h.bias_stride_k, width)));
-        for (int64_t j = 0; j < width; ++j) s[(j0 + j) * R + r] += lanes[j] * static_cast<T>(kLog2E);
-      }
-    }
-  }
+  apply_policies<V>(h, lanes, begin, n, s);
   const bool masked = seen == Visibility::kPartial || padded != n;
   if (seen == Visibility::kFull && masked)
     for (int64_t j = 0; j < n; ++j) bits[j] = ~uint64_t{0};
-  for (int64_t j = 0; j < padded; j += kKeys) {
-    V x = load(s + j * R);
-    if (masked) {
-      uint64_t lanes = 0;
-      for (int key = 0; key < kKeys; ++key) lanes |= (bits[j + key] & low_bits(R)) << (key * R);
-      x = select(mask_from_bits<V>(lanes), x, negative_infinity<V>());
-      store(s + j * R, x);
-    }
-    highest = max(highest, x);
-  }
+  apply_mask<V>(lanes, masked ? bits : nullptr, n, s,
+                [&](int64_t, int, V score) __attribute__((always_inline)) { highest = max(highest, score); });
   return seen;
 }
 

@@ -97,15 +97,12 @@ static Visibility block_scores(const HeadTask& h, const Tile<V>& tile,
                              highest[r] = max(highest[r], score);
                              store(s + (j * NV + r) * V::kLanes, score);
                            });
-  const bool changed = h.softcap > 0 || h.slopes != nullptr || h.bias != nullptr || seen == Visibility::kPartial;
-  if (!changed) return seen;
-  if (h.softcap > 0) apply_softcap<V, NV>(s, n, h.softcap);
-  if (h.slopes != nullptr) apply_alibi<V, NV>(h, tile.row_begin, block.begin, n, s);
-  if (h.bias != nullptr) add_bias<V, NV>(h, tile.row_begin, tile.rows, block.begin, n, s);
-  if (seen == Visibility::kPartial) apply_bits<V, NV>(bits, n, s);
+  if (!changes_scores(h) && seen == Visibility::kFull) return seen;
+  const RowLanes<V, NV> lanes{tile.row_begin, tile.rows};
+  apply_policies<V>(h, lanes, block.begin, n, s);
   for (int r = 0; r < NV; ++r) highest[r] = negative_infinity<V>();
-  for (int64_t j = 0; j < n; ++j)
-    for (int r = 0; r < NV; ++r) highest[r] = max(highest[r], load(s + (j * NV + r) * V::kLanes));
+  apply_mask<V>(lanes, seen == Visibility::kPartial ? bits : nullptr, n, s,
+                [&](int64_t, int r, V score) __attribute__((always_inline)) { highest[r] = max(highest[r], score); });
   return seen;
 }
 

@@ -30,6 +30,7 @@
 #include "attention/storage.inl.h"
 #include "attention/softmax.inl.h"
 #include "attention/dot.inl.h"
+#include "attention/lanes.inl.h"
 #include "attention/score_policy.inl.h"
 #include "attention/dropout.inl.h"
 #include "attention/products.inl.h"
