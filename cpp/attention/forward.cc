@@ -60,7 +60,7 @@ class ForwardRun {
 
     Team& team = team_.emplace(options_, plan_.items, plan_.flops);
     measure_scratch();
-    const int64_t partial_nbytes = plan_.partial_rows * (p_.v.shape[3] + 2) * accumulator_nbytes_;
+    const int64_t partial_nbytes = plan_.partial_rows * (p_.v.shape[3] + kRowMembers) * accumulator_nbytes_;
     const Scratch scratch = allocate_scratch(scratch_nbytes_ * team.size());
     const Scratch partial = allocate_scratch(partial_nbytes);
     if (scratch == nullptr || partial == nullptr)
@@ -85,9 +85,9 @@ class ForwardRun {
       kernel = std::max(kernel, s.decode ? plan_.kernels->decode_scratch_nbytes(h, s.heads_together)
                                          : plan_.kernels->forward_scratch_nbytes(h, rows));
     }
-    // The kernel's own, then max and sum of the rows; a whole number of cache lines a thread.
+    // The kernel's own, then the state of the rows; a whole number of cache lines a thread.
     kernel_nbytes_ = kernel;
-    const int64_t total = kernel + 2 * heads_max_ * rows_max_ * accumulator_nbytes_;
+    const int64_t total = kernel + kRowMembers * heads_max_ * rows_max_ * accumulator_nbytes_;
     scratch_nbytes_ = (total + 127) / 128 * 128;
   }
 
@@ -121,13 +121,13 @@ class ForwardRun {
     const int64_t rows = item.row_end - item.row_begin;
     if (item.parts == 1) {
       task.rows_between_heads = rows;
-      task.row_max = scratch + kernel_nbytes_;
-      task.row_sum = scratch + kernel_nbytes_ + heads_max_ * rows_max_ * accumulator_nbytes_;
+      task.row_state = scratch + kernel_nbytes_;
+      task.member_stride = heads_max_ * rows_max_;
     } else {
       task.rows_between_heads = rows * item.parts;
       task.partial = partial_rows(item.partial_row);
-      task.row_max = partial_max(item.partial_row);
-      task.row_sum = partial_sum(item.partial_row);
+      task.row_state = partial_state(item.partial_row);
+      task.member_stride = plan_.partial_rows;
     }
     const SequencePlan& sequence = plan_.sequences[static_cast<size_t>(item.batch)];
     (sequence.decode ? plan_.kernels->decode : plan_.kernels->forward)(task);
@@ -136,15 +136,13 @@ class ForwardRun {
       // acq_rel: the last to finish reads what the others wrote before they counted.
       std::atomic<int64_t>& done = pending_[static_cast<size_t>(item.group_index)];
       if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < item.parts) return;
-      task.row_max = partial_max(item.group_partial_row);
-      task.row_sum = partial_sum(item.group_partial_row);
+      task.row_state = partial_state(item.group_partial_row);
       for (int64_t x = 0; x < item.heads; ++x) {
         const int64_t first_row = item.group_partial_row + x * task.rows_between_heads;
         RowTask merged = task;
         merged.head = heads + x;
         merged.partial = partial_rows(first_row);
-        merged.row_max = partial_max(first_row);
-        merged.row_sum = partial_sum(first_row);
+        merged.row_state = partial_state(first_row);
         plan_.kernels->merge(merged, item.parts);
       }
     }
@@ -153,8 +151,9 @@ class ForwardRun {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = item.row_begin + r, result = x * task.rows_between_heads + r;
         write_lse(p_.lse, item.batch, (item.kv_head + x) * plan_.group + row % plan_.group,
-                  sequence.q_begin + row / plan_.group, accumulator(task.row_max, result),
-                  accumulator(task.row_sum, result));
+                  sequence.q_begin + row / plan_.group,
+                  accumulator(task.row_state, kRowMax * task.member_stride + result),
+                  accumulator(task.row_state, kRowSum * task.member_stride + result));
       }
   }
 
@@ -170,12 +169,11 @@ class ForwardRun {
                                     : static_cast<double>(static_cast<const float*>(p)[i]);
   }
 
-  // Partial buffer: all sums, then all maxima, then all denominators.
+  // Partial buffer: all sums, then the rows' states, member by member.
   std::byte* partial_rows(int64_t row) const { return partial_ + row * p_.v.shape[3] * accumulator_nbytes_; }
-  std::byte* partial_max(int64_t row) const {
+  std::byte* partial_state(int64_t row) const {
     return partial_ + (plan_.partial_rows * p_.v.shape[3] + row) * accumulator_nbytes_;
   }
-  std::byte* partial_sum(int64_t row) const { return partial_max(plan_.partial_rows + row); }
 
   const AttentionProblem& p_;
   const Plan& plan_;

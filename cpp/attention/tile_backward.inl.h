@@ -88,10 +88,9 @@ static void keep_seen(const uint64_t* seen, int64_t n, typename V::T* ds) {
 }
 
 // p = exp(s - lse) with every policy of the scores, and their slope where one bends them.
-template <class V, class Dot, int NV>
+template <class V, class N, class Dot, int NV>
 static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
                                   const uint64_t* seen, typename V::T* p, typename V::T* slope) {
-  using T = typename V::T;
   const int64_t n = keys.end - keys.begin;
   const V scale = score_scale<V>(h);
   key_products<V, Dot, NV>(tile.qt, h.head_dim, keys.k.p, keys.k.stride, n,
@@ -102,8 +101,7 @@ static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile
   apply_policies<V>(h, lanes, keys.begin, n, p, slope);
   if (bends_scores(h) && seen != nullptr) keep_seen<V, NV>(seen, n, slope);
   apply_mask<V>(lanes, seen, n, p, [&](int64_t x, int r, V score) __attribute__((always_inline)) {
-    // Where scores are of the size of finfo.min, the rounding of the lse alone could make a weight infinite.
-    store(p + x, exp2_nonpositive(min(zero<V>(), score - load(tile.lse + r * V::kLanes))));
+    store(p + x, N::bounded_gradient_weight(score, load(tile.lse + r * V::kLanes)));
   });
 }
 
@@ -156,7 +154,7 @@ static void add_sums_guarded(const HeadTask& h, const GradientTile<V>& tile, con
                             [seen](int64_t j, int r) { return mask_from_bits<V>(~seen[j] >> (r * V::kLanes)); });
 }
 
-template <class V, class Dot, int NV>
+template <class V, class N, class Dot, int NV>
 static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
                           const GradientScratch<V, Dot>& scratch) {
   const HeadTask& h = *g.head;
@@ -169,20 +167,20 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
   const uint64_t* seen = visibility == Visibility::kPartial ? bits : nullptr;
 
   if (changes_scores(h) || seen != nullptr) {
-    weights_with_policies<V, Dot, NV>(h, tile, keys, seen, p, slope);
+    weights_with_policies<V, N, Dot, NV>(h, tile, keys, seen, p, slope);
   } else {
     const V scale = score_scale<V>(h);
     key_products<V, Dot, NV>(
         tile.qt, h.head_dim, keys.k.p, keys.k.stride, n, [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
           const V score = Dot::finish(dot, scale);
-          store(p + j * width + r * V::kLanes, exp2_nonpositive(score - load(tile.lse + r * V::kLanes)));
+          store(p + j * width + r * V::kLanes, N::gradient_weight(score, load(tile.lse + r * V::kLanes)));
         });
   }
-  key_products<V, Dot, NV>(tile.dot, h.value_dim, keys.v.p, keys.v.stride, n,
-                           [&](int64_t j, int r, V dp) __attribute__((always_inline)) {
-                             const V w = load(p + j * width + r * V::kLanes);
-                             store(ds + j * width + r * V::kLanes, w * (dp - load(tile.delta + r * V::kLanes)));
-                           });
+  key_products<V, Dot, NV>(
+      tile.dot, h.value_dim, keys.v.p, keys.v.stride, n, [&](int64_t j, int r, V dp) __attribute__((always_inline)) {
+        const V w = load(p + j * width + r * V::kLanes);
+        store(ds + j * width + r * V::kLanes, N::score_gradient(w, dp, load(tile.delta + r * V::kLanes)));
+      });
   if (drops(h))  // p and dp times f, so ds = p (f dp - delta)
     for_each_dropout<V, NV>(h, tile.row_begin, keys.begin, n, [&](int64_t x, V f) {
       const V w = load(p + x), delta = load(tile.delta + x % width);
@@ -306,12 +304,14 @@ static void backward(const GradientTask& task) {
       const int64_t begin = max64(keys.begin, own.begin), end = min64(keys.end, own.end);
       if (begin >= end) continue;
       const GradientKeys<V, Dot> part = keys.part(begin, end);
-      if (tile[t].vectors == 1)
-        add_gradients<V, Dot, 1>(g, tile[t], part, scratch);
-      else if (tile[t].vectors == 2)
-        add_gradients<V, Dot, 2>(g, tile[t], part, scratch);
-      else
-        add_gradients<V, Dot, 3>(g, tile[t], part, scratch);
+      with_normalizer(h, [&]<class N>(N) {
+        if (tile[t].vectors == 1)
+          add_gradients<V, N, Dot, 1>(g, tile[t], part, scratch);
+        else if (tile[t].vectors == 2)
+          add_gradients<V, N, Dot, 2>(g, tile[t], part, scratch);
+        else
+          add_gradients<V, N, Dot, 3>(g, tile[t], part, scratch);
+      });
     }
   }
 

@@ -9,7 +9,7 @@
 // heads, each phase asking for what the next one reads in the order of memory (ahead.inl.h). What a head computes does
 // not depend on the others.
 //
-// Same online softmax and the same block boundaries as the forward tile. A long key range is cut by the plan into parts
+// Same normaliser and the same block boundaries as the forward tile. A long key range is cut by the plan into parts
 // that merge.inl.h joins in order.
 #pragma once
 
@@ -24,8 +24,8 @@ struct DecodeState {
   int64_t row_begin, rows;
   typename V::T *q, *o, *s;
   int64_t q_stride, o_stride;
-  V unit;      // lane l: what the products of row l % R with keys are in
-  V max, sum;  // lane l: of row l % R, the sum over the keys that fell to this lane
+  V unit;                    // lane l: what the products of row l % R with keys are in
+  RowState<V, 1> row_state;  // lane l: of row l % R; sums over the keys that fell to this lane
 
   // Of the block at hand: what its keys do to the sums so far, and who sees them.
   V rescale;
@@ -68,21 +68,13 @@ static void decode_weights(const HeadTask& h, DecodeState<V, R>& state, int64_t 
   V highest;
   state.seen = decode_block_scores<V, S, R>(h, state, begin, n, k, ahead, highest);
   if (state.seen == Visibility::kNone) return;
-  const V now = max(state.max, over_keys<V, R>(highest, [](auto x, auto y) { return x > y ? x : y; }));
-  const V shift = or_zero_if_unseen(now);
-  state.rescale = exp2_nonpositive(state.max - shift);
-  state.max = now;
-
-  const bool partial = state.seen == Visibility::kPartial;
-  const V masked = zero<V>() * broadcast<V>(-1);
-  V sum = zero<V>();
-  for (int64_t x = 0; x < round_up(n * R, V::kLanes); x += V::kLanes) {
-    const V score = load(state.s + x);
-    const V w = exp2_nonpositive(score - shift);
-    sum = sum + w;
-    store(state.s + x, partial ? select(equal(score, negative_infinity<V>()), masked, w) : w);
-  }
-  state.sum = fma(state.sum, state.rescale, sum);
+  const V highest_of[1] = {over_keys<V, R>(highest, [](auto x, auto y) { return x > y ? x : y; })};
+  const int64_t steps = KeyLanes<V, R>::steps(n);
+  V rescale[1];
+  with_normalizer(h, [&]<class N>(N) {
+    N::step(state.row_state, state.s, steps, highest_of, rescale, state.seen == Visibility::kPartial);
+  });
+  state.rescale = rescale[0];
   if constexpr (Stored<C>::kScaled) multiply_by_page<V, R>(h, h.v_scales, begin, n, state.s);
 }
 
@@ -124,7 +116,7 @@ static void begin_decode(const RowTask& task, const HeadTask& h, Arena<typename 
   state.q = arena.take(R * state.q_stride);
   state.o = arena.take(R * state.o_stride);
   state.s = arena.take(R * kKeyBlock);
-  alignas(64) T unit[V::kLanes], row_max[V::kLanes], row_sum[V::kLanes];
+  alignas(64) T unit[V::kLanes], row_state[kRowMembers * V::kLanes];
   for (int64_t r = 0; r < R; ++r) {
     const int64_t row = task.row_begin + r;
     T* to = state.q + r * state.q_stride;
@@ -136,17 +128,18 @@ static void begin_decode(const RowTask& task, const HeadTask& h, Arena<typename 
       for (int64_t x = 0; x < state.q_stride; x += V::kLanes) store(to + x, zero<V>());
     }
     for (int64_t c = 0; c < state.o_stride; c += V::kLanes) store(state.o + r * state.o_stride + c, zero<V>());
-    begin_row(h, row, task.partial == nullptr, row_max + r, row_sum + r);
+    with_normalizer(h, [&]<class N>(N) { N::begin(h, row, task.partial == nullptr, row_state + r, V::kLanes); });
   }
-  // A sink counts once, in the lane of the row's first key.
-  for (int lane = R; lane < V::kLanes; ++lane) {
-    unit[lane] = unit[lane % R];
-    row_max[lane] = row_max[lane % R];
-    row_sum[lane] = 0;
-  }
+  // What a row begins with counts once, in the lane of its first key.
+  with_normalizer(h, [&]<class N>(N) {
+    for (int lane = R; lane < V::kLanes; ++lane) {
+      unit[lane] = unit[lane % R];
+      for (T* member = row_state; member < row_state + kRowMembers * V::kLanes; member += V::kLanes)
+        member[lane] = N::kSumsOverLanes[(member - row_state) / V::kLanes] ? T{0} : member[lane % R];
+    }
+  });
   state.unit = load(unit);
-  state.max = load(row_max);
-  state.sum = load(row_sum);
+  state.row_state = RowState<V, 1>::read(row_state, V::kLanes);
 }
 
 // `first_result` is where the results of this head's rows are among those of the task.
@@ -154,15 +147,21 @@ template <class V, class S, int R>
 static void finish_decode(const RowTask& task, const HeadTask& h, int64_t first_result,
                           const DecodeState<V, R>& state) {
   using T = typename V::T;
-  alignas(64) T row_max[V::kLanes], row_sum[V::kLanes];
-  store(row_max, state.max);
-  store(row_sum, over_keys<V, R>(state.sum, [](auto x, auto y) { return x + y; }));
+  RowState<V, 1> joined = state.row_state;
+  alignas(64) T row_state[kRowMembers * V::kLanes], scale[V::kLanes];
+  with_normalizer(h, [&]<class N>(N) {
+    for (int m = 0; m < kRowMembers; ++m)
+      if (N::kSumsOverLanes[m])
+        joined.of[m][0] = over_keys<V, R>(joined.of[m][0], [](auto x, auto y) { return x + y; });
+    store(scale, N::scale(joined, 0));
+  });
+  joined.write(row_state, V::kLanes);
   for (int64_t r = 0; r < state.rows; ++r) {
     const int64_t row = task.row_begin + r, result = first_result + r;
     const T* o = state.o + r * state.o_stride;
-    if (task.row_max != nullptr) static_cast<T*>(task.row_max)[result] = row_max[r];
-    if (task.row_sum != nullptr) static_cast<T*>(task.row_sum)[result] = row_sum[r];
-    const V factor = inverse_or_zero(broadcast<V>(row_sum[r]));
+    for (int m = 0; m < kRowMembers; ++m)
+      static_cast<T*>(task.row_state)[m * task.member_stride + result] = row_state[m * V::kLanes + r];
+    const V factor = broadcast<V>(scale[r]);
     S* out = static_cast<S*>(h.out) + row / h.group * h.out_stride_s + row % h.group * h.out_stride_g;
     for (int64_t c = 0; c < h.value_dim; c += V::kLanes) {
       const int64_t n = min64(V::kLanes, h.value_dim - c);

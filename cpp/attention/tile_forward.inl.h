@@ -8,7 +8,7 @@
 //   s    [kKeyBlock][rows]    scores, then weights, of one key block
 //   ot   [value_dim][rows]    running sums of weighted values
 //
-// Online softmax in base 2 (Milakov & Gimelshein 2018). Key blocks begin at multiples of kKeyBlock whatever rows or
+// The normaliser keeps a state a row (normalizer.inl.h). Key blocks begin at multiples of kKeyBlock whatever rows or
 // ranges are asked for, every row's arithmetic is one fixed sequence, and a block that a row does not see leaves its
 // state unchanged bit for bit: so a row's result does not depend on the rows beside it.
 #pragma once
@@ -22,52 +22,9 @@ struct Tile {
   int64_t row_begin, rows;
   int vectors;
   bool untouched;  // no key block yet: ot is undefined and counts as 0
-  typename V::T *qt, *ot, *max, *sum;
+  typename V::T *qt, *ot;
+  typename V::T* state;  // [kRowMembers][kTileRows<V>]
 };
-
-// ---- online softmax
-// --------------------------------------------------------------------------------------------------------------
-
-// Scores become weights 2^(s - max); the tile's max and sum move on; `rescale` is what the sums so far are worth now.
-template <class V, int NV>
-static void softmax_step(Tile<V>& tile, typename V::T* s, int64_t n, const V (&highest)[NV], V (&rescale)[NV],
-                         bool mark_masked) {
-  V base[NV], sum[NV];
-#pragma GCC unroll 4
-  for (int r = 0; r < NV; ++r) {
-    const V before = load(tile.max + r * V::kLanes);
-    const V now = max(before, highest[r]);
-    base[r] = or_zero_if_unseen(now);
-    rescale[r] = exp2_nonpositive(before - base[r]);
-    store(tile.max + r * V::kLanes, now);
-    sum[r] = zero<V>();
-  }
-  if (mark_masked) {
-    const V masked = zero<V>() * broadcast<V>(-1);
-    for (int64_t j = 0; j < n; ++j)
-      for (int r = 0; r < NV; ++r) {
-        typename V::T* x = s + (j * NV + r) * V::kLanes;
-        const V score = load(x);
-        const V w = exp2_nonpositive(score - base[r]);
-        sum[r] = sum[r] + w;
-        store(x, select(equal(score, negative_infinity<V>()), masked, w));
-      }
-  } else {
-    for (int64_t j = 0; j < n; ++j)
-#pragma GCC unroll 4
-      for (int r = 0; r < NV; ++r) {
-        typename V::T* x = s + (j * NV + r) * V::kLanes;
-        const V w = exp2_nonpositive(load(x) - base[r]);
-        sum[r] = sum[r] + w;
-        store(x, w);
-      }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < NV; ++r) {
-    typename V::T* total = tile.sum + r * V::kLanes;
-    store(total, fma(load(total), rescale[r], sum[r]));
-  }
-}
 
 // ---- a tile and a key block
 // --------------------------------------------------------------------------------------------------------
@@ -115,7 +72,9 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
   const Visibility seen = block_scores<V, Dot, NV>(h, tile, block, s, highest);
   if (seen == Visibility::kNone) return;
   const bool guarded = seen == Visibility::kPartial && !all_finite<V>(block.v, block.v_stride, n, h.value_dim);
-  softmax_step<V, NV>(tile, s, n, highest, rescale, guarded);
+  auto state = RowState<V, NV>::read(tile.state, kTileRows<V>);
+  with_normalizer(h, [&]<class N>(N) { N::step(state, s, n, highest, rescale, guarded); });
+  state.write(tile.state, kTileRows<V>);
   if (drops(h)) apply_dropout<V, NV>(h, tile.row_begin, block.begin, n, s);  // after the sums
   if (guarded)
     add_values_guarded<V, NV>(s, n, block.v, block.v_stride, h.value_dim, tile.ot, rescale, tile.untouched,
@@ -147,9 +106,10 @@ static void begin_tile(const RowTask& task, Tile<V>& tile) {
     const S* q[V::kLanes];
     row_pointers(h, tile, r, static_cast<const S*>(h.q), h.q_stride_s, h.q_stride_g, q);
     load_transposed<V, S, Dot>(q, h.q_stride_d, h.head_dim, scale, tile.qt + r * V::kLanes, width);
-    for (int lane = 0; lane < V::kLanes; ++lane)
-      begin_row(h, tile.row_begin + r * V::kLanes + lane, task.partial == nullptr, tile.max + r * V::kLanes + lane,
-                tile.sum + r * V::kLanes + lane);
+    with_normalizer(h, [&]<class N>(N) {
+      for (int64_t x = int64_t{r} * V::kLanes; x < (r + 1) * V::kLanes; ++x)
+        N::begin(h, tile.row_begin + x, task.partial == nullptr, tile.state + x, kTileRows<V>);
+    });
   }
   tile.untouched = true;
 }
@@ -175,13 +135,14 @@ static void finish_tile(const RowTask& task, const Tile<V>& tile) {
     } else {
       S* rows[V::kLanes];
       row_pointers(h, tile, r, static_cast<S*>(h.out), h.out_stride_s, h.out_stride_g, rows);
-      write_transposed(ot, width, h.value_dim, inverse_or_zero(load(tile.sum + r * V::kLanes)), rows, h.out_stride_d);
+      const auto state = RowState<V, 1>::read(tile.state + r * V::kLanes, kTileRows<V>);
+      const V scale = with_normalizer(h, [&]<class N>(N) { return N::scale(state, 0); });
+      write_transposed(ot, width, h.value_dim, scale, rows, h.out_stride_d);
     }
   }
-  for (int64_t x = 0; x < tile.rows; ++x) {
-    if (task.row_max != nullptr) static_cast<T*>(task.row_max)[tile.row_begin - task.row_begin + x] = tile.max[x];
-    if (task.row_sum != nullptr) static_cast<T*>(task.row_sum)[tile.row_begin - task.row_begin + x] = tile.sum[x];
-  }
+  T* result = static_cast<T*>(task.row_state) + (tile.row_begin - task.row_begin);
+  for (int m = 0; m < kRowMembers; ++m)
+    for (int64_t x = 0; x < tile.rows; ++x) result[m * task.member_stride + x] = tile.state[m * kTileRows<V> + x];
 }
 
 template <class V, class S, class Dot, int NV>
@@ -191,14 +152,14 @@ static void write_weights(const RowTask& task, const Tile<V>& tile,
   V highest[NV];
   if (block_scores<V, Dot, NV>(h, tile, block, s, highest) == Visibility::kNone) return;
   const int64_t n = block.end - block.begin;
-  for (int r = 0; r < NV; ++r) {
-    const V base = or_zero_if_unseen(load(tile.max + r * V::kLanes));
-    const V factor = inverse_or_zero(load(tile.sum + r * V::kLanes));
-    for (int64_t j = 0; j < n; ++j) {
-      typename V::T* x = s + (j * NV + r) * V::kLanes;
-      store(x, exp2_nonpositive(load(x) - base) * factor);
-    }
-  }
+  const auto state = RowState<V, NV>::read(tile.state, kTileRows<V>);
+  with_normalizer(h, [&]<class N>(N) {
+    for (int r = 0; r < NV; ++r)
+      for (int64_t j = 0; j < n; ++j) {
+        typename V::T* x = s + (j * NV + r) * V::kLanes;
+        store(x, N::final_weight(state, r, load(x)));
+      }
+  });
   if (drops(h)) apply_dropout<V, NV>(h, tile.row_begin, block.begin, n, s);
   for (int r = 0; r < NV; ++r) {
     S* rows[V::kLanes];
@@ -253,7 +214,8 @@ FOVEAL_INLINE KeyBlock<Key, T> intersect(KeyBlock<Key, T> block, KeyRange range)
 template <class V>
 static int64_t forward_scratch_nbytes(const HeadTask& h, int64_t rows) {
   const int64_t tiles = (rows + kTileRows<V> - 1) / kTileRows<V>;
-  const int64_t per_tile = kTileRows<V> * (h.head_dim + h.value_dim + 2) + static_cast<int64_t>(sizeof(Tile<V>));
+  const int64_t per_tile =
+      kTileRows<V> * (h.head_dim + h.value_dim + kRowMembers) + static_cast<int64_t>(sizeof(Tile<V>));
   const int64_t shared = kKeyBlock * (kTileRows<V> + h.head_dim + h.value_dim);
   return round_up((tiles * per_tile + shared) * static_cast<int64_t>(sizeof(typename V::T)) + 4 * 64, 64);
 }
@@ -279,8 +241,7 @@ static void forward(const RowTask& task) {
                true,
                arena.take(kTileRows<V> * h.head_dim),
                arena.take(kTileRows<V> * h.value_dim),
-               arena.take(kTileRows<V>),
-               arena.take(kTileRows<V>)};
+               arena.take(kRowMembers * kTileRows<V>)};
     begin_tile<V, S, Dot>(task, tile[t]);
   }
 

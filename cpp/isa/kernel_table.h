@@ -57,20 +57,23 @@ struct HeadTask {
 
 constexpr int64_t kMaxHeadsTogether = 8;
 
+// The state of a row between blocks of keys, in the accumulator type (attention/normalizer.inl.h): the largest score,
+// in base 2, and the sum of 2^(score - max).
+enum RowMember { kRowMax, kRowSum, kRowMembers };
+
 // Rows [row_begin, row_end) of a head over the keys [key_begin, key_end).
 struct RowTask {
   const HeadTask* head;
   // For `decode`: so many heads from `head` on, of one sequence. Where there are several, the rows of their keys lie
   // side by side in memory, head by head without gaps, and so do those of their values.
   int64_t heads;
-  int64_t rows_between_heads;  // from the results (row_max, row_sum, partial) of a head to those of the next
+  int64_t rows_between_heads;  // from the results (row_state, partial) of a head to those of the next
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;
 
-  // Row state after the keys, in the accumulator type, base-2 logarithms: the largest score and the sum of 2^(score -
-  // max). One value a row from row_begin on; null: not wanted.
-  void* row_max;
-  void* row_sum;
+  // The state of the rows after the keys: member m of row_begin + r at row_state[m * member_stride + r].
+  void* row_state;
+  int64_t member_stride;
   // Not null: the unnormalised sums of weighted values go here, (rows, value_dim) in the accumulator type, instead of
   // the finished rows to `out`, for a later merge with other key ranges.
   void* partial;
@@ -117,7 +120,7 @@ struct RowKernels {
   int64_t (*decode_scratch_nbytes)(const HeadTask&, int64_t heads);
   void (*decode)(const RowTask&);
   // Joins `parts` partial results of the same rows, in their order, writes the finished rows to head.out and the joined
-  // state to row_max and row_sum (which hold parts * rows values on entry, rows on return).
+  // state to row_state (whose members hold parts * rows values on entry, rows on return).
   void (*merge)(const RowTask&, int64_t parts);
 
   // The backward pass: delta of the rows, from `out` and `dout`; then, for ascending blocks of rows, their share of all
