@@ -30,6 +30,10 @@ const std::vector<const KernelTable*>& runnable_tables() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
 #endif
+#ifdef FOVEAL_EMULATE_AVX512
+    found.push_back(&kTable_avx512bf16);
+    found.push_back(&kTable_avx512);
+#else
 #ifdef FOVEAL_HAVE_avx512bf16
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -41,6 +45,7 @@ const std::vector<const KernelTable*>& runnable_tables() {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
       found.push_back(&kTable_avx512);
 #endif
+#endif  // FOVEAL_EMULATE_AVX512
 #ifdef FOVEAL_HAVE_avx2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
       found.push_back(&kTable_avx2);
