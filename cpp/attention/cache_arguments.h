@@ -5,10 +5,10 @@
 
 namespace foveal {
 
-// Makes a cache of rows one of pages, and the lengths those after the update. The problem is the caller's.
-void check_cache(AttentionProblem& problem, CacheUpdate& update);
+// Makes a cache of rows one of pages, and the lengths those after the update. The problem is still the caller's.
+void check_cache(CanonicalUpdate& update);
 
-// The new tokens and the rotary tables. The problem is canonical.
-void check_update(AttentionProblem& problem, CacheUpdate& update);
+// The new tokens and the rotary tables. The problem is canonical; its queries become those that are to be turned.
+void check_update(CanonicalUpdate& update);
 
 }  // namespace foveal

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "attention/cache_arguments.h"
+#include "attention/canonical_view.h"
 #include "attention/element.h"
 #include "attention/overlap.h"
 #include "attention/rejection.h"
@@ -27,46 +28,67 @@ constexpr int64_t kMaxElements = int64_t{1} << 60;  // of up to 8 bytes each
 constexpr int64_t kMaxOffset = int64_t{1} << 59;
 constexpr int64_t kWindowBeyondAll = int64_t{1} << 62;  // > |q_offset| + Sq + Skv, so as good as unlimited
 
-enum Axis { kBatch, kHead, kSeq, kDim };
-
-// Where the caller's array holds an axis of (B,H,S,D); negative when its rank drops that axis.
-int position_of(int axis, int rank, Layout layout) {
-  constexpr int kBhsdOrder[] = {0, 1, 2, 3};
-  constexpr int kBshdOrder[] = {0, 2, 1, 3};
-  const bool swapped = layout == Layout::kBshd && rank > 2;
-  return (swapped ? kBshdOrder : kBhsdOrder)[axis] - (4 - rank);
-}
-
 // What the caller calls them.
 struct Names {
   const char *k = "k", *v = "v", *kv_lens = "kv_lens";
 };
 
+constexpr Names kCacheNames = {"k_cache", "v_cache", "cache_lens"};
+
+}  // namespace
+
 // Arguments are rewritten in the order in which they are checked; the scores (B,Hq,Sq,Skv) are what the optional arrays
 // must fit.
 class Canonicalizer {
  public:
-  explicit Canonicalizer(AttentionProblem& problem, const Names& names = {})
-      : p_(problem), names_(names), layout_(problem.layout), rank_(problem.q.rank) {}
-
-  void run() {
-    judge();
-    pack({&p_.q, &p_.out, &p_.lse}, {&p_.k, &p_.v});
+  static CanonicalProblem judged(const AttentionProblem& given, Status& status) {
+    CanonicalProblem canonical(given);
+    status = status_of([&] {
+      Canonicalizer x(canonical, {});
+      x.judge();
+      x.pack({&canonical.q, &canonical.out, &canonical.lse}, {&canonical.k, &canonical.v});
+    });
+    return canonical;
   }
 
-  void run(CacheUpdate& update) {
-    check_cache(p_, update);
-    judge();
-    check_update(p_, update);
+  static CanonicalGradients judged(const AttentionProblem& given, const AttentionGradients& gradients, Status& status) {
+    CanonicalGradients g(gradients, CanonicalProblem(given));
+    status = status_of([&] {
+      Canonicalizer x(g.problem, {});
+      x.judge();
+      x.judge_gradients(g);
+      x.pack({&g.problem.q, &g.problem.out, &g.problem.lse, &g.dout, &g.dlse, &g.dq},
+             {&g.problem.k, &g.problem.v, &g.dk, &g.dv});
+    });
+    return g;
   }
 
-  void run(AttentionGradients& g) {
-    judge();
-    judge_gradients(g);
-    pack({&p_.q, &p_.out, &p_.lse, &g.dout, &g.dlse, &g.dq}, {&p_.k, &p_.v, &g.dk, &g.dv});
+  static CanonicalUpdate judged(const AttentionProblem& given, const CacheUpdate& update, Status& status) {
+    CanonicalUpdate u(update, CanonicalProblem(given));
+    status = status_of([&] {
+      check_cache(u);
+      Canonicalizer(u.problem, kCacheNames).judge();
+      check_update(u);
+    });
+    return u;
   }
 
  private:
+  Canonicalizer(CanonicalProblem& problem, const Names& names)
+      : p_(problem), names_(names), layout_(problem.layout), rank_(problem.rank) {}
+
+  template <class Check>
+  static Status status_of(Check check) {
+    try {
+      check();
+      return {};
+    } catch (Rejection& rejection) {
+      return {rejection.kind, std::move(rejection.text)};
+    } catch (const std::bad_alloc&) {
+      return {ErrorKind::kMemory, "attention: out of memory"};
+    }
+  }
+
   void judge() {
     check_dtypes();
     for_each_array([&](const char* name, const TensorView& view) { check_memory(name, view); });
@@ -87,12 +109,11 @@ class Canonicalizer {
     rewrite_q_offset();
     rewrite_numbers();
     rewrite_outputs();
-    p_.layout = Layout::kBhsd;
   }
 
   void judge_gradients(AttentionGradients& g) {
     if (p_.paged()) reject_value("block_table is given, expected none: keys in pages have no gradient");
-    const DType accumulator = p_.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const DType accumulator = accumulator_of(p_.q.dtype);
     if (!p_.out.present()) reject_value("out is absent, expected the output of the forward pass");
     if (!p_.lse.present()) reject_value("lse is absent, expected that of the forward pass");
     rewrite_gradient("dout", g.dout, p_.out);
@@ -171,7 +192,7 @@ class Canonicalizer {
     require_integer("block_table", p_.block_table);
     require_as_q("out", p_.out);
     require_as_q("weights", p_.weights);
-    const DType accumulator = p_.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const DType accumulator = accumulator_of(p_.q.dtype);
     if (p_.lse.present() && p_.lse.dtype != accumulator) reject_dtype("lse", p_.lse.dtype, name_of(accumulator));
     if (p_.mask.present() && p_.mask.dtype != DType::kBool) {
       reject_dtype("mask", p_.mask.dtype, "bool (values that are added to the scores are `bias`)");
@@ -480,12 +501,7 @@ class Canonicalizer {
   void rewrite_lse(const char* name, TensorView& lse) const {
     if (lse.rank != 3) {
       require_rank(name, lse, rank_ - 1);
-      TensorView columns = lse;  // as (..., Sq, 1)
-      columns.rank = rank_;
-      columns.shape[rank_ - 1] = 1;
-      columns.stride[rank_ - 1] = 0;
-      lse = canonical_view(columns, Layout::kBhsd);
-      lse.rank = 3;
+      lse = canonical_lse(lse);
     }
     if (!std::equal(rows_, rows_ + 3, lse.shape)) reject_shape(name, lse, "(B, Hq, Sq) = " + text_of(rows_, 3));
   }
@@ -537,7 +553,7 @@ class Canonicalizer {
     visit_present("weights", p_.weights);
   }
 
-  AttentionProblem& p_;
+  CanonicalProblem& p_;
   const Names names_;
   const Layout layout_;     // the caller's
   const int rank_;          // the caller's, of q
@@ -545,43 +561,41 @@ class Canonicalizer {
   int64_t rows_[3] = {};    // (B,Hq,Sq) of the caller's q; packed: (1,Hq,Tq)
 };
 
-}  // namespace
+CanonicalProblem canonicalize(const AttentionProblem& problem, Status& status) {
+  return Canonicalizer::judged(problem, status);
+}
 
-TensorView canonical_view(const TensorView& view, Layout layout) {
-  TensorView canonical = view;
-  canonical.rank = 4;
+CanonicalGradients canonicalize(const AttentionProblem& problem, const AttentionGradients& gradients, Status& status) {
+  return Canonicalizer::judged(problem, gradients, status);
+}
+
+CanonicalUpdate canonicalize(const AttentionProblem& problem, const CacheUpdate& update, Status& status) {
+  return Canonicalizer::judged(problem, update, status);
+}
+
+TensorView CanonicalProblem::wanted(Result result) const {
+  const int64_t rows = packed() ? packed_rows : q.shape[kSeq];
+  const int64_t last = result == Result::kOut ? v.shape[kDim] : k.shape[kSeq];
+  const int64_t whole[] = {q.shape[kBatch], q.shape[kHead], rows, last};
+  TensorView view;
+  view.dtype = result == Result::kLse ? accumulator_of(q.dtype) : q.dtype;
+  view.device = q.device;
+  view.rank = result == Result::kLse ? rank - 1 : rank;
   for (int axis = 0; axis < 4; ++axis) {
-    const int position = position_of(axis, view.rank, layout);
-    canonical.shape[axis] = position < 0 ? 1 : view.shape[position];
-    canonical.stride[axis] = position < 0 ? 0 : view.stride[position];
+    const int position = position_of(axis, rank, result == Result::kOut ? layout : Layout::kBhsd);
+    if (position >= 0) view.shape[position] = whole[axis];
   }
-  return canonical;
+  return view;
 }
 
-namespace {
-
-template <class... More>
-Status canonicalize_all(const Names& names, AttentionProblem& problem, More&... more) {
-  try {
-    Canonicalizer(problem, names).run(more...);
-    return {};
-  } catch (Rejection& rejection) {
-    return {rejection.kind, std::move(rejection.text)};
-  } catch (const std::bad_alloc&) {
-    return {ErrorKind::kMemory, "attention: out of memory"};
-  }
-}
-
-}  // namespace
-
-Status canonicalize(AttentionProblem& problem) { return canonicalize_all({}, problem); }
-
-Status canonicalize(AttentionProblem& problem, AttentionGradients& gradients) {
-  return canonicalize_all({}, problem, gradients);
-}
-
-Status canonicalize(AttentionProblem& problem, CacheUpdate& update) {
-  return canonicalize_all({"k_cache", "v_cache", "cache_lens"}, problem, update);
+void CanonicalProblem::take(Result result, const TensorView& made) {
+  TensorView& view = result == Result::kOut ? out : result == Result::kLse ? lse : weights;
+  view = result == Result::kOut   ? canonical_view(made, layout)
+         : result == Result::kLse ? canonical_lse(made)
+                                  : canonical_view(made, Layout::kBhsd);
+  if (!packed()) return;
+  view.shape[kBatch] = q.shape[kBatch];
+  view.shape[kSeq] = q.shape[kSeq];
 }
 
 }  // namespace foveal

@@ -46,23 +46,25 @@ int32_t plan_launch(const Launch& launch, Plan& plan, int& device, const LimitOf
   if (launch.gradients != nullptr && launch.gradients_nbytes != sizeof(AttentionGradients)) {
     return report(launch, wrong_size("record of gradients", launch.gradients_nbytes, sizeof(AttentionGradients)));
   }
-  AttentionProblem problem = *static_cast<const AttentionProblem*>(launch.problem);
-  device = problem.q.device.index;
-  if (problem.q.device.type != DeviceType::kCuda) {
+  const auto& given = *static_cast<const AttentionProblem*>(launch.problem);
+  device = given.q.device.index;
+  if (given.q.device.type != DeviceType::kCuda) {
     return report(launch, {ErrorKind::kType, "attention: q is on cpu, expected a CUDA device"});
   }
-  AttentionGradients gradients;
-  const bool backward = launch.gradients != nullptr;
-  if (backward) gradients = *static_cast<const AttentionGradients*>(launch.gradients);
-  if (const Status status = backward ? canonicalize(problem, gradients) : canonicalize(problem); !status.ok()) {
-    return report(launch, status);
+  const auto plan_canonical = [&](const Status& status, const auto& make) {
+    if (!status.ok()) return report(launch, status);
+    int limit = 0;
+    const Error error = limit_of(device, &limit);
+    return error == kSuccess ? report(launch, make(limit)) : report(error, launch.text, launch.text_nbytes);
+  };
+  Status status;
+  if (launch.gradients == nullptr) {
+    const CanonicalProblem problem = canonicalize(given, status);
+    return plan_canonical(status, [&](int limit) { return make_plan(problem, limit, launch.variant, plan); });
   }
-  int limit = 0;
-  if (const Error error = limit_of(device, &limit); error != kSuccess) {
-    return report(error, launch.text, launch.text_nbytes);
-  }
-  return report(launch, backward ? make_backward_plan(problem, gradients, limit, launch.variant, plan)
-                                 : make_plan(problem, limit, launch.variant, plan));
+  const CanonicalGradients gradients =
+      canonicalize(given, *static_cast<const AttentionGradients*>(launch.gradients), status);
+  return plan_canonical(status, [&](int limit) { return make_backward_plan(gradients, limit, launch.variant, plan); });
 }
 
 }  // namespace

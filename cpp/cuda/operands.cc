@@ -19,7 +19,7 @@ int window_side(int64_t side) {
 }
 
 // With pages: what those of one sequence hold.
-int64_t seqlen_kv_of(const AttentionProblem& p) {
+int64_t seqlen_kv_of(const CanonicalProblem& p) {
   if (!p.paged()) return p.k.shape[2];
   return p.k.shape[0] > 0 ? p.block_table.shape[1] * p.k.shape[2] : 0;
 }
@@ -37,7 +37,7 @@ bool loads_in_chunks(const TensorView& view) {
   return true;
 }
 
-Status check_extents(const AttentionProblem& p) {
+Status check_extents(const CanonicalProblem& p) {
   const struct {
     const char* name;
     int64_t value, limit;
@@ -57,7 +57,7 @@ Status check_extents(const AttentionProblem& p) {
   return {};
 }
 
-Params params_of(const AttentionProblem& problem) {
+Params params_of(const CanonicalProblem& problem) {
   Params p;
   p.q = array_of(problem.q);
   p.k = array_of(problem.k);
@@ -94,7 +94,7 @@ Params params_of(const AttentionProblem& problem) {
   return p;
 }
 
-void add_gradients(const AttentionGradients& gradients, Params& p) {
+void add_gradients(const CanonicalGradients& gradients, Params& p) {
   p.dout = array_of(gradients.dout);
   p.dlse = array_of(gradients.dlse);
   p.dq = array_of(gradients.dq);

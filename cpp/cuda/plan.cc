@@ -53,7 +53,7 @@ void plan_plain(Plan& plan) {
 
 }  // namespace
 
-Status make_plan(const AttentionProblem& problem, int shared_limit, int variant, Plan& plan) {
+Status make_plan(const CanonicalProblem& problem, int shared_limit, int variant, Plan& plan) {
   plan = Plan{};
   plan.dtype = problem.q.dtype;
   if (Status status = check_extents(problem); !status.ok()) return status;
