@@ -281,9 +281,8 @@ void attention_kvcache_op(StableIValue* stack) {
     require(torch.torch_get_mutable_data_ptr(arguments.v.get(), &problem.v.data), "give a pointer");
   }
   CanonicalUpdate update = canonical(problem, given);
-  Results results = results_of(update.problem, true, false, [&](const ExecutionOptions& options) {
-    return attention_kvcache(update, options);
-  });
+  Results results = results_of(update.problem, true, false,
+                               [&](const ExecutionOptions& options) { return attention_kvcache(update, options); });
   stack[1] = result(results.lse);
   stack[0] = result(results.out);
 }

@@ -103,7 +103,7 @@ enum class Result : uint8_t { kOut, kLse, kWeights };
 //
 // It borrows the caller's arrays, and owns what takes the place of one.
 struct CanonicalProblem : AttentionProblem {
-  int rank = 0;  // of the caller's q; `layout` is the caller's too
+  int rank = 0;                              // of the caller's q; `layout` is the caller's too
   int64_t packed_rows = 0, packed_keys = 0;  // Tq and Tk
 
   // Of a cache: the lengths after the update, the page of each row, the queries after their rotation. Else null.
@@ -160,9 +160,9 @@ struct ExecutionOptions {
   void* interrupted_context = nullptr;
 };
 
-// Fills problem.out (and lse, weights when present). Bitwise the same for any num_threads and any batch composition. kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true,
-// kForked in a child that `interrupted` left behind: its outputs are undefined, and the call's other threads are not
-// there.
+// Fills problem.out (and lse, weights when present). Bitwise the same for any num_threads and any batch composition.
+// kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true, kForked in a child that
+// `interrupted` left behind: its outputs are undefined, and the call's other threads are not there.
 Status attention_forward(const CanonicalProblem& problem, const ExecutionOptions& options);
 
 // Writes the new tokens into the cache, then attention_forward.

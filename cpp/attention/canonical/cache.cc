@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "attention/cache_arguments.h"
-#include "attention/canonical_view.h"
+#include "attention/canonical/cache.h"
+#include "attention/canonical/view.h"
 #include "attention/element.h"
 #include "attention/overlap.h"
 #include "attention/rejection.h"
