@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 #include "cuda/foveal_cuda.h"
 #include "cuda/kernels.h"
@@ -9,9 +8,6 @@
 
 namespace foveal::cuda {
 namespace {
-
-static_assert(std::is_standard_layout_v<AttentionProblem> && std::is_standard_layout_v<AttentionGradients>,
-              "cross a C interface");
 
 void write_text(const char* reason, char* text, uint64_t text_nbytes) {
   if (text == nullptr || text_nbytes == 0) return;
@@ -71,9 +67,6 @@ int32_t plan_launch(const Launch& launch, Plan& plan, int& device, const LimitOf
 }  // namespace foveal::cuda
 
 using namespace foveal::cuda;
-
-uint64_t foveal_cuda_problem_nbytes() { return sizeof(foveal::AttentionProblem); }
-uint64_t foveal_cuda_gradients_nbytes() { return sizeof(foveal::AttentionGradients); }
 
 int32_t foveal_cuda_device_count(int32_t* count, char* text, uint64_t text_nbytes) {
   *count = 0;

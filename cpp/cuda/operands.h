@@ -10,8 +10,10 @@ namespace foveal::cuda {
 
 constexpr int kMaxHeadDim = 256;
 
-// What is beyond the backend as a whole, whichever path a problem takes.
-Status check_extents(const CanonicalProblem& problem);
+// What is beyond the backend as a whole, whichever path a problem takes: extents, and whatever is not at its default
+// without being named as supported in operands.cc.
+Status check_supported(const CanonicalProblem& problem);
+Status check_supported(const CanonicalGradients& gradients);
 
 // All but the workspace.
 Params params_of(const CanonicalProblem& problem);

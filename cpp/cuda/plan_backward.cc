@@ -66,7 +66,7 @@ Status make_backward_plan(const CanonicalGradients& g, int shared_limit, int var
   const CanonicalProblem& problem = g.problem;
   plan = Plan{};
   plan.dtype = problem.q.dtype;
-  if (Status status = check_extents(problem); !status.ok()) return status;
+  if (Status status = check_supported(g); !status.ok()) return status;
   plan.params = params_of(problem);
   add_gradients(g, plan.params);
   Params& p = plan.params;

@@ -1,8 +1,10 @@
 // What is asked of arrays one by one: dtype, device, alignment, memory of its own; and which of them go together.
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "attention/canonical/canonicalizer.h"
+#include "attention/members.h"
 #include "attention/overlap.h"
 #include "attention/rejection.h"
 
@@ -12,27 +14,17 @@ namespace {
 // Calls visit(name, view) for those that are there.
 template <class Visit>
 void for_each_array(const CanonicalProblem& p, const Names& names, Visit visit) {
-  const auto visit_present = [&](const char* name, const TensorView& view) {
-    if (view.present()) visit(name, view);
-  };
-  visit_present("q", p.q);
-  visit_present(names.k, p.k);
-  visit_present(names.v, p.v);
-  visit_present("mask", p.mask);
-  visit_present("bias", p.bias);
-  visit_present("alibi_slopes", p.alibi_slopes);
-  visit_present("sinks", p.sinks);
-  visit_present("q_lens", p.q_lens);
-  visit_present(names.kv_lens, p.kv_lens);
-  visit_present("q_offset", p.q_offset);
-  visit_present("cu_seqlens_q", p.cu_seqlens_q);
-  visit_present("cu_seqlens_kv", p.cu_seqlens_kv);
-  visit_present("block_table", p.block_table);
-  visit_present("k_scale", p.k_scale);
-  visit_present("v_scale", p.v_scale);
-  visit_present("out", p.out);
-  visit_present("lse", p.lse);
-  visit_present("weights", p.weights);
+  using P = AttentionProblem;
+  for_each_member<P>([&]<class Member>(const char* name, Member P::* member) {
+    if constexpr (std::is_same_v<Member, TensorView>) {
+      const TensorView& view = p.*member;
+      if (!view.present()) return;
+      if (member == &P::k) name = names.k;
+      if (member == &P::v) name = names.v;
+      if (member == &P::kv_lens) name = names.kv_lens;
+      visit(name, view);
+    }
+  });
 }
 
 }  // namespace
