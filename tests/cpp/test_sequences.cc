@@ -9,6 +9,7 @@
 #include <random>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,6 +25,12 @@ using namespace foveal_test;
 using foveal::AttentionGradients;
 using foveal::CacheUpdate;
 using foveal::Status;
+
+// Planners and runners take what `canonicalize` made, and nothing else.
+static_assert(!std::is_constructible_v<foveal::CanonicalProblem, const AttentionProblem&>);
+static_assert(!std::is_default_constructible_v<foveal::CanonicalProblem>);
+static_assert(!std::is_invocable_v<decltype(foveal::attention_forward), const AttentionProblem&,
+                                   const foveal::ExecutionOptions&>);
 
 constexpr int64_t kHeads = 4, kKvHeads = 2, kHeadDim = 24, kValueDim = 16;
 

@@ -39,7 +39,7 @@ CanonicalProblem Canonicalizer::judged(const AttentionProblem& given, Status& st
 
 CanonicalGradients Canonicalizer::judged(const AttentionProblem& given, const AttentionGradients& gradients,
                                          Status& status) {
-  CanonicalGradients g(gradients, CanonicalProblem(given));
+  CanonicalGradients g(gradients, given);
   status = status_of([&] {
     Canonicalizer x(g.problem, {});
     x.judge();
@@ -51,7 +51,7 @@ CanonicalGradients Canonicalizer::judged(const AttentionProblem& given, const At
 }
 
 CanonicalUpdate Canonicalizer::judged(const AttentionProblem& given, const CacheUpdate& update, Status& status) {
-  CanonicalUpdate u(update, CanonicalProblem(given));
+  CanonicalUpdate u(update, given);
   status = status_of([&] {
     check_cache(u);
     Canonicalizer(u.problem, kCacheNames).judge();

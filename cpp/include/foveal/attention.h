@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <utility>
 
 #include "foveal/tensor_view.h"
 
@@ -117,6 +116,8 @@ struct CanonicalProblem : AttentionProblem {
 
  private:
   friend class Canonicalizer;
+  friend struct CanonicalGradients;
+  friend struct CanonicalUpdate;
   explicit CanonicalProblem(const AttentionProblem& given) : AttentionProblem(given), rank(given.q.rank) {}
 };
 
@@ -126,8 +127,8 @@ struct CanonicalGradients : AttentionGradients {
 
  private:
   friend class Canonicalizer;
-  CanonicalGradients(const AttentionGradients& given, CanonicalProblem&& of)
-      : AttentionGradients(given), problem(std::move(of)) {}
+  CanonicalGradients(const AttentionGradients& given, const AttentionProblem& of)
+      : AttentionGradients(given), problem(of) {}
 };
 
 // The update of a problem's cache; k and v are (B,Hkv,Snew,.).
@@ -137,7 +138,7 @@ struct CanonicalUpdate : CacheUpdate {
 
  private:
   friend class Canonicalizer;
-  CanonicalUpdate(const CacheUpdate& given, CanonicalProblem&& of) : CacheUpdate(given), problem(std::move(of)) {}
+  CanonicalUpdate(const CacheUpdate& given, const AttentionProblem& of) : CacheUpdate(given), problem(of) {}
 };
 
 // Check every argument, and rewrite all of them. The only place that judges arguments; the text of `status` follows
