@@ -88,8 +88,6 @@ class Problem(ctypes.Structure):
         ("softcap", ctypes.c_double),
         ("dropout_p", ctypes.c_double),
         ("seed", ctypes.c_uint64),
-        ("packed_rows", ctypes.c_int64),
-        ("packed_keys", ctypes.c_int64),
     ]
 
     def __init__(self) -> None:
