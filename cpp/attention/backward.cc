@@ -49,9 +49,8 @@ Range visible_keys(const HeadTask& h, Range rows) {
 template <class T>
 class BackwardRun {
  public:
-  BackwardRun(const AttentionProblem& p, const AttentionGradients& g, const RowKernels& kernels,
-              const ExecutionOptions& options)
-      : p_(p), g_(g), kernels_(kernels), options_(options), heads_(p) {}
+  BackwardRun(const CanonicalGradients& g, const RowKernels& kernels, const ExecutionOptions& options)
+      : p_(g.problem), g_(g), kernels_(kernels), options_(options), heads_(g.problem) {}
 
   Status operator()() {
     const bool empty = p_.q.shape[2] == 0 && p_.k.shape[2] == 0;  // whose batch may be larger than any list of it
@@ -317,8 +316,8 @@ class BackwardRun {
     return true;
   }
 
-  const AttentionProblem& p_;
-  const AttentionGradients& g_;
+  const CanonicalProblem& p_;
+  const CanonicalGradients& g_;
   const RowKernels& kernels_;
   const ExecutionOptions& options_;
   const Heads heads_;
@@ -336,14 +335,14 @@ class BackwardRun {
 
 }  // namespace
 
-Status attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients,
-                          const ExecutionOptions& options) try {
+Status attention_backward(const CanonicalGradients& gradients, const ExecutionOptions& options) try {
   Status status;
   const KernelTable* table = options.table != nullptr ? options.table : active_table(status);
   if (!status.ok()) return status;
-  const RowKernels& kernels = kernels_for(*table, problem.q.dtype);
-  if (problem.q.dtype == DType::kFloat64) return BackwardRun<double>(problem, gradients, kernels, options)();
-  return BackwardRun<float>(problem, gradients, kernels, options)();
+  const DType dtype = gradients.problem.q.dtype;
+  const RowKernels& kernels = kernels_for(*table, dtype);
+  if (dtype == DType::kFloat64) return BackwardRun<double>(gradients, kernels, options)();
+  return BackwardRun<float>(gradients, kernels, options)();
 } catch (const std::bad_alloc&) {
   return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
 } catch (const std::length_error&) {

@@ -33,7 +33,7 @@ void write_lse(const TensorView& lse, int64_t b, int64_t h, int64_t i, double ma
 }
 
 // Rows that no sequence has, of every head.
-void finish_padding(const AttentionProblem& p) {
+void finish_padding(const CanonicalProblem& p) {
   for_each_padding(p, [&](int64_t b, int64_t begin, int64_t end) {
     for (int64_t h = 0; h < p.q.shape[1]; ++h) {
       fill_zero(p.out, b, h, begin, end);
@@ -49,7 +49,7 @@ void finish_padding(const AttentionProblem& p) {
 
 class ForwardRun {
  public:
-  ForwardRun(const AttentionProblem& p, const Plan& plan, const ExecutionOptions& options)
+  ForwardRun(const CanonicalProblem& p, const Plan& plan, const ExecutionOptions& options)
       : p_(p), plan_(plan), options_(options), heads_(p) {
     accumulator_nbytes_ = p.q.dtype == DType::kFloat64 ? 8 : 4;
   }
@@ -175,7 +175,7 @@ class ForwardRun {
     return partial_ + (plan_.partial_rows * p_.v.shape[3] + row) * accumulator_nbytes_;
   }
 
-  const AttentionProblem& p_;
+  const CanonicalProblem& p_;
   const Plan& plan_;
   const ExecutionOptions& options_;
   const Heads heads_;
@@ -188,7 +188,7 @@ class ForwardRun {
 
 }  // namespace
 
-Status attention_forward(const AttentionProblem& problem, const ExecutionOptions& options) try {
+Status attention_forward(const CanonicalProblem& problem, const ExecutionOptions& options) try {
   Status status;
   const KernelTable* table = options.table != nullptr ? options.table : active_table(status);
   if (!status.ok()) return status;

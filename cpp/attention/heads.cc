@@ -11,7 +11,7 @@
 
 namespace foveal {
 
-Sequence sequence_at(const AttentionProblem& p, int64_t b) {
+Sequence sequence_at(const CanonicalProblem& p, int64_t b) {
   Sequence s;
   s.q_begin = s.kv_begin = 0;
   if (p.packed()) {
@@ -28,7 +28,7 @@ Sequence sequence_at(const AttentionProblem& p, int64_t b) {
   return s;
 }
 
-Heads::Heads(const AttentionProblem& problem) : p_(problem) {
+Heads::Heads(const CanonicalProblem& problem) : p_(problem) {
   if (p_.k.shape[1] > 0) group_ = p_.q.shape[1] / p_.k.shape[1];
   // Kernels have scores in base 2: a sink, and a slope times any distance, must stay finite there.
   const double most = (p_.q.dtype == DType::kFloat64 ? DBL_MAX : double{FLT_MAX}) / std::numbers::log2e * 0.999998;
@@ -68,7 +68,7 @@ Heads::Heads(const AttentionProblem& problem) : p_(problem) {
 }
 
 HeadTask Heads::task(int64_t b, int64_t kv_head) const {
-  const AttentionProblem& p = p_;
+  const CanonicalProblem& p = p_;
   const Sequence s = sequence_at(p, b);
   const int64_t q_head = kv_head * group_;
   const auto at = [b](const TensorView& view, int64_t head, int64_t row = 0) {

@@ -15,18 +15,18 @@ struct Sequence {
   int64_t q_begin, kv_begin;  // where its rows and keys begin on their axis: not 0 in packed problems alone
 };
 
-Sequence sequence_at(const AttentionProblem& problem, int64_t b);
+Sequence sequence_at(const CanonicalProblem& problem, int64_t b);
 
 // Borrows from the problem, and the tasks borrow from it.
 class Heads {
  public:
-  explicit Heads(const AttentionProblem& problem);
+  explicit Heads(const CanonicalProblem& problem);
 
   int64_t group() const { return group_; }
   HeadTask task(int64_t b, int64_t kv_head) const;
 
  private:
-  const AttentionProblem& p_;
+  const CanonicalProblem& p_;
   int64_t group_ = 1;
   std::vector<double> slopes_, sinks_;      // (B, Hq), (Hq,); empty: none
   std::vector<int32_t> pages_;              // (B, pages a sequence), paged keys
@@ -38,7 +38,7 @@ void* address_of(const TensorView& view, int64_t elements);
 
 // Of one axis, whose extent and whose parts that sequences have are given.
 template <class Visit>
-void for_each_gap(const AttentionProblem& p, int64_t extent, int64_t packed_extent, int64_t Sequence::* begin,
+void for_each_gap(const CanonicalProblem& p, int64_t extent, int64_t packed_extent, int64_t Sequence::* begin,
                   int64_t Sequence::* len, Visit visit) {
   const int64_t batch = p.q.shape[0];
   if (!p.packed()) {
@@ -56,13 +56,13 @@ void for_each_gap(const AttentionProblem& p, int64_t extent, int64_t packed_exte
 // Calls visit(b, begin, end) for the ranges of rows, counted from the start of their axis, that no sequence has: those
 // past a q_len, or outside the packed ones.
 template <class Visit>
-void for_each_padding(const AttentionProblem& p, Visit visit) {
+void for_each_padding(const CanonicalProblem& p, Visit visit) {
   for_each_gap(p, p.q.shape[2], p.packed_rows, &Sequence::q_begin, &Sequence::q_len, visit);
 }
 
 // The same of keys.
 template <class Visit>
-void for_each_key_padding(const AttentionProblem& p, Visit visit) {
+void for_each_key_padding(const CanonicalProblem& p, Visit visit) {
   for_each_gap(p, p.k.shape[2], p.packed_keys, &Sequence::kv_begin, &Sequence::kv_len, visit);
 }
 

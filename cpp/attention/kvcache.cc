@@ -88,7 +88,8 @@ class Writer {
 };
 
 template <class T>
-void append(const AttentionProblem& p, const CacheUpdate& u) {
+void append(const CanonicalUpdate& u) {
+  const CanonicalProblem& p = u.problem;
   const int64_t page_size = p.k.shape[2], added = u.k.shape[2];
   Writer<T> writer(u, std::max(p.k.shape[3], p.v.shape[3]));
   const auto scale_of = [](const TensorView& scale, int64_t page, int64_t head) {
@@ -96,7 +97,7 @@ void append(const AttentionProblem& p, const CacheUpdate& u) {
   };
   for (int64_t b = 0; b < p.q.shape[0]; ++b)
     for (int64_t i = 0; i < added; ++i) {
-      const int64_t position = u.lens[static_cast<size_t>(b)] - added + i;
+      const int64_t position = load_integer(p.kv_lens, b) - added + i;
       const TensorView& table = p.block_table;
       const int64_t page = integer_at(table, b * table.stride[0] + position / page_size * table.stride[1]);
       const int64_t row = position % page_size;
@@ -109,34 +110,26 @@ void append(const AttentionProblem& p, const CacheUpdate& u) {
     }
 }
 
-// problem.q becomes a turned copy.
 template <class T>
-void turn_queries(AttentionProblem& p, CacheUpdate& u) {
-  TensorView turned = p.q;
-  const int64_t heads = p.q.shape[1], rows = p.q.shape[2], width = p.q.shape[3];
-  u.queries.resize(static_cast<size_t>(p.q.shape[0] * heads * rows * width * itemsize(p.q.dtype)));
-  turned.data = u.queries.data();
-  turned.stride[3] = 1;
-  turned.stride[1] = width;
-  turned.stride[2] = heads * width;
-  turned.stride[0] = rows * heads * width;
-  Writer<T> writer(u, width);
-  for (int64_t b = 0; b < p.q.shape[0]; ++b)
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t h = 0; h < heads; ++h) {
+void turn_queries(const CanonicalUpdate& u) {
+  const TensorView &given = u.queries, &turned = u.problem.q;
+  Writer<T> writer(u, given.shape[3]);
+  for (int64_t b = 0; b < given.shape[0]; ++b)
+    for (int64_t i = 0; i < given.shape[2]; ++i)
+      for (int64_t h = 0; h < given.shape[1]; ++h) {
         const auto at = [&](const TensorView& x) { return b * x.stride[0] + h * x.stride[1] + i * x.stride[2]; };
-        writer.write(p.q, at(p.q), turned, at(turned), u.lens[static_cast<size_t>(b)] - u.k.shape[2] + i, true, 0);
+        const int64_t position = load_integer(u.problem.kv_lens, b) - u.k.shape[2] + i;
+        writer.write(given, at(given), turned, at(turned), position, true, 0);
       }
-  p.q = turned;
 }
 
 }  // namespace
 
-Status attention_kvcache(AttentionProblem& problem, CacheUpdate& update, const ExecutionOptions& options) try {
-  const bool wide = problem.q.dtype == DType::kFloat64;
-  if (update.rotary_cos.present()) wide ? turn_queries<double>(problem, update) : turn_queries<float>(problem, update);
-  if (update.k.present()) wide ? append<double>(problem, update) : append<float>(problem, update);
-  return attention_forward(problem, options);
+Status attention_kvcache(const CanonicalUpdate& update, const ExecutionOptions& options) try {
+  const bool wide = update.problem.q.dtype == DType::kFloat64;
+  if (update.queries.present()) wide ? turn_queries<double>(update) : turn_queries<float>(update);
+  if (update.k.present()) wide ? append<double>(update) : append<float>(update);
+  return attention_forward(update.problem, options);
 } catch (const std::bad_alloc&) {
   return {ErrorKind::kMemory, "attention: out of memory"};
 }

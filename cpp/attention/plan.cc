@@ -24,7 +24,7 @@ constexpr int64_t kItemsAThread = 4;
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How many heads a few-rows item may take: more than one where that reads memory in its order.
-int64_t most_heads_together(const AttentionProblem& p) {
+int64_t most_heads_together(const CanonicalProblem& p) {
   const auto side_by_side = [](const TensorView& x) { return x.stride[3] == 1 && x.stride[1] == x.shape[3]; };
   if (!side_by_side(p.k) || !side_by_side(p.v)) return 1;
   const int64_t head_nbytes = kBlockKeys * (p.k.shape[3] + p.v.shape[3]) * itemsize(p.k.dtype);
@@ -47,7 +47,7 @@ const RowKernels& kernels_for(const KernelTable& table, DType dtype) {
   }
 }
 
-Plan make_plan(const AttentionProblem& p, const KernelTable& table, int threads) {
+Plan make_plan(const CanonicalProblem& p, const KernelTable& table, int threads) {
   Plan plan;
   plan.kernels = &kernels_for(table, p.q.dtype);
   plan.kv_heads = p.k.shape[1];

@@ -53,7 +53,7 @@ struct WorkItem {
 const RowKernels& kernels_for(const KernelTable& table, DType dtype);
 
 // `threads` may work on it.
-Plan make_plan(const AttentionProblem& problem, const KernelTable& table, int threads);
+Plan make_plan(const CanonicalProblem& problem, const KernelTable& table, int threads);
 
 WorkItem item_at(const Plan& plan, int64_t index);
 

@@ -37,7 +37,7 @@ struct Row {
   bool inside;  // i < q_len
 };
 
-bool sees(const AttentionProblem& p, const Row& row, int64_t j) {
+bool sees(const CanonicalProblem& p, const Row& row, int64_t j) {
   if (p.causal && j > row.position) return false;
   if (p.window_left != kUnlimited && j < row.position - p.window_left) return false;
   if (p.window_right != kUnlimited && j > row.position + p.window_right) return false;
@@ -45,7 +45,7 @@ bool sees(const AttentionProblem& p, const Row& row, int64_t j) {
 }
 
 // `slope`, where given: d score / d (scale * q.k).
-double score(const AttentionProblem& p, const Row& row, int64_t j, double* slope = nullptr) {
+double score(const CanonicalProblem& p, const Row& row, int64_t j, double* slope = nullptr) {
   double dot = 0.0;
   for (int64_t d = 0; d < p.q.shape[3]; ++d) {
     dot += load_element(p.q, offset_of(p.q, row.b, row.h, row.i, d)) *
@@ -64,7 +64,7 @@ double score(const AttentionProblem& p, const Row& row, int64_t j, double* slope
 }
 
 // What dropout multiplies the weight of key j by.
-double kept(const AttentionProblem& p, const Row& row, int64_t j) {
+double kept(const CanonicalProblem& p, const Row& row, int64_t j) {
   if (p.dropout_p == 0.0) return 1.0;
   const auto batch = static_cast<uint32_t>(row.b), head = static_cast<uint32_t>(row.h);
   const double word = dropout_words(p.seed, batch, head, row.i, j).word[j % 4];
@@ -72,7 +72,7 @@ double kept(const AttentionProblem& p, const Row& row, int64_t j) {
 }
 
 // One query row; `scores` is scratch of kv_len elements.
-void attend(const AttentionProblem& p, const Row& row, std::vector<double>& scores) {
+void attend(const CanonicalProblem& p, const Row& row, std::vector<double>& scores) {
   const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
 
   // Pass 1: the scores, -inf where hidden, and their maximum. A NaN becomes the maximum and remains it.
@@ -103,7 +103,7 @@ void attend(const AttentionProblem& p, const Row& row, std::vector<double>& scor
 }
 
 // What a row without any visible key holds, and where `attend` starts from: keys that it steps over have weight 0.
-void clear(const AttentionProblem& p, const Row& row) {
+void clear(const CanonicalProblem& p, const Row& row) {
   for (int64_t d = 0; d < p.out.shape[3]; ++d) store_element(p.out, offset_of(p.out, row.b, row.h, row.i, d), 0.0);
   if (p.lse.present()) store_element(p.lse, offset_of(p.lse, row.b, row.h, row.i), -kInfinity);
   if (!p.weights.present()) return;
@@ -122,7 +122,8 @@ void add(const TensorView& view, int64_t offset, double value) {
 //
 // is the gradient of score j, and of bias j; the sink is a score whose dp is 0. Dropout is a factor of dp_j, and of p_j
 // where it meets dout.
-void differentiate(const AttentionProblem& p, const AttentionGradients& g, const Row& row) {
+void differentiate(const CanonicalGradients& g, const Row& row) {
+  const CanonicalProblem& p = g.problem;
   const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
   const double dlse = g.dlse.present() ? load_element(g.dlse, offset_of(g.dlse, row.b, row.h, row.i)) : 0.0;
   struct Key {
@@ -180,7 +181,7 @@ void fill(const TensorView& view, double value) {
 
 // visit(row) for every query row of the problem, rows past q_len too.
 template <class Visit>
-void for_each_row(const AttentionProblem& p, Visit visit) {
+void for_each_row(const CanonicalProblem& p, Visit visit) {
   const int64_t num_heads = p.q.shape[1], num_kv_heads = p.k.shape[1];
   for (int64_t b = 0; b < p.q.shape[0]; ++b) {
     const int64_t q_len = p.q_lens.present() ? load_integer(p.q_lens, b) : p.q.shape[2];
@@ -194,26 +195,24 @@ void for_each_row(const AttentionProblem& p, Visit visit) {
 
 }  // namespace
 
-Status attention_reference(const AttentionProblem& problem) try {
+Status attention_reference(const CanonicalProblem& problem) try {
   if (problem.packed() || problem.paged())
     return {ErrorKind::kNotImplemented, "attention: the oracle reads neither packed sequences nor pages"};
-  const AttentionProblem& p = problem;
   std::vector<double> scores;
-  for_each_row(p, [&](const Row& row) {
-    clear(p, row);
+  for_each_row(problem, [&](const Row& row) {
+    clear(problem, row);
     scores.resize(static_cast<size_t>(row.kv_len));
-    if (row.inside) attend(p, row, scores);
+    if (row.inside) attend(problem, row, scores);
   });
   return {};
 } catch (const std::bad_alloc&) {
   return {ErrorKind::kMemory, "attention: out of memory"};
 }
 
-Status attention_backward_reference(const AttentionProblem& problem, const AttentionGradients& gradients) try {
-  const AttentionGradients& g = gradients;
+Status attention_backward_reference(const CanonicalGradients& g) try {
   for (const TensorView* view : {&g.dq, &g.dk, &g.dv, &g.dbias, &g.dsinks}) fill(*view, 0.0);
-  for_each_row(problem, [&](const Row& row) {
-    if (row.inside) differentiate(problem, g, row);
+  for_each_row(g.problem, [&](const Row& row) {
+    if (row.inside) differentiate(g, row);
   });
   return {};
 } catch (const std::bad_alloc&) {

@@ -227,7 +227,8 @@ CacheUpdate read_update(PyObject* const* arguments, CallArrays& arrays, int64_t 
   return update;
 }
 
-using Compute = Status (*)(AttentionProblem&, CacheUpdate*);
+// `update`: null for a problem without one.
+using Compute = Status (*)(const CanonicalProblem& problem, const CanonicalUpdate* update);
 
 // As the core's own rejections, unless an exception is set already, as after an interrupt.
 void reject_if_failed(const Status& status) {
@@ -237,43 +238,21 @@ void reject_if_failed(const Status& status) {
 }
 
 // (out, lse, weights), None where not asked for; out alone when it is all that is asked for.
-py::object run(const Function& function, PyObject* const* arguments, Compute compute) {
-  CallArrays arrays(arguments[kQ]);
-  AttentionProblem problem = read_problem(function, arguments, arrays);
-  const Layout layout = problem.layout;
-  const int rank = problem.q.rank;
-  int64_t out_shape[kMaxRank];
-  std::copy_n(problem.q.shape, kMaxRank, out_shape);
-  CacheUpdate update;
-  if (function.update != 0) {
-    update = read_update(arguments + function.update, arrays, problem.q.rank == 4 ? problem.q.shape[0] : 1);
-    reject_if_failed(canonicalize(problem, update));
-  } else {
-    reject_if_failed(canonicalize(problem));
-  }
-
-  // The caller's rank: axes that q lacks are dropped from the front.
-  const int64_t scores[] = {problem.q.shape[0], problem.q.shape[1],
-                            problem.packed() ? problem.packed_rows : problem.q.shape[2], problem.k.shape[2]};
-  const int64_t* caller_scores = scores + (4 - rank);
+template <class Run>
+py::object results_of(CanonicalProblem& problem, PyObject* const* arguments, const CallArrays& arrays, Run run) {
+  const auto make = [&](Result result) {
+    const TensorView wanted = problem.wanted(result);
+    TensorView view;
+    py::object made = arrays.allocate(wanted.dtype, wanted.shape, wanted.rank, view);
+    problem.take(result, view);
+    return made;
+  };
   py::object out, lse, weights;
-  if (!problem.out.present()) {
-    out_shape[rank - 1] = problem.v.shape[3];
-    out = arrays.allocate(problem.q.dtype, out_shape, rank, problem.out);
-    problem.out = canonical_view(problem.out, layout);
-  }
-  if (is_true(arguments[kReturnLse])) {
-    const DType dtype = problem.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-    lse = arrays.allocate(dtype, caller_scores, rank - 1, problem.lse);
-    problem.lse = contiguous_view(problem.lse.data, dtype, scores, 3);
-    if (problem.packed()) problem.lse.stride[0] = 0;
-  }
-  if (is_true(arguments[kReturnWeights])) {
-    weights = arrays.allocate(problem.q.dtype, caller_scores, rank, problem.weights);
-    problem.weights = contiguous_view(problem.weights.data, problem.q.dtype, scores, 4);
-  }
+  if (!problem.out.present()) out = make(Result::kOut);
+  if (is_true(arguments[kReturnLse])) lse = make(Result::kLse);
+  if (is_true(arguments[kReturnWeights])) weights = make(Result::kWeights);
 
-  reject_if_failed(compute(problem, function.update != 0 ? &update : nullptr));
+  reject_if_failed(run());
 
   out = out ? arrays.hand_over(std::move(out)) : py::reinterpret_borrow<py::object>(arguments[kOut]);
   if (!lse && !weights) return out;
@@ -281,6 +260,21 @@ py::object run(const Function& function, PyObject* const* arguments, Compute com
     return result ? arrays.hand_over(std::move(result)) : py::object(py::none());
   };
   return py::make_tuple(std::move(out), or_none(lse), or_none(weights));
+}
+
+py::object run(const Function& function, PyObject* const* arguments, Compute compute) {
+  CallArrays arrays(arguments[kQ]);
+  const AttentionProblem given = read_problem(function, arguments, arrays);
+  Status status;
+  if (function.update != 0) {
+    const int64_t batch = given.q.rank == 4 ? given.q.shape[0] : 1;
+    CanonicalUpdate update = canonicalize(given, read_update(arguments + function.update, arrays, batch), status);
+    reject_if_failed(status);
+    return results_of(update.problem, arguments, arrays, [&] { return compute(update.problem, &update); });
+  }
+  CanonicalProblem problem = canonicalize(given, status);
+  reject_if_failed(status);
+  return results_of(problem, arguments, arrays, [&] { return compute(problem, nullptr); });
 }
 
 // ---- computing without the GIL --------------------------------------------------------------------------------------
@@ -298,25 +292,25 @@ Status compute_released(Compute compute) {
   return compute(options);
 }
 
-Status compute_forward(AttentionProblem& problem, CacheUpdate* update) {
+Status compute_forward(const CanonicalProblem& problem, const CanonicalUpdate* update) {
   return compute_released([&](const ExecutionOptions& options) {
-    return update != nullptr ? attention_kvcache(problem, *update, options) : attention_forward(problem, options);
+    return update != nullptr ? attention_kvcache(*update, options) : attention_forward(problem, options);
   });
 }
 
-Status compute_reference(AttentionProblem& problem, CacheUpdate*) {
+Status compute_reference(const CanonicalProblem& problem, const CanonicalUpdate*) {
   const ReleasedGil gil;
   return attention_reference(problem);
 }
 
-Status compute_nothing(AttentionProblem&, CacheUpdate*) { return {}; }
+Status compute_nothing(const CanonicalProblem&, const CanonicalUpdate*) { return {}; }
 
 // (dq, dk, dv, dbias, dsinks), None where not asked for.
 py::object run_backward(const Function& function, PyObject* const* arguments) {
   PyObject* const* own = arguments + function.gradients;
   CallArrays arrays(arguments[kQ]);
   AttentionProblem problem = read_problem(function, arguments, arrays);
-  const DType dtype = problem.q.dtype, accumulator = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const DType dtype = problem.q.dtype, accumulator = accumulator_of(dtype);
   AttentionGradients g;
   problem.lse = arrays.view("lse", own[kLse], Elements::kFloating);
   g.dout = arrays.view("dout", own[kDout], Elements::kFloating);
@@ -330,9 +324,11 @@ py::object run_backward(const Function& function, PyObject* const* arguments) {
   allocate(2, problem.v, dtype, g.dv);
   if (problem.bias.present() && is_true(own[kBiasGrad])) allocate(3, problem.bias, accumulator, g.dbias);
   if (problem.sinks.present() && is_true(own[kSinksGrad])) allocate(4, problem.sinks, accumulator, g.dsinks);
-  reject_if_failed(canonicalize(problem, g));
+  Status status;
+  const CanonicalGradients gradients = canonicalize(problem, g, status);
+  reject_if_failed(status);
   reject_if_failed(
-      compute_released([&](const ExecutionOptions& options) { return attention_backward(problem, g, options); }));
+      compute_released([&](const ExecutionOptions& options) { return attention_backward(gradients, options); }));
   for (py::object& result : results) result = result ? arrays.hand_over(std::move(result)) : py::none();
   return py::make_tuple(results[0], results[1], results[2], results[3], results[4]);
 }

@@ -67,12 +67,11 @@ TensorView optional_view(const char* name, const Tensor& tensor) {
   return tensor ? view_of(name, tensor) : TensorView{};
 }
 
-Tensor allocate(DType dtype, const int64_t* shape, int rank, int dropped, TensorView& view) {
+Tensor allocate(DType dtype, const int64_t* shape, int rank, TensorView& view) {
   view = contiguous_view(nullptr, dtype, shape, rank);
   const auto index = static_cast<size_t>(std::find(kDTypes.begin(), kDTypes.end(), dtype) - kDTypes.begin());
   AtenTensorHandle handle = nullptr;
-  if (torch.aoti_torch_empty_strided(rank - dropped, shape + dropped, view.stride + dropped, dtype_codes[index],
-                                     cpu_device, 0, &handle) != 0) {
+  if (torch.aoti_torch_empty_strided(rank, shape, view.stride, dtype_codes[index], cpu_device, 0, &handle) != 0) {
     fail({ErrorKind::kMemory, "attention: out of memory"});
   }
   Tensor tensor(handle);

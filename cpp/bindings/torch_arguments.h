@@ -52,8 +52,8 @@ TensorView view_of(const char* name, const Tensor& tensor);
 // An absent view for no tensor.
 TensorView optional_view(const char* name, const Tensor& tensor);
 
-// A new contiguous tensor of this shape without its first `dropped` axes, and its view with all axes.
-Tensor allocate(DType dtype, const int64_t* shape, int rank, int dropped, TensorView& view);
+// A new contiguous tensor, and its view.
+Tensor allocate(DType dtype, const int64_t* shape, int rank, TensorView& view);
 
 // Takes the arguments off the stack in the schema's order. Nothing here throws, so that a kernel owns every tensor
 // before its first check.

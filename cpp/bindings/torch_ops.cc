@@ -76,35 +76,36 @@ struct Results {
   Tensor out, lse, weights;  // none where not asked for; `out` when it was given
 };
 
-// `update`: of the cache that k and v are; null: they are none.
-Results compute(AttentionProblem& problem, bool with_lse, bool with_weights, CacheUpdate* update = nullptr) {
-  const Layout layout = problem.layout;
-  const int rank = problem.q.rank;
-  int64_t out_shape[kMaxRank];
-  std::copy_n(problem.q.shape, kMaxRank, out_shape);
-  if (Status status = update != nullptr ? canonicalize(problem, *update) : canonicalize(problem); !status.ok())
-    fail(std::move(status));
-
+template <class Pass>
+Results results_of(CanonicalProblem& problem, bool with_lse, bool with_weights, Pass pass) {
+  const auto make = [&](Result result) {
+    const TensorView wanted = problem.wanted(result);
+    TensorView view;
+    Tensor made = allocate(wanted.dtype, wanted.shape, wanted.rank, view);
+    problem.take(result, view);
+    return made;
+  };
   Results results;
-  const int64_t scores[] = {problem.q.shape[0], problem.q.shape[1],
-                            problem.packed() ? problem.packed_rows : problem.q.shape[2], problem.k.shape[2]};
-  const int dropped = 4 - rank;
-  if (!problem.out.present()) {
-    out_shape[rank - 1] = problem.v.shape[3];
-    results.out = allocate(problem.q.dtype, out_shape, rank, 0, problem.out);
-    problem.out = canonical_view(problem.out, layout);
-  }
-  if (with_lse) {
-    const DType dtype = problem.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-    results.lse = allocate(dtype, scores, 3, dropped, problem.lse);
-    if (problem.packed()) problem.lse.stride[0] = 0;
-  }
-  if (with_weights) results.weights = allocate(problem.q.dtype, scores, 4, dropped, problem.weights);
-
-  execute([&](const ExecutionOptions& options) {
-    return update != nullptr ? attention_kvcache(problem, *update, options) : attention_forward(problem, options);
-  });
+  if (!problem.out.present()) results.out = make(Result::kOut);
+  if (with_lse) results.lse = make(Result::kLse);
+  if (with_weights) results.weights = make(Result::kWeights);
+  execute(pass);
   return results;
+}
+
+// Judged by the rules for callers, or the kernel ends here.
+template <class... Given>
+auto canonical(const Given&... given) {
+  Status status;
+  auto judged = canonicalize(given..., status);
+  if (!status.ok()) fail(std::move(status));
+  return judged;
+}
+
+Results compute(const AttentionProblem& given, bool with_lse, bool with_weights) {
+  CanonicalProblem problem = canonical(given);
+  return results_of(problem, with_lse, with_weights,
+                    [&](const ExecutionOptions& options) { return attention_forward(problem, options); });
 }
 
 StableIValue result(Tensor& tensor) { return reinterpret_cast<StableIValue>(tensor.release()); }
@@ -113,7 +114,7 @@ StableIValue result(Tensor& tensor) { return reinterpret_cast<StableIValue>(tens
 StableIValue result_or_empty(Tensor& tensor, DType dtype) {
   constexpr int64_t kNone = 0;
   TensorView view;
-  if (!tensor) tensor = allocate(dtype, &kNone, 1, 0, view);
+  if (!tensor) tensor = allocate(dtype, &kNone, 1, view);
   return result(tensor);
 }
 
@@ -164,25 +165,25 @@ void attention_forward_out_boxed(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = result(results.lse);
 }
 
-// Puts (dq, dk, dv, dbias, dsinks) on the stack; of the inputs that `problem`, not yet canonical, names.
-void differentiate(StableIValue* stack, AttentionProblem& problem, const Tensor& dout, const Tensor& dlse,
+// Puts (dq, dk, dv, dbias, dsinks) on the stack.
+void differentiate(StableIValue* stack, const AttentionProblem& problem, const Tensor& dout, const Tensor& dlse,
                    bool bias_grad, bool sinks_grad) {
-  const DType dtype = problem.q.dtype, accumulator = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const DType dtype = problem.q.dtype, accumulator = accumulator_of(dtype);
   const auto allocate_like = [](const TensorView& view, DType of, TensorView& gradient) {
     if (view.rank > kMaxRank) throw std::runtime_error("attention: too many dimensions");
-    return allocate(of, view.shape, view.rank, 0, gradient);
+    return allocate(of, view.shape, view.rank, gradient);
   };
-  AttentionGradients gradients;
-  gradients.dout = view_of("dout", dout);
-  gradients.dlse = optional_view("dlse", dlse);
-  Tensor dq = allocate_like(problem.q, dtype, gradients.dq);
-  Tensor dk = allocate_like(problem.k, dtype, gradients.dk);
-  Tensor dv = allocate_like(problem.v, dtype, gradients.dv);
+  AttentionGradients given;
+  given.dout = view_of("dout", dout);
+  given.dlse = optional_view("dlse", dlse);
+  Tensor dq = allocate_like(problem.q, dtype, given.dq);
+  Tensor dk = allocate_like(problem.k, dtype, given.dk);
+  Tensor dv = allocate_like(problem.v, dtype, given.dv);
   Tensor dbias, dsinks;
-  if (bias_grad && problem.bias.present()) dbias = allocate_like(problem.bias, accumulator, gradients.dbias);
-  if (sinks_grad && problem.sinks.present()) dsinks = allocate_like(problem.sinks, accumulator, gradients.dsinks);
-  if (Status status = canonicalize(problem, gradients); !status.ok()) fail(std::move(status));
-  execute([&](const ExecutionOptions& options) { return attention_backward(problem, gradients, options); });
+  if (bias_grad && problem.bias.present()) dbias = allocate_like(problem.bias, accumulator, given.dbias);
+  if (sinks_grad && problem.sinks.present()) dsinks = allocate_like(problem.sinks, accumulator, given.dsinks);
+  const CanonicalGradients gradients = canonical(problem, given);
+  execute([&](const ExecutionOptions& options) { return attention_backward(gradients, options); });
   stack[4] = result_or_empty(dsinks, accumulator);
   stack[3] = result_or_empty(dbias, accumulator);
   stack[2] = result(dv);
@@ -260,8 +261,8 @@ void attention_kvcache_op(StableIValue* stack) {
   const Tensor block_table = read.optional_tensor(), cache_batch_idx = read.optional_tensor();
   const Tensor k_scale = read.optional_tensor(), v_scale = read.optional_tensor();
   const Tensor rotary_cos = read.optional_tensor(), rotary_sin = read.optional_tensor();
-  CacheUpdate update;
-  update.rotary_interleaved = read.boolean();
+  CacheUpdate given;
+  given.rotary_interleaved = read.boolean();
   arguments.read_arrays(read);
   arguments.read_numbers(read);
   AttentionProblem problem = problem_of(arguments);
@@ -270,16 +271,18 @@ void attention_kvcache_op(StableIValue* stack) {
   problem.block_table = optional_view("block_table", block_table);
   problem.k_scale = optional_view("k_scale", k_scale);
   problem.v_scale = optional_view("v_scale", v_scale);
-  update.k = optional_view("k", k);
-  update.v = optional_view("v", v);
-  update.rotary_cos = optional_view("rotary_cos", rotary_cos);
-  update.rotary_sin = optional_view("rotary_sin", rotary_sin);
-  update.cache_batch_idx = optional_view("cache_batch_idx", cache_batch_idx);
-  if (update.k.present()) {
+  given.k = optional_view("k", k);
+  given.v = optional_view("v", v);
+  given.rotary_cos = optional_view("rotary_cos", rotary_cos);
+  given.rotary_sin = optional_view("rotary_sin", rotary_sin);
+  given.cache_batch_idx = optional_view("cache_batch_idx", cache_batch_idx);
+  if (given.k.present()) {
     require(torch.torch_get_mutable_data_ptr(arguments.k.get(), &problem.k.data), "give a pointer");
     require(torch.torch_get_mutable_data_ptr(arguments.v.get(), &problem.v.data), "give a pointer");
   }
-  Results results = compute(problem, true, false, &update);
+  CanonicalUpdate update = canonical(problem, given);
+  Results results = results_of(update.problem, true, false,
+                               [&](const ExecutionOptions& options) { return attention_kvcache(update, options); });
   stack[1] = result(results.lse);
   stack[0] = result(results.out);
 }

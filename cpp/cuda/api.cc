@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 #include "cuda/foveal_cuda.h"
 #include "cuda/kernels.h"
@@ -9,9 +8,6 @@
 
 namespace foveal::cuda {
 namespace {
-
-static_assert(std::is_standard_layout_v<AttentionProblem> && std::is_standard_layout_v<AttentionGradients>,
-              "cross a C interface");
 
 void write_text(const char* reason, char* text, uint64_t text_nbytes) {
   if (text == nullptr || text_nbytes == 0) return;
@@ -46,32 +42,31 @@ int32_t plan_launch(const Launch& launch, Plan& plan, int& device, const LimitOf
   if (launch.gradients != nullptr && launch.gradients_nbytes != sizeof(AttentionGradients)) {
     return report(launch, wrong_size("record of gradients", launch.gradients_nbytes, sizeof(AttentionGradients)));
   }
-  AttentionProblem problem = *static_cast<const AttentionProblem*>(launch.problem);
-  device = problem.q.device.index;
-  if (problem.q.device.type != DeviceType::kCuda) {
+  const auto& given = *static_cast<const AttentionProblem*>(launch.problem);
+  device = given.q.device.index;
+  if (given.q.device.type != DeviceType::kCuda) {
     return report(launch, {ErrorKind::kType, "attention: q is on cpu, expected a CUDA device"});
   }
-  AttentionGradients gradients;
-  const bool backward = launch.gradients != nullptr;
-  if (backward) gradients = *static_cast<const AttentionGradients*>(launch.gradients);
-  if (const Status status = backward ? canonicalize(problem, gradients) : canonicalize(problem); !status.ok()) {
-    return report(launch, status);
+  const auto plan_canonical = [&](const Status& status, const auto& make) {
+    if (!status.ok()) return report(launch, status);
+    int limit = 0;
+    const Error error = limit_of(device, &limit);
+    return error == kSuccess ? report(launch, make(limit)) : report(error, launch.text, launch.text_nbytes);
+  };
+  Status status;
+  if (launch.gradients == nullptr) {
+    const CanonicalProblem problem = canonicalize(given, status);
+    return plan_canonical(status, [&](int limit) { return make_plan(problem, limit, launch.variant, plan); });
   }
-  int limit = 0;
-  if (const Error error = limit_of(device, &limit); error != kSuccess) {
-    return report(error, launch.text, launch.text_nbytes);
-  }
-  return report(launch, backward ? make_backward_plan(problem, gradients, limit, launch.variant, plan)
-                                 : make_plan(problem, limit, launch.variant, plan));
+  const CanonicalGradients gradients =
+      canonicalize(given, *static_cast<const AttentionGradients*>(launch.gradients), status);
+  return plan_canonical(status, [&](int limit) { return make_backward_plan(gradients, limit, launch.variant, plan); });
 }
 
 }  // namespace
 }  // namespace foveal::cuda
 
 using namespace foveal::cuda;
-
-uint64_t foveal_cuda_problem_nbytes() { return sizeof(foveal::AttentionProblem); }
-uint64_t foveal_cuda_gradients_nbytes() { return sizeof(foveal::AttentionGradients); }
 
 int32_t foveal_cuda_device_count(int32_t* count, char* text, uint64_t text_nbytes) {
   *count = 0;

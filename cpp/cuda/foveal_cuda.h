@@ -33,9 +33,10 @@ struct Launch {
 #define FOVEAL_CUDA_API extern "C"
 #endif
 
-// Their sizes: they differ when caller and library come from different trees.
-FOVEAL_CUDA_API uint64_t foveal_cuda_problem_nbytes();
-FOVEAL_CUDA_API uint64_t foveal_cuda_gradients_nbytes();
+// What a caller's mirror of these structs must agree with, a line each: "AttentionProblem.scale 2768:8" (offset and
+// size), "AttentionProblem 2800" (size), "DType.bool 4", "kUnlimited -1". It differs when caller and library come from
+// different trees.
+FOVEAL_CUDA_API const char* foveal_cuda_interface();
 
 FOVEAL_CUDA_API int32_t foveal_cuda_device_count(int32_t* count, char* text, uint64_t text_nbytes);
 

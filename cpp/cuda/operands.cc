@@ -1,6 +1,12 @@
 #include "cuda/operands.h"
 
 #include <algorithm>
+#include <span>
+#include <string_view>
+#include <type_traits>
+
+#include "attention/members.h"
+#include "attention/rejection.h"
 
 namespace foveal::cuda {
 namespace {
@@ -19,9 +25,62 @@ int window_side(int64_t side) {
 }
 
 // With pages: what those of one sequence hold.
-int64_t seqlen_kv_of(const AttentionProblem& p) {
+int64_t seqlen_kv_of(const CanonicalProblem& p) {
   if (!p.paged()) return p.k.shape[2];
   return p.k.shape[0] > 0 ? p.block_table.shape[1] * p.k.shape[2] : 0;
+}
+
+// What the kernels compute. Whoever adds a member to a problem adds it here once they do.
+constexpr std::string_view kSupported[] = {
+    "q",
+    "k",
+    "v",
+    "out",
+    "lse",
+    "weights",
+    "mask",
+    "bias",
+    "sinks",
+    "alibi_slopes",
+    "q_lens",
+    "kv_lens",
+    "q_offset",
+    "layout",
+    "causal",
+    "cu_seqlens_q",
+    "cu_seqlens_kv",
+    "block_table",
+    "window_left",
+    "window_right",
+    "scale",
+    "has_scale",
+    "softcap",
+    "seed",  // says nothing without dropout_p
+};
+constexpr std::string_view kSupportedGradients[] = {"dout", "dlse", "dq", "dk", "dv", "dbias", "dsinks"};
+
+bool at_default(const TensorView& view, const TensorView&) { return !view.present(); }
+template <class Number>
+bool at_default(Number number, Number other) {
+  return number == other;
+}
+
+std::string text_of_lack(const char* name, const TensorView&) { return name + std::string(" is given"); }
+template <class Number>
+std::string text_of_lack(const char* name, Number other) {
+  return name + std::string(" is not ") + text_of(static_cast<double>(other));
+}
+
+template <class Struct>
+Status check_members(const Struct& given, std::span<const std::string_view> supported) {
+  Status status;
+  for_each_member<Struct>([&]<class Member>(const char* name, Member Struct::* member) {
+    const Member other = Struct{}.*member;
+    if (!status.ok() || at_default(given.*member, other)) return;
+    if (std::find(supported.begin(), supported.end(), name) != supported.end()) return;
+    status = refuse(ErrorKind::kNotImplemented, text_of_lack(name, other) + ", which the CUDA backend lacks");
+  });
+  return status;
 }
 
 }  // namespace
@@ -37,7 +96,7 @@ bool loads_in_chunks(const TensorView& view) {
   return true;
 }
 
-Status check_extents(const AttentionProblem& p) {
+Status check_supported(const CanonicalProblem& p) {
   const struct {
     const char* name;
     int64_t value, limit;
@@ -52,12 +111,15 @@ Status check_extents(const AttentionProblem& p) {
                                                     ", the CUDA backend takes at most " + std::to_string(e.limit));
     }
   }
-  if (p.dropout_p != 0.0) return refuse(ErrorKind::kNotImplemented, "dropout_p is not 0, which the CUDA backend lacks");
-  if (p.k_scale.present()) return refuse(ErrorKind::kNotImplemented, "k_scale is given, which the CUDA backend lacks");
-  return {};
+  return check_members<AttentionProblem>(p, kSupported);
 }
 
-Params params_of(const AttentionProblem& problem) {
+Status check_supported(const CanonicalGradients& g) {
+  const Status status = check_supported(g.problem);
+  return status.ok() ? check_members<AttentionGradients>(g, kSupportedGradients) : status;
+}
+
+Params params_of(const CanonicalProblem& problem) {
   Params p;
   p.q = array_of(problem.q);
   p.k = array_of(problem.k);
@@ -94,7 +156,7 @@ Params params_of(const AttentionProblem& problem) {
   return p;
 }
 
-void add_gradients(const AttentionGradients& gradients, Params& p) {
+void add_gradients(const CanonicalGradients& gradients, Params& p) {
   p.dout = array_of(gradients.dout);
   p.dlse = array_of(gradients.dlse);
   p.dq = array_of(gradients.dq);

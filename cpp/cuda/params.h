@@ -1,7 +1,7 @@
-// What a kernel reads: the canonical AttentionProblem reduced to pointers, strides and 32-bit extents, passed by value.
+// What a kernel reads: a CanonicalProblem reduced to pointers, strides and 32-bit extents, passed by value.
 //
-// A canonical problem has rank-4 (B,H,S,D) views with stride 0 on broadcast axes (see attention.h). Extents and
-// positions fit 32 bits (plan.cc refuses larger ones); offsets in memory are 64-bit.
+// It has rank-4 (B,H,S,D) views with stride 0 on broadcast axes (see attention.h). Extents and positions fit 32 bits
+// (plan.cc refuses larger ones); offsets in memory are 64-bit.
 #pragma once
 
 #include <cstdint>

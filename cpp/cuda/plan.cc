@@ -53,10 +53,10 @@ void plan_plain(Plan& plan) {
 
 }  // namespace
 
-Status make_plan(const AttentionProblem& problem, int shared_limit, int variant, Plan& plan) {
+Status make_plan(const CanonicalProblem& problem, int shared_limit, int variant, Plan& plan) {
   plan = Plan{};
   plan.dtype = problem.q.dtype;
-  if (Status status = check_extents(problem); !status.ok()) return status;
+  if (Status status = check_supported(problem); !status.ok()) return status;
   plan.params = params_of(problem);
   const Params& p = plan.params;
   if ((p.batch == 0 && !p.cu_seqlens_q.data) || p.num_heads == 0 || p.seqlen_q == 0) return {};

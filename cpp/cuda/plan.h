@@ -1,5 +1,5 @@
-// From a canonical AttentionProblem to what will be launched: path, kernels, grids, splits, workspace. Host only, no
-// CUDA: the whole decision can be tested on a machine without a GPU.
+// From a CanonicalProblem to what will be launched: path, kernels, grids, splits, workspace. Host only, no CUDA: the
+// whole decision can be tested on a machine without a GPU.
 //
 //   kEmpty           no query row: nothing is launched
 //   kPlain           float32, float64, strides or extents that 16-byte loads cannot take, `weights`, many rows of pages
@@ -48,9 +48,8 @@ struct Plan {
 };
 
 // `shared_limit`: bytes of shared memory that a block may have. `variant`: an id, or kDefaultVariant.
-Status make_plan(const AttentionProblem& problem, int shared_limit, int variant, Plan& plan);
-Status make_backward_plan(const AttentionProblem& problem, const AttentionGradients& gradients, int shared_limit,
-                          int variant, Plan& plan);
+Status make_plan(const CanonicalProblem& problem, int shared_limit, int variant, Plan& plan);
+Status make_backward_plan(const CanonicalGradients& gradients, int shared_limit, int variant, Plan& plan);
 
 // Refuses a plan with a step that no CUDA launch, or not this device, takes.
 Status check_steps(const Plan& plan, int shared_limit);

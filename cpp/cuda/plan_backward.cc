@@ -62,11 +62,11 @@ int64_t bias_blocks(const Params& p, int rows) {
 
 }  // namespace
 
-Status make_backward_plan(const AttentionProblem& problem, const AttentionGradients& g, int shared_limit, int variant,
-                          Plan& plan) {
+Status make_backward_plan(const CanonicalGradients& g, int shared_limit, int variant, Plan& plan) {
+  const CanonicalProblem& problem = g.problem;
   plan = Plan{};
   plan.dtype = problem.q.dtype;
-  if (Status status = check_extents(problem); !status.ok()) return status;
+  if (Status status = check_supported(g); !status.ok()) return status;
   plan.params = params_of(problem);
   add_gradients(g, plan.params);
   Params& p = plan.params;

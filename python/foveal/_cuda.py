@@ -1,6 +1,6 @@
 """The CUDA backend's shared object: found and opened on first use, driven through its C interface.
 
-The structures mirror `cpp/include/foveal/tensor_view.h`, `attention.h` and `cpp/cuda/foveal_cuda.h`. Their sizes are
+The structures mirror `cpp/include/foveal/tensor_view.h`, `attention.h` and `cpp/cuda/foveal_cuda.h`. Their layout is
 checked against the library's own when it is opened, so a drift raises instead of reading wrong fields. Nothing here
 imports the rest of the package, NumPy or torch: pointers come in as integers.
 
@@ -88,8 +88,6 @@ class Problem(ctypes.Structure):
         ("softcap", ctypes.c_double),
         ("dropout_p", ctypes.c_double),
         ("seed", ctypes.c_uint64),
-        ("packed_rows", ctypes.c_int64),
-        ("packed_keys", ctypes.c_int64),
     ]
 
     def __init__(self) -> None:
@@ -147,6 +145,50 @@ def window_side(side: str, width: int) -> int:
     return min(width, 2**62)
 
 
+def _interface() -> dict[str, str]:
+    """Describe the mirror as `foveal_cuda_interface` describes what it mirrors."""
+    structures = {
+        "Device": Device,
+        "TensorView": View,
+        "AttentionProblem": Problem,
+        "AttentionGradients": Gradients,
+        "Launch": _Launch,
+    }
+    described = {}
+    for name, structure in structures.items():
+        for base in reversed(structure.__mro__):
+            for field, *_ in vars(base).get("_fields_", ()):
+                place = getattr(structure, field)
+                described[f"{name}.{field}"] = f"{place.offset}:{place.size}"
+        described[name] = str(ctypes.sizeof(structure))
+    numbers = {
+        **{f"DType.{name}": code for name, code in DTYPES.items()},
+        **{f"ErrorKind.{error.__name__}": code for code, error in _ERRORS.items()},
+        "Layout.bshd": 1,
+        "DeviceType.cuda": DEVICE_CUDA,
+        "kUnlimited": UNLIMITED,
+        "kCudaErrorBase": CUDA_ERROR_BASE,
+        "kMaxRank": MAX_RANK,
+        "kMaxSteps": MAX_STEPS,
+        "kDefaultVariant": DEFAULT_VARIANT,
+    }
+    return described | {name: str(number) for name, number in numbers.items()}
+
+
+def _compare_interfaces(path: str | os.PathLike[str], dll: ctypes.CDLL) -> None:
+    try:
+        text_of = dll.foveal_cuda_interface
+    except AttributeError:
+        raise ImportError(f"{path}: the library does not tell its layout; rebuild foveal") from None
+    text_of.restype = ctypes.c_char_p
+    theirs = dict(line.rsplit(" ", 1) for line in text_of().decode().splitlines())
+    ours = _interface()
+    for name in [*ours, *theirs]:
+        there, here = theirs.get(name, "absent"), ours.get(name, "absent")
+        if there != here:
+            raise ImportError(f"{path}: {name} is {there} there, {here} here; rebuild foveal")
+
+
 class CudaError(RuntimeError):
     """The CUDA runtime refused; `code` is its cudaError_t."""
 
@@ -161,14 +203,7 @@ class Library:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._dll = ctypes.CDLL(str(path))
-        for name, ours in (("problem", Problem), ("gradients", Gradients)):
-            nbytes_of = getattr(self._dll, f"foveal_cuda_{name}_nbytes")
-            nbytes_of.restype = ctypes.c_uint64
-            if nbytes_of() != ctypes.sizeof(ours):
-                raise ImportError(
-                    f"{path}: Attention{name.capitalize()} has {nbytes_of()} bytes there, {ctypes.sizeof(ours)} here; "
-                    "rebuild foveal"
-                )
+        _compare_interfaces(path, self._dll)
 
     def device_count(self) -> int:
         """How many GPUs the runtime sees; `CudaError` without a driver."""

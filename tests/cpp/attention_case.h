@@ -246,8 +246,7 @@ class Problem {
 
   double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(random_); }
 
-  // The canonical problem; `status` tells why there is none.
-  AttentionProblem canonical(foveal::Status& status) const {
+  AttentionProblem given() const {
     AttentionProblem p;
     p.q = q.view;
     p.k = k.view;
@@ -270,9 +269,11 @@ class Problem {
     p.softcap = asked.softcap;
     p.dropout_p = asked.dropout_p;
     p.seed = asked.seed * 0x9E3779B97F4A7C15;
-    status = foveal::canonicalize(p);
     return p;
   }
+
+  // `status` tells why it is of no use.
+  foveal::CanonicalProblem canonical(foveal::Status& status) const { return foveal::canonicalize(given(), status); }
 
  private:
   static Array integers(const std::vector<int64_t>& values, DType dtype) {

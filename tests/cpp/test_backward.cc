@@ -17,6 +17,7 @@ namespace {
 
 using namespace foveal_test;
 using foveal::AttentionGradients;
+using foveal::CanonicalGradients;
 using foveal::Status;
 
 constexpr int64_t kGradientKeys = 64;      // a key block of the backward kernel
@@ -73,7 +74,7 @@ struct Gradients {
 
 void forward(Gradients& x, const KernelTable& table) {
   Status status;
-  const AttentionProblem p = x.problem.canonical(status);
+  const foveal::CanonicalProblem p = x.problem.canonical(status);
   foveal::ExecutionOptions options;
   options.table = &table;
   if (status.ok()) status = attention_forward(p, options);
@@ -83,13 +84,11 @@ void forward(Gradients& x, const KernelTable& table) {
 void backward(Gradients& x, const KernelTable& table, int threads = 1) {
   x.for_each_result([](const char*, Array& array) { array.poison(); });
   Status status;
-  AttentionProblem p = x.problem.canonical(status);  // canonical once: twice must do no harm
-  AttentionGradients g = x.views();
+  const CanonicalGradients g = canonicalize(x.problem.given(), x.views(), status);
   foveal::ExecutionOptions options;
   options.table = &table;
   options.num_threads = threads;
-  if (status.ok()) status = canonicalize(p, g);
-  if (status.ok()) status = attention_backward(p, g, options);
+  if (status.ok()) status = attention_backward(g, options);
   if (!status.ok()) fail(__FILE__, __LINE__, text_of(x.problem.asked) + ": " + status.text);
   ++cases_run;
 }
@@ -107,10 +106,7 @@ Truth oracle(const Gradients& x) {
   truth.dk = Array(DType::kFloat64, {c.batch, c.kv_heads, c.seqlen_kv, c.head_dim});
   truth.dv = Array(DType::kFloat64, {c.batch, c.kv_heads, c.seqlen_kv, c.value_dim});
   Status status;
-  const AttentionProblem canonical = x.problem.canonical(status);
-  AttentionProblem p = canonical;
-  AttentionGradients g = x.views();
-  if (status.ok()) status = canonicalize(p, g);
+  CanonicalGradients g = canonicalize(x.problem.given(), x.views(), status);
   if (!status.ok()) fail(__FILE__, __LINE__, text_of(c) + ": " + status.text);
   g.dq = truth.dq.view;
   g.dk = truth.dk.view;
@@ -127,14 +123,16 @@ Truth oracle(const Gradients& x) {
   // The columns of P are dv for a dout of ones.
   Array ones(DType::kFloat64, {c.batch, c.heads, c.seqlen_q, c.value_dim});
   ones.fill(1);
-  AttentionGradients columns = g;
-  columns.dout = ones.view;
-  columns.dbias = columns.dsinks = {};
-  AttentionProblem whole = p;  // dropout takes nothing from P, by which dlse flows back
-  whole.dropout_p = 0;
-  FOVEAL_CHECK(attention_backward_reference(whole, columns).ok());
+  const AttentionGradients asked = g;
+  const double dropout_p = g.problem.dropout_p;
+  g.dout = ones.view;
+  g.dbias = g.dsinks = {};
+  g.problem.dropout_p = 0;  // dropout takes nothing from P, by which dlse flows back
+  FOVEAL_CHECK(attention_backward_reference(g).ok());
   truth.largest_column = truth.dv.max_abs_finite();
-  FOVEAL_CHECK(attention_backward_reference(p, g).ok());
+  static_cast<AttentionGradients&>(g) = asked;
+  g.problem.dropout_p = dropout_p;
+  FOVEAL_CHECK(attention_backward_reference(g).ok());
   return truth;
 }
 
@@ -472,9 +470,10 @@ void test_refusals() {
     Gradients x(with_options(DType::kFloat32, 3), true);
     AttentionGradients g = x.views();
     Status status;
-    AttentionProblem p = x.problem.canonical(status);
+    AttentionProblem p = x.problem.given();
     spoil(p, g);
-    return canonicalize(p, g).text;
+    canonicalize(p, g, status);
+    return status.text;
   };
   using P = AttentionProblem;
   using G = AttentionGradients;

@@ -24,7 +24,7 @@ constexpr int64_t kKeyBlock = 128, kDecodePart = 1024, kForwardPart = 2048;
 
 Answer oracle(const Problem& problem) {
   Status status;
-  AttentionProblem p = problem.canonical(status);
+  foveal::CanonicalProblem p = problem.canonical(status);
   Answer answer;
   if (!status.ok()) foveal_test::fail(__FILE__, __LINE__, text_of(problem.asked) + ": " + status.text);
   const Case& c = problem.asked;
@@ -44,7 +44,7 @@ void compute(Problem& problem, const KernelTable& table, int threads = 1) {
   for (Array* array : {&problem.out, &problem.lse, &problem.weights})
     if (array->view.present()) array->poison();
   Status status;
-  const AttentionProblem p = problem.canonical(status);
+  const foveal::CanonicalProblem p = problem.canonical(status);
   foveal::ExecutionOptions options;
   options.table = &table;
   options.num_threads = threads;

@@ -9,6 +9,7 @@
 #include <random>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,6 +25,12 @@ using namespace foveal_test;
 using foveal::AttentionGradients;
 using foveal::CacheUpdate;
 using foveal::Status;
+
+// Planners and runners take what `canonicalize` made, and nothing else.
+static_assert(!std::is_constructible_v<foveal::CanonicalProblem, const AttentionProblem&>);
+static_assert(!std::is_default_constructible_v<foveal::CanonicalProblem>);
+static_assert(!std::is_invocable_v<decltype(foveal::attention_forward), const AttentionProblem&,
+                                   const foveal::ExecutionOptions&>);
 
 constexpr int64_t kHeads = 4, kKvHeads = 2, kHeadDim = 24, kValueDim = 16;
 
@@ -92,9 +99,10 @@ struct Pass {
 
   void run(const KernelTable& table, int threads, const std::string& where) {
     p.layout = foveal::Layout::kBshd;
-    Status status = canonicalize(p, g);
-    if (status.ok()) status = attention_forward(p, on(table, threads));
-    if (status.ok()) status = attention_backward(p, g, on(table, threads));
+    Status status;
+    const foveal::CanonicalGradients canonical = canonicalize(p, g, status);
+    if (status.ok()) status = attention_forward(canonical.problem, on(table, threads));
+    if (status.ok()) status = attention_backward(canonical, on(table, threads));
     expect_ok(status, where);
   }
 };
@@ -239,8 +247,9 @@ void check_cache(DType dtype, const KernelTable& table, int64_t page_size, bool 
   }
   const std::string where = std::string(table.name) + ' ' + foveal::name_of(dtype) + (int8 ? " int8" : "") +
                             " pages of " + std::to_string(page_size) + ", " + std::to_string(added) + " new";
-  Status status = canonicalize(p, update);
-  if (status.ok()) status = attention_kvcache(p, update, on(table, 2));
+  Status status;
+  const foveal::CanonicalUpdate canonical = canonicalize(p, update, status);
+  if (status.ok()) status = attention_kvcache(canonical, on(table, 2));
   expect_ok(status, where);
   for (int64_t b = 0; b < batch; ++b) {
     Array one(dtype, {1, added, kHeads, kValueDim});
@@ -248,8 +257,8 @@ void check_cache(DType dtype, const KernelTable& table, int64_t page_size, bool 
     own.q = slice(q.view, 0, b, b + 1), own.k = keys[static_cast<size_t>(b)].view,
     own.v = values[static_cast<size_t>(b)].view;
     own.out = one.view;
-    status = canonicalize(own);
-    if (status.ok()) status = attention_forward(own, on(table, 1));
+    const foveal::CanonicalProblem canonical_own = canonicalize(own, status);
+    if (status.ok()) status = attention_forward(canonical_own, on(table, 1));
     expect_ok(status, where + " alone");
     const foveal::RowKernels& kernels = foveal::kernels_for(table, dtype);
     const int64_t rows = added * kHeads / kKvHeads;

@@ -286,13 +286,52 @@ def test_a_workspace_that_is_too_small_is_refused(emulated: Any) -> None:
         emulated.forward(run.problem, workspace_nbytes=8)
 
 
-def test_a_library_from_another_tree_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Longer(cuda.Problem):  # type: ignore[misc]
-        _fields_ = [("more", ctypes.c_int64)]  # noqa: RUF012
+def exchanged(fields: list[Any], one: str, other: str) -> list[Any]:
+    """Name each of two fields as the other."""
+    names = {one: other, other: one}
+    return [(names.get(name, name), kind) for name, kind in fields]
 
-    monkeypatch.setattr(cuda, "Problem", Longer)
-    with pytest.raises(ImportError, match="rebuild foveal"):
+
+@pytest.mark.parametrize(
+    ("structure", "changed", "named"),
+    [
+        ("Problem", lambda fields: [*fields, ("more", ctypes.c_int64)], "AttentionProblem.more is absent there"),
+        ("Problem", lambda fields: exchanged(fields, "softcap", "dropout_p"), "AttentionProblem.dropout_p is"),
+        ("Problem", lambda fields: exchanged(fields, "layout", "causal"), "AttentionProblem.causal is"),
+        # Where one byte after `causal` is free, so that no size tells.
+        (
+            "Problem",
+            lambda fields: [*fields[:20], ("normalizer", ctypes.c_uint8), *fields[20:]],
+            "normalizer is absent",
+        ),
+        ("Problem", lambda fields: fields[:-1], "AttentionProblem is 2800 there, 2792 here"),
+        ("Gradients", lambda fields: exchanged(fields, "dk", "dv"), "AttentionGradients.dv is"),
+        ("View", lambda fields: exchanged(fields, "shape", "stride"), "TensorView.stride is"),
+        ("_Launch", lambda fields: exchanged(fields, "stream", "workspace"), "Launch.workspace is"),
+    ],
+)
+def test_a_library_from_another_tree_is_refused(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, structure: str, changed: Any, named: str
+) -> None:
+    fields = changed(list(getattr(cuda, structure)._fields_))
+    monkeypatch.setattr(cuda, structure, type(structure, (ctypes.Structure,), {"_fields_": fields}))
+    with pytest.raises(ImportError, match=rf"({named}).*rebuild foveal"):
         cuda.Library(emulated.path)
+
+
+def test_numbers_from_another_tree_are_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "DTYPES", {**cuda.DTYPES, "int8": 6, "int32": 5})
+    with pytest.raises(ImportError, match=r"DType\.int8 is 5 there, 6 here; rebuild foveal"):
+        cuda.Library(emulated.path)
+
+
+def test_what_the_backend_lacks_is_refused_by_name(emulated: Any) -> None:
+    case = Case(1, 1, 1, 4, 6, 64, 64, "float16")
+    run = cuda_report.Run(emulated, cuda_report.HostMemory(), case, problems.make_inputs(case))
+    run()
+    run.problem.dropout_p = 0.5
+    with pytest.raises(NotImplementedError, match="attention: dropout_p is not 0, which the CUDA backend lacks"):
+        emulated.plan(run.problem, HOPPER_SHARED)
 
 
 def test_gradients_are_judged_as_on_the_cpu(emulated: Any) -> None:

@@ -9,9 +9,10 @@
 // Sq, Skv sequence lengths, D query/key head dim, Dv value head dim.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "foveal/tensor_view.h"
 
@@ -29,9 +30,12 @@ struct Status {
   bool ok() const { return kind == ErrorKind::kNone; }
 };
 
+// Of sums, and of the log-sum-exp.
+constexpr DType accumulator_of(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
 constexpr int64_t kUnlimited = -1;  // a window side without a limit
 
-// As the caller gave it: rank 2..4 in `layout`. `canonicalize` turns it into the form that the kernels read.
+// As the caller gives it: rank 2..4 in `layout`.
 struct AttentionProblem {
   TensorView q, k, v;       // (B,Hq,Sq,D), (B,Hkv,Skv,D), (B,Hkv,Skv,Dv)
   TensorView out;           // (B,Hq,Sq,Dv), q's dtype
@@ -61,24 +65,12 @@ struct AttentionProblem {
   double softcap = 0.0;    // 0: none
   double dropout_p = 0.0;  // the chance of a weight to be 0; the others are multiplied by 1 / (1 - dropout_p)
   uint64_t seed = 0;       // of dropout: with the places of a pair (b, h, i, j), all that decides about it
-  int64_t packed_rows = 0, packed_keys = 0;  // canonical, with cu_seqlens: Tq and Tk
 
   bool packed() const { return cu_seqlens_q.present(); }
   bool paged() const { return block_table.present(); }
 };
 
-// Checks every argument and rewrites the views into canonical form:
-//   q, k, v, out, weights, mask, bias   rank 4 in (B,H,S,D) order; broadcast axes get stride 0
-//   lse                                  rank 3;  alibi_slopes rank 2 (B,Hq);  sinks rank 1
-//   q_lens, kv_lens, q_offset            rank 1 (B,);  scale filled in;  layout kBhsd
-//   packed: q, k, v, out, lse as (B,H,longest,.) with batch stride 0; element b begins at row cu_seqlens[b]
-//   paged: k, v stay (pages,Hkv,page size,.)
-// `out`, `lse`, `weights` are checked when present. The only place that judges arguments; the text follows
-// "attention: k.shape[3] is 96, expected head_dim 128 (from q)".
-Status canonicalize(AttentionProblem& problem);
-
-// What the backward pass reads beside a problem whose `out` and `lse` are there, and what it fills. Like the problem as
-// the caller has it, and canonical after `canonicalize`.
+// What the backward pass reads beside a problem whose `out` and `lse` are there, and what it fills.
 struct AttentionGradients {
   TensorView dout;        // like out
   TensorView dlse;        // optional, like lse
@@ -87,28 +79,78 @@ struct AttentionGradients {
   TensorView dsinks;      // optional (Hq,), accumulator dtype
 };
 
-// The same for a problem and its gradients.
-Status canonicalize(AttentionProblem& problem, AttentionGradients& gradients);
-
-// Tokens to append to the cache of keys and values that a problem reads, layout kBshd, before it is computed.
+// Tokens to append to the cache of keys and values that a problem reads, layout kBshd, before it is computed. The
+// problem's k and v are the cache, paged where it has a block_table, else one row a sequence, and its kv_lens say what
+// the cache holds before the update.
 struct CacheUpdate {
   TensorView k, v;                    // optional, both: (B,Snew,Hkv,D), (B,Snew,Hkv,Dv), q's dtype
   TensorView rotary_cos, rotary_sin;  // optional, both, with k: floating (positions, pairs)
   bool rotary_interleaved = false;    // pairs are neighbours, else halves
   TensorView cache_batch_idx;         // optional int32/int64 (B,): the row of k and v that holds a sequence
-
-  // Filled by `canonicalize` and `attention_kvcache`; the problem borrows from them.
-  std::vector<int64_t> lens, table;
-  std::vector<std::byte> queries;
 };
 
-// The same for a problem whose k and v are the cache, paged where it has a block_table, else one row a sequence, and
-// whose kv_lens say what the cache holds before the update. Afterwards it is a paged problem with the lengths after it.
-Status canonicalize(AttentionProblem& problem, CacheUpdate& update);
+enum class Result : uint8_t { kOut, kLse, kWeights };
 
-// The view of an array of the caller's rank and layout as (B,H,S,D); for outputs that a binding allocates after
-// `canonicalize` accepted the inputs.
-TensorView canonical_view(const TensorView& view, Layout layout);
+// A problem in the one form that planners and runners take. `canonicalize` alone makes one:
+//
+//   q, k, v, out, weights, mask, bias   rank 4 in (B,H,S,D) order; broadcast axes have stride 0
+//   lse                                 rank 3;  alibi_slopes rank 2 (B,Hq);  sinks rank 1
+//   q_lens, kv_lens, q_offset           rank 1 (B,);  scale filled in
+//   packed: q, k, v, out, lse as (B,H,longest,.) with batch stride 0; element b begins at row cu_seqlens[b]
+//   paged: k, v stay (pages,Hkv,page size,.)
+//   a cache: paged, kv_lens after the update
+//
+// It borrows the caller's arrays, and owns what takes the place of one.
+struct CanonicalProblem : AttentionProblem {
+  int rank = 0;                              // of the caller's q; `layout` is the caller's too
+  int64_t packed_rows = 0, packed_keys = 0;  // Tq and Tk
+
+  // Of a cache: the lengths after the update, the page of each row, the queries after their rotation. Else null.
+  std::unique_ptr<int64_t[]> own_kv_lens, own_block_table;
+  std::unique_ptr<std::byte[]> own_q;
+
+  // A result that the caller did not bring can be made once the arguments are accepted: `wanted` has its dtype, and its
+  // shape in the caller's rank and layout; `take` makes a new array of that shape part of the problem.
+  TensorView wanted(Result result) const;
+  void take(Result result, const TensorView& made);
+
+ private:
+  friend class Canonicalizer;
+  friend struct CanonicalGradients;
+  friend struct CanonicalUpdate;
+  explicit CanonicalProblem(const AttentionProblem& given) : AttentionProblem(given), rank(given.q.rank) {}
+};
+
+// Gradients in the form of their problem.
+struct CanonicalGradients : AttentionGradients {
+  CanonicalProblem problem;
+
+ private:
+  friend class Canonicalizer;
+  CanonicalGradients(const AttentionGradients& given, const AttentionProblem& of)
+      : AttentionGradients(given), problem(of) {}
+};
+
+// The update of a problem's cache; k and v are (B,Hkv,Snew,.).
+struct CanonicalUpdate : CacheUpdate {
+  CanonicalProblem problem;
+  TensorView queries;  // with rotary tables: what is to be turned and put into problem.q
+
+ private:
+  friend class Canonicalizer;
+  CanonicalUpdate(const CacheUpdate& given, const AttentionProblem& of) : CacheUpdate(given), problem(of) {}
+};
+
+// Check every argument, and rewrite all of them. The only place that judges arguments; the text of `status` follows
+// "attention: k.shape[3] is 96, expected head_dim 128 (from q)", and unless it is ok, what they return is of no use.
+// `out`, `lse`, `weights` are checked when present.
+CanonicalProblem canonicalize(const AttentionProblem& problem, Status& status);
+CanonicalGradients canonicalize(const AttentionProblem& problem, const AttentionGradients& gradients, Status& status);
+CanonicalUpdate canonicalize(const AttentionProblem& problem, const CacheUpdate& update, Status& status);
+
+// What is canonical already is not to be judged by the rules for callers.
+template <class... More>
+void canonicalize(const CanonicalProblem&, More&&...) = delete;
 
 struct KernelTable;  // one per instruction set, see isa/detect.h
 
@@ -119,25 +161,23 @@ struct ExecutionOptions {
   void* interrupted_context = nullptr;
 };
 
-// Fills problem.out (and lse, weights when present). The problem is canonical. Bitwise the same for any num_threads and
-// any batch composition. kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true,
-// kForked in a child that `interrupted` left behind: its outputs are undefined, and the call's other threads are not
-// there.
-Status attention_forward(const AttentionProblem& problem, const ExecutionOptions& options);
+// Fills problem.out (and lse, weights when present). Bitwise the same for any num_threads and any batch composition.
+// kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true, kForked in a child that
+// `interrupted` left behind: its outputs are undefined, and the call's other threads are not there.
+Status attention_forward(const CanonicalProblem& problem, const ExecutionOptions& options);
 
-// Writes the new tokens into the cache, then attention_forward. Both are canonical.
-Status attention_kvcache(AttentionProblem& problem, CacheUpdate& update, const ExecutionOptions& options);
+// Writes the new tokens into the cache, then attention_forward.
+Status attention_kvcache(const CanonicalUpdate& update, const ExecutionOptions& options);
 
 // Fills gradients.dq, dk, dv (and dbias, dsinks when present) from dout and the out and lse of the forward pass. Memory
 // beyond them is O(S * D). Bitwise the same for any num_threads.
-Status attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients,
-                          const ExecutionOptions& options);
+Status attention_backward(const CanonicalGradients& gradients, const ExecutionOptions& options);
 
 // The plain three-pass oracle, accumulating in float64, one row at a time: the meaning of every option in its clearest
 // form.
-Status attention_reference(const AttentionProblem& problem);
+Status attention_reference(const CanonicalProblem& problem);
 
 // The oracle of the gradients, from dout and the problem alone. The gradients are float64 whatever q's dtype is.
-Status attention_backward_reference(const AttentionProblem& problem, const AttentionGradients& gradients);
+Status attention_backward_reference(const CanonicalGradients& gradients);
 
 }  // namespace foveal

@@ -17,7 +17,8 @@ CPP = HERE.parents[2] / "cpp"
 SOURCES = [
     *sorted((CPP / "cuda").glob("*.cu")),
     *sorted((CPP / "cuda").glob("*.cc")),
-    *(CPP / "attention" / name for name in ("cache_arguments.cc", "overlap.cc", "problem.cc", "rejection.cc")),
+    *sorted((CPP / "attention" / "canonical").glob("*.cc")),
+    *(CPP / "attention" / name for name in ("overlap.cc", "rejection.cc")),
     HERE / "emulator.cc",
 ]
 # This folder comes first: its cuda/device.h and cuda/launch.h stand in for the real ones.

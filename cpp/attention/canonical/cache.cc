@@ -1,13 +1,16 @@
 // Judges what attention to a cache of keys and values takes beside the arguments of attention, and makes a problem in
 // pages of it: a cache of one row a sequence is read as pages of one row's length, so both are one case from here on.
 #include <algorithm>
+#include <cstddef>
+#include <initializer_list>
 #include <limits>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "attention/cache_arguments.h"
+#include "attention/canonical/cache.h"
+#include "attention/canonical/view.h"
 #include "attention/element.h"
 #include "attention/overlap.h"
 #include "attention/rejection.h"
@@ -36,10 +39,23 @@ std::string indexed(const char* name, int64_t i, int64_t value) {
   return std::string(name) + "[" + std::to_string(i) + "]" + is_integer(value);
 }
 
+// Of integers that the problem owns.
+TensorView own_view(int64_t* data, const CanonicalProblem& p, std::initializer_list<int64_t> shape) {
+  TensorView view;
+  view.data = data;
+  view.dtype = DType::kInt64;
+  view.device = p.q.device;
+  view.rank = static_cast<int32_t>(shape.size());
+  std::copy(shape.begin(), shape.end(), view.shape);
+  std::fill_n(view.stride, view.rank, 1);
+  return view;
+}
+
 // One page a sequence: its row of the cache.
-void make_table(AttentionProblem& p, CacheUpdate& u) {
+void make_table(CanonicalUpdate& u) {
+  CanonicalProblem& p = u.problem;
   const int64_t batch = p.q.shape[0], rows = p.k.shape[0];
-  u.table.resize(static_cast<size_t>(batch));
+  p.own_block_table.reset(new int64_t[static_cast<size_t>(batch)]);
   if (u.cache_batch_idx.present()) {
     require_here("cache_batch_idx", u.cache_batch_idx);
     require_integer("cache_batch_idx", u.cache_batch_idx);
@@ -54,29 +70,23 @@ void make_table(AttentionProblem& p, CacheUpdate& u) {
       reject_value(indexed("cache_batch_idx", b, row) + ", expected 0 to " + std::to_string(rows - 1) +
                    " (k_cache.shape[0] is " + std::to_string(rows) + ")");
     }
-    u.table[static_cast<size_t>(b)] = row;
+    p.own_block_table[static_cast<size_t>(b)] = row;
   }
-  TensorView& table = p.block_table;
-  table = {};
-  table.data = u.table.data();
-  table.dtype = DType::kInt64;
-  table.device = p.q.device;
-  table.rank = 2;
-  table.shape[0] = batch;
-  table.shape[1] = table.stride[0] = table.stride[1] = 1;
+  p.block_table = own_view(p.own_block_table.get(), p, {batch, 1});
 }
 
 // problem.kv_lens becomes what the sequences hold after the new tokens.
-void add_new_lengths(AttentionProblem& p, CacheUpdate& u, int64_t capacity) {
+void add_new_lengths(CanonicalUpdate& u, int64_t capacity) {
+  CanonicalProblem& p = u.problem;
   const int64_t batch = p.q.shape[0], added = u.k.present() ? u.k.shape[1] : 0;
-  TensorView& lens = p.kv_lens;
+  const TensorView& lens = p.kv_lens;
   if (!lens.present()) reject_type("cache_lens is None, expected (B,) integers");
   require_here("cache_lens", lens);
   require_integer("cache_lens", lens);
   if (lens.rank != 0 && (lens.rank != 1 || lens.shape[0] != batch)) {
     reject_shape("cache_lens", lens, "an integer or (B,) = " + text_of(p.q.shape, 1));
   }
-  u.lens.resize(static_cast<size_t>(batch));
+  p.own_kv_lens.reset(new int64_t[static_cast<size_t>(batch)]);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t held = integer_at(lens, lens.rank == 0 ? 0 : b * lens.stride[0]);
     if (held < 0 || held > capacity - added) {
@@ -84,19 +94,14 @@ void add_new_lengths(AttentionProblem& p, CacheUpdate& u, int64_t capacity) {
       reject_value(indexed("cache_lens", b, held) + ", expected 0 to " + std::to_string(capacity - added) + " (" +
                    room + ")");
     }
-    u.lens[static_cast<size_t>(b)] = held + added;
+    p.own_kv_lens[static_cast<size_t>(b)] = held + added;
   }
-  lens = {};
-  lens.data = u.lens.data();
-  lens.dtype = DType::kInt64;
-  lens.device = p.q.device;
-  lens.rank = 1;
-  lens.shape[0] = batch;
-  lens.stride[0] = 1;
+  p.kv_lens = own_view(p.own_kv_lens.get(), p, {batch});
 }
 
-// `p` is canonical.
-void check_new_tokens(const AttentionProblem& p, CacheUpdate& u) {
+// The problem is canonical.
+void check_new_tokens(CanonicalUpdate& u) {
+  const CanonicalProblem& p = u.problem;
   const int64_t added = u.k.shape[1];
   for (const auto& [name, view, cache] : {std::tuple("k", &u.k, &p.k), std::tuple("v", &u.v, &p.v)}) {
     require_here(name, *view);
@@ -117,8 +122,9 @@ void check_new_tokens(const AttentionProblem& p, CacheUpdate& u) {
         reject_value(std::string(name) + " shares memory with the cache, expected a separate array");
 }
 
-// A page that gets new tokens has one writer. `p` is canonical, so the pages that are used exist.
-void check_writers(const AttentionProblem& p, const CacheUpdate& u) {
+// A page that gets new tokens has one writer. The problem is canonical, so the pages that are used exist.
+void check_writers(const CanonicalUpdate& u) {
+  const CanonicalProblem& p = u.problem;
   struct Writer {
     int64_t page, b, column;
   };
@@ -127,7 +133,7 @@ void check_writers(const AttentionProblem& p, const CacheUpdate& u) {
   if (added == 0) return;
   std::vector<Writer> writers;
   for (int64_t b = 0; b < p.q.shape[0]; ++b) {
-    const int64_t len = u.lens[static_cast<size_t>(b)];
+    const int64_t len = load_integer(p.kv_lens, b);
     for (int64_t column = (len - added) / page_size; column <= (len - 1) / page_size; ++column)
       writers.push_back({integer_at(table, b * table.stride[0] + column * table.stride[1]), b, column});
   }
@@ -146,7 +152,8 @@ void check_writers(const AttentionProblem& p, const CacheUpdate& u) {
                (rows ? "row" : "page") + " of its own for new tokens");
 }
 
-void check_rotary(const AttentionProblem& p, const CacheUpdate& u) {
+void check_rotary(const CanonicalUpdate& u) {
+  const CanonicalProblem& p = u.problem;
   if (!u.rotary_cos.present() && !u.rotary_sin.present()) return;
   for (const auto& [name, table] : {std::pair("rotary_cos", &u.rotary_cos), std::pair("rotary_sin", &u.rotary_sin)}) {
     if (!table->present()) reject_value(std::string(name) + " is absent, expected rotary_cos and rotary_sin");
@@ -162,7 +169,8 @@ void check_rotary(const AttentionProblem& p, const CacheUpdate& u) {
     reject_value(extent_found("rotary_cos", 1, shape[1]) + ", expected at most " + std::to_string(p.q.shape[3] / 2) +
                  " (half of q's head_dim)");
   }
-  const int64_t longest = u.lens.empty() ? 0 : *std::max_element(u.lens.begin(), u.lens.end());
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.q.shape[0]; ++b) longest = std::max(longest, load_integer(p.kv_lens, b));
   const int64_t last = longest + std::max<int64_t>(p.q.shape[2] - u.k.shape[2], 0);
   if (shape[0] < last) {
     reject_value(extent_found("rotary_cos", 0, shape[0]) + ", expected at least " + std::to_string(last) +
@@ -170,9 +178,23 @@ void check_rotary(const AttentionProblem& p, const CacheUpdate& u) {
   }
 }
 
+// problem.q becomes memory of its own.
+void make_room_for_turned_queries(CanonicalUpdate& u) {
+  TensorView& q = u.problem.q;
+  const int64_t heads = q.shape[1], rows = q.shape[2], width = q.shape[3];
+  u.queries = q;
+  u.problem.own_q.reset(new std::byte[static_cast<size_t>(q.shape[0] * heads * rows * width * itemsize(q.dtype))]);
+  q.data = u.problem.own_q.get();
+  q.stride[3] = 1;
+  q.stride[1] = width;
+  q.stride[2] = heads * width;
+  q.stride[0] = rows * heads * width;
+}
+
 }  // namespace
 
-void check_cache(AttentionProblem& p, CacheUpdate& u) {
+void check_cache(CanonicalUpdate& u) {
+  CanonicalProblem& p = u.problem;
   require_rank("q", p.q, 4);
   require_rank("k_cache", p.k, 4);
   require_rank("v_cache", p.v, 4);
@@ -185,7 +207,7 @@ void check_cache(AttentionProblem& p, CacheUpdate& u) {
     require_rank("v", u.v, 4);
   }
   if (!p.block_table.present()) {
-    make_table(p, u);
+    make_table(u);
   } else {
     if (u.cache_batch_idx.present()) reject_value("cache_batch_idx is given with block_table, expected one of them");
     require_here("block_table", p.block_table);
@@ -194,15 +216,16 @@ void check_cache(AttentionProblem& p, CacheUpdate& u) {
   int64_t capacity = 0;
   if (__builtin_mul_overflow(p.block_table.shape[1], p.k.shape[1], &capacity))
     capacity = std::numeric_limits<int64_t>::max() / 2;
-  add_new_lengths(p, u, capacity);
+  add_new_lengths(u, capacity);
 }
 
-void check_update(AttentionProblem& p, CacheUpdate& u) {
+void check_update(CanonicalUpdate& u) {
   if (u.k.present()) {
-    check_new_tokens(p, u);
-    check_writers(p, u);
+    check_new_tokens(u);
+    check_writers(u);
   }
-  check_rotary(p, u);
+  check_rotary(u);
+  if (u.rotary_cos.present()) make_room_for_turned_queries(u);
 }
 
 }  // namespace foveal

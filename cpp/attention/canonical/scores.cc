@@ -1,0 +1,88 @@
+// What the scores and the weights go through: masks, biases, slopes, sinks, and numbers.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <numbers>
+#include <string>
+
+#include "attention/canonical/canonicalizer.h"
+#include "attention/rejection.h"
+
+namespace foveal {
+namespace {
+
+constexpr int64_t kWindowBeyondAll = int64_t{1} << 62;  // > |q_offset| + Sq + Skv, so as good as unlimited
+
+}  // namespace
+
+void Canonicalizer::broadcast_to_scores(const char* name, TensorView& view) const {
+  if (!view.present()) return;
+  const bool keys_by_batch = view.rank == 2 && view.shape[0] == scores_[0] && view.shape[1] == scores_[3];
+  const auto expected = [&] {
+    return ", expected an array that broadcasts to (B, Hq, Sq, Skv) = " + text_of(scores_, 4) +
+           (keys_by_batch ? std::string("; one of (B, Skv) is ") + name + "[:, None, None, :]" : "");
+  };
+  if (view.rank > 4) reject_value(name + (" has " + dimensions(view.rank)) + expected());
+  TensorView canonical = view;
+  canonical.rank = 4;
+  for (int axis = 0; axis < 4; ++axis) {
+    const int position = axis - (4 - view.rank);
+    const int64_t extent = position < 0 ? 1 : view.shape[position];
+    if (extent != 1 && extent != scores_[axis]) reject_value(extent_found(name, position, extent) + expected());
+    canonical.shape[axis] = scores_[axis];
+    canonical.stride[axis] = extent == 1 ? 0 : view.stride[position];
+  }
+  view = canonical;
+}
+
+void Canonicalizer::rewrite_alibi_slopes() {
+  TensorView& slopes = p_.alibi_slopes;
+  if (!slopes.present()) return;
+  const bool per_head = slopes.rank == 1 && slopes.shape[0] == scores_[1];
+  const bool per_batch_and_head = slopes.rank == 2 && slopes.shape[0] == scores_[0] && slopes.shape[1] == scores_[1];
+  if (!per_head && !per_batch_and_head) {
+    reject_shape("alibi_slopes", slopes, "(Hq,) = " + text_of(scores_ + 1, 1) + " or (B, Hq) = " + text_of(scores_, 2));
+  }
+  if (per_head) {
+    slopes.stride[1] = slopes.stride[0];
+    slopes.stride[0] = 0;
+  }
+  slopes.rank = 2;
+  slopes.shape[0] = scores_[0];
+  slopes.shape[1] = scores_[1];
+}
+
+void Canonicalizer::check_sinks() const {
+  if (!p_.sinks.present() || (p_.sinks.rank == 1 && p_.sinks.shape[0] == scores_[1])) return;
+  reject_shape("sinks", p_.sinks, "(Hq,) = " + text_of(scores_ + 1, 1));
+}
+
+void Canonicalizer::rewrite_numbers() {
+  const auto rewrite_window = [](const char* name, int64_t& width) {
+    if (width < 0 && width != kUnlimited)
+      reject_value(name + (" is " + std::to_string(width)) + ", expected at least 0");
+    if (width >= kWindowBeyondAll) width = kUnlimited;
+  };
+  rewrite_window("window[0]", p_.window_left);
+  rewrite_window("window[1]", p_.window_right);
+  if (!p_.has_scale) p_.scale = 1.0 / std::sqrt(static_cast<double>(p_.q.shape[kDim]));
+  p_.has_scale = true;
+  if (!std::isfinite(p_.scale)) reject_value("scale is " + text_of(p_.scale) + ", expected a finite number");
+  if (!std::isfinite(p_.softcap) || p_.softcap < 0.0) {
+    reject_value("softcap is " + text_of(p_.softcap) + ", expected a finite number of at least 0");
+  }
+  if (!(p_.dropout_p >= 0.0 && p_.dropout_p <= 1.0))
+    reject_value("dropout_p is " + text_of(p_.dropout_p) + ", expected 0 to 1");
+  // Kernels have both in the accumulator type and in base 2.
+  const bool in_double = p_.q.dtype == DType::kFloat64;
+  const double most = (in_double ? DBL_MAX : double{FLT_MAX}) / std::numbers::log2e;
+  if (std::fabs(p_.scale) > most) {
+    reject_value("scale is " + text_of(p_.scale) + ", expected a magnitude of at most " + text_of(most) + " for " +
+                 name_of(p_.q.dtype));
+  }
+  // No score reaches so high a cap; and all below the smallest cap are as good as 0.
+  if (p_.softcap > most) p_.softcap = 0.0;
+  if (p_.softcap > 0.0) p_.softcap = std::max(p_.softcap, in_double ? DBL_MIN : double{FLT_MIN});
+}
+
+}  // namespace foveal
