@@ -13,6 +13,7 @@
 #include "bindings/gil.h"
 #include "bindings/heap.h"
 #include "bindings/machine_limits.h"
+#include "bindings/native_type.h"
 #include "bindings/priority_map.h"
 #include "bindings/sum_tree.h"
 #include "bindings/torch_ops.h"
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The native half of foveal. Private: what is public is in the package itself.";
   foveal::bind_attention(m);
   foveal::bind_dlpack(m);
+  foveal::bind_numbers(m);
   foveal::bind_heap(m);
   foveal::bind_priority_map(m);
   foveal::bind_sum_tree(m);

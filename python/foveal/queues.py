@@ -14,6 +14,7 @@ import time
 from collections.abc import Generator, Hashable
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
+from foveal import _core
 from foveal._core import Empty, IndexedHeap
 from foveal._priority_map import PriorityMap
 from foveal._sum_tree import SumTree
@@ -58,26 +59,10 @@ class _Entry:
         self.key = key
 
 
-def _to_float(name: str, argument: str, value: Any) -> float:
-    """What float() makes of it, save of strings and buffers."""
-    number = None
-    kind = type(value)
-    if not issubclass(kind, str | bytes) and (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
-        try:
-            number = float(value)
-        except TypeError:
-            pass
-        except OverflowError:
-            raise OverflowError(f"{name}: {argument} is beyond float64") from None
-    if number is None:
-        raise TypeError(f"{name}: {argument} has type {kind.__name__}, expected a real number")
-    return number
-
-
 def _to_timeout(name: str, block: bool, timeout: float | None) -> float | None:
     if not block or timeout is None:
         return None
-    seconds = _to_float(name, "timeout", timeout)
+    seconds = _core.as_float(name, "timeout", timeout)
     if not seconds >= 0:
         raise ValueError(f"{name}: timeout is {timeout!r}, expected at least 0, or None")
     return seconds
@@ -117,7 +102,7 @@ class _Queue(Generic[ItemT]):
         KeyError
             No item with this key is waiting.
         ValueError
-            The priority is NaN.
+            The priority is NaN, or an integer that float64 cannot hold (some beyond 2**53).
         """
         priority = self._checked("update_priority", priority)
         with self._mutex:
@@ -185,10 +170,7 @@ class _Queue(Generic[ItemT]):
     def _checked(self, method: str, priority: float) -> float:
         if type(priority) is float and priority == priority:
             return priority
-        number = _to_float(f"{type(self).__name__}.{method}", "priority", priority)
-        if number != number:
-            raise ValueError(f"{type(self).__name__}.{method}: priority is nan, expected a number")
-        return number
+        return _core.as_number(f"{type(self).__name__}.{method}", "priority", priority)
 
     # Everything from here on is called with the mutex held, save the courses.
 
@@ -309,7 +291,8 @@ class PriorityQueue(_Queue[ItemT]):
         item : object
             Anything.
         priority : float
-            Not NaN.
+            Not NaN. An integer must be one that float64 can hold, as all up to 2**53 are; a Decimal or a Fraction
+            becomes the nearest float64, as float() has it.
         key : hashable, optional
             The name by which `update_priority` and `cancel` find the item while it waits; free again when the item is
             handed out. None: they cannot.
@@ -323,7 +306,8 @@ class PriorityQueue(_Queue[ItemT]):
         ShutDown
             The queue was shut down.
         ValueError
-            An item with this key is waiting; the priority is NaN; the timeout is negative.
+            An item with this key is waiting; the priority is NaN, or an integer that float64 cannot hold; the timeout
+            is negative.
         """
         priority = self._checked("put", priority)
         timeout = _to_timeout("PriorityQueue.put", block, timeout)
