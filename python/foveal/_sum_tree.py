@@ -99,7 +99,8 @@ class SumTree(_core.SumTree):
         Raises
         ------
         ValueError
-            A score is NaN, infinity, or an integer that float64 cannot hold (some beyond 2**53); the temperature is not positive, or not that of the scores before.
+            A score is NaN, infinity, or an integer that float64 cannot hold (some beyond 2**53); the temperature is not
+            positive, or not that of the scores before.
 
         Examples
         --------
