@@ -207,6 +207,58 @@ def async_queue_row(label: str, budget: float) -> Row:
     return row(label, times, WAITING, theirs="asyncio.PriorityQueue")
 
 
+async def hand_over_ours(of: foveal.AsyncPriorityQueue[int], numbers: Sequence[float], pause: bool) -> None:
+    for i, number in enumerate(numbers):
+        await of.put(i, number)
+        if pause:
+            await asyncio.sleep(0)
+
+
+async def hand_over_theirs(of: asyncio.PriorityQueue[tuple[float, int]], numbers: Sequence[float], pause: bool) -> None:
+    for i, number in enumerate(numbers):
+        await of.put((number, i))
+        if pause:
+            await asyncio.sleep(0)
+
+
+def async_getters_row(maxsize: int, getters: int, label: str, budget: float) -> Row:
+    """One task puts, others get: each waits for the other when one item fits; else the getters wait for each put."""
+    loop = asyncio.new_event_loop()
+    numbers = np.random.default_rng(1).random(WAITING).tolist()
+    counts: dict[str, int] = {}
+    contenders, tasks = [], []
+
+    async def get(name: str, of: Any) -> None:
+        while True:
+            await of.get()
+            counts[name] += 1
+
+    peers: list[tuple[str, Any, Callable[..., Any]]] = [
+        ("foveal", foveal.AsyncPriorityQueue(maxsize), hand_over_ours),
+        ("theirs", asyncio.PriorityQueue(maxsize), hand_over_theirs),
+    ]
+    for name, of, hand_over in peers:
+        counts[name] = 0
+        tasks += [loop.create_task(get(name, of)) for _ in range(getters)]
+
+        def turn(name: str = name, of: Any = of, hand_over: Callable[..., Any] = hand_over) -> None:
+            before = counts[name]
+            loop.run_until_complete(hand_over(of, numbers, pause=maxsize == 0))
+            while not of.empty():
+                loop.run_until_complete(asyncio.sleep(0))
+            loop.run_until_complete(asyncio.sleep(0))
+            if counts[name] != before + WAITING:
+                raise RuntimeError(f"bench: {name} lost items")
+
+        contenders.append(Contender(name, turn))
+    times = take_turns(contenders, budget=2 * budget)
+    for task in tasks:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    loop.close()
+    return row(label, times, WAITING, theirs="asyncio.PriorityQueue")
+
+
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +339,12 @@ def measurements() -> Iterator[Measurement]:
     label = f"update_many in 2 threads, {magnitude(1_000_000)}"
     yield Measurement("threads", label, functools.partial(two_threads_row, 1_000_000), {"one thread": 1.7})
     yield Measurement("queues that block", f"PriorityQueue put+get, {magnitude(WAITING)}", queue_row)
-    yield Measurement("queues that block", f"AsyncPriorityQueue put+get, {magnitude(WAITING)}", async_queue_row)
+    label = f"AsyncPriorityQueue put+get, {magnitude(WAITING)}"
+    yield Measurement("queues that block", label, async_queue_row, {"asyncio.PriorityQueue": 1.0})
+    for maxsize, getters, label in ((1, 1, "hand-off, maxsize=1"), (0, 20, "20 waiting getters")):
+        measure = functools.partial(async_getters_row, maxsize, getters)
+        aims = {"asyncio.PriorityQueue": 1 / 1.3}
+        yield Measurement("queues that block", f"AsyncPriorityQueue {label}", measure, aims)
     for (work, aim), n in itertools.product((("update_many", 1.0), ("sample", 1.5)), (10_000, 1_000_000)):
         label = f"SumTree.{work} of {SAMPLE}, {magnitude(n)}"
         yield Measurement("sampling", label, functools.partial(sum_tree_row, work, n), {"torchrl": aim, "cpprb": aim})

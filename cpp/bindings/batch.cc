@@ -1,7 +1,5 @@
 #include "bindings/batch.h"
 
-#include <pybind11/numpy.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -96,6 +94,19 @@ Batch<To> copy(const py::array& array) {
   return batch;
 }
 
+// The first integer of an array that float64 cannot hold, or how many there are.
+template <class Integer>
+py::ssize_t first_beyond_float64(const py::array& array) {
+  const Batch<Integer> integers = copy<Integer, Integer>(array);
+  for (size_t i = 0; i < integers.count; ++i) {
+    const auto bits = static_cast<uint64_t>(integers[i]);
+    const uint64_t magnitude = integers[i] < 0 ? 0 - bits : bits;
+    if (magnitude <= static_cast<uint64_t>(kAllIntegers)) continue;
+    if (std::bit_width(magnitude >> std::countr_zero(magnitude)) > 53) return static_cast<py::ssize_t>(i);
+  }
+  return array.size();
+}
+
 template <class T>
 PyObject* new_array(std::span<const T> values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data()).release().ptr();
@@ -126,14 +137,37 @@ Batch<int64_t> read_ids(const char* function, const char* name, py::handle ids, 
   return batch;
 }
 
+void check_not_rounded(const char* function, const char* name, py::handle source, const py::array& array) {
+  if (array.ndim() != 1 || array.itemsize() != 8) return;
+  const auto refuse = [&](py::ssize_t i, py::handle integer) {
+    refuse_rounded(function, (std::string(name) + "[" + std::to_string(i) + "]").c_str(), integer.ptr());
+  };
+  const char kind = array.dtype().kind();
+  if (kind == 'i' || kind == 'u') {
+    const py::ssize_t i = kind == 'i' ? first_beyond_float64<int64_t>(array) : first_beyond_float64<uint64_t>(array);
+    if (i < array.size()) refuse(i, array[py::int_(i)]);
+  } else if (kind == 'f' && PyTuple_Check(source.ptr()) && PyTuple_GET_SIZE(source.ptr()) == array.size()) {
+    const Batch<double> numbers = copy<double, double>(array);
+    for (py::ssize_t i = 0; i < array.size(); ++i) {
+      PyObject* item = PyTuple_GET_ITEM(source.ptr(), i);
+      if (!PyFloat_CheckExact(item) && was_rounded(item, numbers[static_cast<size_t>(i)])) refuse(i, item);
+    }
+  }
+}
+
 Batch<double> read_numbers(const char* function, const char* name, py::handle numbers, size_t count) {
-  py::array array = to_numpy(function, name, numbers);
+  // A copy of a list, so that what is checked is what was read.
+  const auto source = PyList_Check(numbers.ptr()) ? py::reinterpret_steal<py::object>(PyList_AsTuple(numbers.ptr()))
+                                                  : py::reinterpret_borrow<py::object>(numbers);
+  if (!source) throw PythonError{};
+  py::array array = to_numpy(function, name, source);
   const std::string expected = "(" + std::to_string(count) + ",)";
   check_shape(function, name, array, expected.c_str());
   if (static_cast<size_t>(array.size()) != count) {
     fail(PyExc_ValueError, "%s: %s has shape (%zd,), expected %s", function, name, array.size(), expected.c_str());
   }
   const bool list = !py::isinstance<py::array>(numbers) && !py::hasattr(numbers, "__dlpack__");
+  if (list) check_not_rounded(function, name, source, array);
   if (list && (array.dtype().kind() == 'i' || array.dtype().kind() == 'u')) {
     array = py::array(call(array.attr("astype"), py::str("float64")));
   }

@@ -5,7 +5,7 @@
 // heap trusts what was checked. That is a pass over memory at a nanosecond an element.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <pybind11/numpy.h>
 
 #include <cstdint>
 #include <memory>
@@ -26,7 +26,11 @@ struct Batch {
 // one.
 Batch<int64_t> read_ids(const char* function, const char* name, pybind11::handle ids, int64_t capacity);
 
-// (count,) float32 or float64 without NaN.
+// Refuses integers that float64 would round: in an array of them, or in the tuple of numbers of which NumPy made an
+// array of float64, as it does of integers beside a float.
+void check_not_rounded(const char* function, const char* name, pybind11::handle source, const pybind11::array& array);
+
+// (count,) float32 or float64 without NaN; a list of integers will do.
 Batch<double> read_numbers(const char* function, const char* name, pybind11::handle numbers, size_t count);
 
 // A new NumPy array; a new reference.

@@ -13,6 +13,7 @@
 #include "bindings/gil.h"
 #include "bindings/heap.h"
 #include "bindings/machine_limits.h"
+#include "bindings/native_type.h"
 #include "bindings/priority_map.h"
 #include "bindings/sum_tree.h"
 #include "bindings/torch_ops.h"
@@ -53,12 +54,24 @@ void read_bytes(int threads, const py::buffer& buffer) {
   PyBuffer_Release(&view);
 }
 
+// Types and exceptions stand in static variables, once for the process, as NumPy's do. And before Python 3.12 pybind11
+// itself waits for ever for a subinterpreter's GIL, in PyGILState_Ensure, so that this must come before all of it.
+bool in_main_interpreter() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return true;
+  PyErr_SetString(PyExc_ImportError,
+                  "foveal: imported in a subinterpreter, expected the main interpreter of the process");
+  return false;
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_core_of_main_interpreter, m, py::mod_gil_not_used(), py::multiple_interpreters::not_supported()) {
+  // Python 3.13 calls PyInit in the main interpreter, and this in the one that imports.
+  if (!in_main_interpreter()) throw py::error_already_set();
   m.doc() = "The native half of foveal. Private: what is public is in the package itself.";
   foveal::bind_attention(m);
   foveal::bind_dlpack(m);
+  foveal::bind_numbers(m);
   foveal::bind_heap(m);
   foveal::bind_priority_map(m);
   foveal::bind_sum_tree(m);
@@ -75,4 +88,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "About so many float32 operations as FMAs in registers, and nothing else; returns how many it were.");
   m.def("read_bytes", &read_bytes, py::arg("threads"), py::arg("buffer"), py::pos_only(),
         "Load every byte of a contiguous buffer once, front to back.");
+}
+
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+  return in_main_interpreter() ? PyInit__core_of_main_interpreter() : nullptr;
 }

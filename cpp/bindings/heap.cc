@@ -495,8 +495,9 @@ Any number of threads may use it at once, one call at a time or in batches, whic
 on). Each call, and each element of a batch, takes effect at one moment between its beginning and its end, as if the
 others had come before or after it. No thread ever waits for another that was suspended.
 
-The smallest priority comes first, with `max` the largest; equal priorities by lowest id. Infinities are fine, NaN is
-refused, -0.0 becomes 0.0. `len`, iteration, `clear`, `copy` and pickle look at one id after another: while others
+The smallest priority comes first, with `max` the largest; equal priorities by lowest id. Priorities are float64:
+infinities are fine, NaN is refused, -0.0 becomes 0.0. An integer that float64 cannot hold is refused, so that it cannot
+be out of order; a Decimal or a Fraction becomes the nearest float64, as float() has it. `len`, iteration, `clear`, `copy` and pickle look at one id after another: while others
 write, what they see need not have been there at any one moment. For keys that are not small integers and for first in,
 first out among equals there is `PriorityMap`.
 
@@ -515,7 +516,7 @@ TypeError
     An id is no integer, a priority no real number; in batches: ids are not int32 or int64, priorities not float32 or
     float64.
 ValueError
-    A priority is NaN; capacity is out of range.
+    A priority is NaN, or an integer that float64 cannot hold (some beyond 2**53); capacity is out of range.
 KeyError, ValueError
     An id is absent where it must be present; present where it must be absent.
 foveal.Empty

@@ -51,6 +51,16 @@ Result guarded(Result error, Body&& body) {
   return error;
 }
 
+// The same for a function that pybind11 binds: what `body` returns, or the exception in pybind11's form.
+template <class Body>
+auto guarded_call(Body&& body) {
+  try {
+    return body();
+  } catch (const PythonError&) {
+    throw pybind11::error_already_set();
+  }
+}
+
 // The arguments of a call as CPython passes them (METH_FASTCALL | METH_KEYWORDS).
 struct Call {
   PyObject* const* arguments;
@@ -114,7 +124,7 @@ inline void no_arguments(const char* function, Call call) {
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
 int64_t to_int64_slowly(const char* function, const char* name, PyObject* object);
-double to_double_slowly(const char* function, const char* name, PyObject* object);
+double to_number_slowly(const char* function, const char* name, PyObject* object);
 
 // An int, or what has __index__; one beyond int64 becomes the nearest, which is out of every range.
 inline int64_t to_int64(const char* function, const char* name, PyObject* object) {
@@ -126,10 +136,22 @@ inline int64_t to_int64(const char* function, const char* name, PyObject* object
   return to_int64_slowly(function, name, object);
 }
 
-// A float, or what float() takes save strings. Not NaN.
+// What float() makes of it, save of strings.
+double to_double(const char* function, const char* name, PyObject* object);
+
+// Priorities and weights are float64. An integer is one of them or refused: rounded to its neighbour it would be out of
+// order without a word. Other numbers (Decimal, Fraction) become the nearest, as float() has it.
+constexpr double kAllIntegers = 9007199254740992;  // 2**53: up to here float64 holds every integer
+
+// Whether `object` is an integer other than `value`, which was made of it.
+bool was_rounded(PyObject* object, double value);
+
+[[noreturn]] void refuse_rounded(const char* function, const char* name, PyObject* object);
+
+// A number to be ordered: what to_double makes of it, save of an integer that would be rounded. Not NaN.
 inline double to_number(const char* function, const char* name, PyObject* object) {
   const double value =
-      PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : to_double_slowly(function, name, object);
+      PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : to_number_slowly(function, name, object);
   if (value != value) fail(PyExc_ValueError, "%s: %s is nan, expected a number", function, name);
   return value;
 }
@@ -185,6 +207,9 @@ template <class Function>
 PyType_Slot slot(int number, Function* function) {
   return {number, reinterpret_cast<void*>(function)};
 }
+
+// as_float and as_number, for Python.
+void bind_numbers(pybind11::module_& module);
 
 // Makes the type and puts it into the module under the last part of the spec's name.
 PyTypeObject* add_type(pybind11::module_& module, PyType_Spec& spec);

@@ -1,5 +1,6 @@
 #include "bindings/priority_map.h"
 
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -134,6 +135,16 @@ PyObject* update_priority(Map& map, Call call) {
   Py_RETURN_NONE;
 }
 
+// Whether float64 cannot hold the sum of two integers. Of other numbers it holds what IEEE 754 says.
+bool is_rounded_sum(double a, double b, double sum) {
+  if (std::abs(sum) < kAllIntegers || std::isinf(a)) return false;
+  if (std::isinf(sum)) return true;
+  // Knuth, TAOCP 4.2.2, theorem B: the error of the sum, exactly.
+  const double of_b = sum - a;
+  const double error = (a - (sum - of_b)) + (b - of_b);
+  return error != 0 && std::trunc(a) == a;
+}
+
 PyObject* adjust(Map& map, Call call) {
   static constexpr Signature<2> kSignature = {"PriorityMap.adjust", {"key", "delta"}};
   const auto [key, delta_argument] = bind(kSignature, call);
@@ -145,6 +156,11 @@ PyObject* adjust(Map& map, Call call) {
     const py::float_ before_text(before), delta_text(delta);
     fail(PyExc_ValueError, "%s: the priority would be %R + %R, expected a number", kSignature.function,
          before_text.ptr(), delta_text.ptr());
+  }
+  if (is_rounded_sum(before, delta, after) && PyIndex_Check(delta_argument) && !PyFloat_Check(delta_argument)) {
+    const py::float_ before_text(before);
+    fail(PyExc_ValueError, "%s: the priority would be %R + %S, expected a sum that float64 can hold, or a float delta",
+         kSignature.function, before_text.ptr(), delta_argument);
   }
   map.heap.update(id, after);
   return PyFloat_FromDouble(after + 0.0);

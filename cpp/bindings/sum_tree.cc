@@ -289,6 +289,13 @@ PyGetSetDef properties[] = {
 
 void bind_sum_tree(py::module_& module) {
   ForkAwareLock::watch_forks();
+  module.def(
+      "check_not_rounded",
+      [](const char* function, const char* name, py::handle source, const py::array& array) {
+        guarded_call([&] { check_not_rounded(function, name, source, array); });
+      },
+      py::arg("function"), py::arg("name"), py::arg("source"), py::arg("array"), py::pos_only(),
+      "ValueError for an integer in an array, or in the tuple that it was made of, that float64 would round.");
   PyType_Slot slots[] = {
       {Py_tp_doc, const_cast<char*>("SumTree(capacity)\n--\n\nThe native half of foveal.SumTree.")},
       {Py_tp_methods, methods},

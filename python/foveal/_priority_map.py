@@ -38,8 +38,11 @@ class PriorityMap(_core.PriorityMap[KeyT], MutableMapping[KeyT, float]):
     """A dict of priorities that pops in their order, and whose priorities may change.
 
     The smallest priority comes first, with ``max`` the largest. Equal priorities are first in, first out: a key whose
-    priority changes goes behind its new equals, one that is set to what it was keeps its place. Infinities are fine,
-    NaN is refused.
+    priority changes goes behind its new equals, one that is set to what it was keeps its place.
+
+    Priorities are float64: infinities are fine, NaN is refused. An integer that float64 cannot hold (some beyond 2**53)
+    is refused, so that it cannot be out of order, and so is an integer `delta` whose sum it cannot hold; a Decimal or a
+    Fraction becomes the nearest float64, as float() has it.
 
     All that a ``MutableMapping`` does, it does by key: ``m[key] = priority`` inserts or changes, ``del m[key]``,
     ``m.pop(key)`` and ``m.update(...)`` are those of a dict; ``popitem`` and ``peekitem`` are about the first key.
@@ -57,7 +60,7 @@ class PriorityMap(_core.PriorityMap[KeyT], MutableMapping[KeyT, float]):
     KeyError
         The key is absent: ``m[key]``, ``del``, ``pop``, ``update_priority``, ``adjust``.
     ValueError
-        ``push`` or ``pushpop`` of a present key; a priority is NaN.
+        ``push`` or ``pushpop`` of a present key; a priority is NaN, or an integer that float64 cannot hold.
     foveal.Empty
         ``popitem`` or ``peekitem`` of nothing; a KeyError and a ``queue.Empty``.
     TypeError

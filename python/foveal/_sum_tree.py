@@ -40,7 +40,8 @@ class SumTree(_core.SumTree):
     IndexError
         An id is not in range(capacity).
     ValueError
-        A weight is negative, NaN, or so large that sums could overflow (infinity too); in a batch nothing is changed.
+        A weight is negative, NaN, so large that sums could overflow (infinity too), or an integer that float64 cannot
+        hold (some beyond 2**53); in a batch nothing is changed.
     TypeError
         In batches: ids are not int32 or int64, weights not float32 or float64.
 
@@ -98,7 +99,8 @@ class SumTree(_core.SumTree):
         Raises
         ------
         ValueError
-            A score is NaN or infinity; the temperature is not positive, or not that of the scores before.
+            A score is NaN, infinity, or an integer that float64 cannot hold (some beyond 2**53); the temperature is not
+            positive, or not that of the scores before.
 
         Examples
         --------
@@ -114,9 +116,11 @@ class SumTree(_core.SumTree):
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"SumTree.update_scores: temperature is {temperature}, expected a positive number")
         temperature = float(temperature)
+        scores = tuple(scores) if isinstance(scores, list) else scores  # so that what is checked is what was read
         array = np.asarray(scores)
         if array.dtype.kind not in "fiu":
             raise TypeError(f"SumTree.update_scores: scores has dtype {array.dtype}, expected a floating one")
+        _core.check_not_rounded("SumTree.update_scores", "scores", scores, array)
         with np.errstate(over="ignore"):
             new = array.astype(np.float64) / temperature
         if not (new < math.inf).all() or (np.isinf(new) & (array != -math.inf)).any():

@@ -1,9 +1,4 @@
-"""Waiting, first come, first served; how is left to whoever drives it: a thread that blocks, a task that awaits.
-
-What somebody waits for (an item, room for one) is promised to the first in line by a permit as soon as it is there.
-Until the permit is used or given on, newcomers must leave so much untouched: they count ``line.permitted``. What was
-promised and is no more (a cancelled item) is taken back from whoever came last; he keeps his turn.
-"""
+"""How threads wait, first come, first served; what a line of waiting threads keeps is in ``_queue_rules``."""
 
 from __future__ import annotations
 
@@ -19,7 +14,7 @@ ResultT = TypeVar("ResultT")
 
 
 class Waiter:
-    """Somebody who waits; `signal` is what his thread or task sleeps on, `wake()` ends that."""
+    """Somebody who waits; `signal` is what his thread sleeps on, `wake()` ends that."""
 
     __slots__ = ("_wake", "_woken", "granted", "signal", "turn")
 

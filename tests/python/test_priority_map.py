@@ -6,6 +6,7 @@ import copy
 import doctest
 import gc
 import itertools
+import math
 import pickle
 import threading
 import weakref
@@ -101,7 +102,12 @@ class AgainstModel(RuleBasedStateMachine):
     @rule(key=KEYS, delta=st.integers(-3, 3))
     def adjust(self, key, delta):
         if key in self.model.of:
-            expected = self.model.of[key][0] + delta
+            before = self.model.of[key][0]
+            expected = before + delta
+            if abs(expected) >= 2**53 and math.isfinite(before) and int(expected) != int(before) + delta:
+                with pytest.raises(ValueError, match="expected a sum that float64 can hold, or a float delta"):
+                    self.map.adjust(key, delta)
+                delta = float(delta)
             assert self.map.adjust(key, delta) == expected
             self.model.set(key, expected)
         else:

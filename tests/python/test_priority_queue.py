@@ -1,10 +1,13 @@
 """foveal.PriorityQueue and AsyncPriorityQueue: one set of rules, in threads and in tasks."""
 
 import asyncio
+import contextlib
 import copy
 import doctest
+import os
 import pickle
 import queue
+import random
 import signal
 import subprocess
 import sys
@@ -19,6 +22,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+import foveal._async_queue
+import foveal._queue_rules
 import foveal.queues
 from foveal import AsyncPriorityQueue, Empty, PriorityQueue, ShutDown
 
@@ -280,7 +285,7 @@ def test_a_waiting_put_whose_key_is_taken_meanwhile_gives_its_room_to_the_next()
     second = Call(jobs.put, "b", 2.0)
     with jobs._mutex:  # room for the first, but somebody takes its key
         assert jobs._take() == "x"
-        other = foveal.queues._Entry("other", "k")
+        other = foveal._queue_rules.Entry("other", "k")
         jobs._by_key["k"] = other
     assert first.result() is ValueError
     assert second.result() is None
@@ -551,9 +556,9 @@ def test_the_interpreter_ends_while_threads_wait():
 
 
 def test_docstrings():
-    failed, tried = doctest.testmod(foveal.queues)
-    assert tried > 10
-    assert failed == 0
+    results = [doctest.testmod(module) for module in (foveal.queues, foveal._async_queue)]
+    assert sum(tried for _, tried in results) > 10
+    assert not any(failed for failed, _ in results)
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
@@ -703,6 +708,114 @@ async def test_async_many_tasks():
     jobs.shutdown()
     await asyncio.gather(*consumers)
     assert sorted(taken) == list(range(600))
+
+
+STORMS = int(os.environ.get("FOVEAL_STORMS", "6"))
+
+
+@pytest.mark.parametrize("seed", range(STORMS))
+def test_async_a_storm_of_cancellations_loses_nothing(seed):
+    rng = random.Random(seed)
+    put_in, taken, dropped = [], [], []
+
+    async def put(jobs, i):
+        with contextlib.suppress(queue.Full):
+            await jobs.put(i, rng.random(), key=i if i % 3 else None, timeout=rng.choice([None, None, 0, 0.0005]))
+            put_in.append(i)
+
+    async def get(jobs):
+        with contextlib.suppress(Empty):
+            taken.append(await jobs.get(timeout=rng.choice([None, None, 0, 0.0005])))
+
+    @in_a_loop
+    async def storm():
+        jobs = AsyncPriorityQueue(rng.choice([0, 1, 5]))
+        tasks = []
+        for i in range(600):
+            tasks += [asyncio.ensure_future(put(jobs, i)), asyncio.ensure_future(get(jobs))]
+            rng.choice(tasks[-40:]).cancel()
+            while rng.random() < 0.4:
+                await asyncio.sleep(0)
+            key = rng.randrange(i + 1)
+            if key % 3 and jobs.cancel(key):
+                dropped.append(key)
+            assert len(jobs._getters.permitted) <= jobs.qsize()
+            assert not jobs.maxsize or jobs.qsize() + len(jobs._putters.permitted) <= jobs.maxsize
+        while jobs._getters.permitted or jobs._putters.permitted:
+            await asyncio.sleep(0)
+        assert not (jobs._getters.waiting and jobs.qsize())
+        assert not (jobs._putters.waiting and not jobs.full())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert not any(line.waiting or line.permitted for line in (jobs._getters, jobs._putters))
+        while not jobs.empty():
+            taken.append(jobs.get_nowait())
+
+    storm()
+    assert sorted(taken + dropped) == sorted(put_in)
+    assert len(taken) > 100
+
+
+@in_a_loop
+async def test_async_waiting_getters_are_served_in_the_order_in_which_they_came():
+    jobs = AsyncPriorityQueue()
+    served = []
+
+    async def get(number):
+        served.append((number, await jobs.get(timeout=LONG if number % 2 else None)))
+
+    getters = [await begun(get(number)) for number in range(20)]
+    for number in (0, 3, 4, 19):
+        getters[number].cancel()  # and is still in line when the first item comes
+    left = [number for number in range(20) if number not in (0, 3, 4, 19)]
+    for item in range(8):
+        jobs.put_nowait(item, 1.0)
+    jobs.put_nowait("cancelled", 2.0, key="key")
+    jobs.cancel("key")
+    with pytest.raises(Empty):
+        jobs.get_nowait()
+    for item in range(8, len(left)):
+        await jobs.put(item, 1.0)
+        await asyncio.sleep(0)
+    await begun(asyncio.sleep(0))
+    assert served == [(number, item) for item, number in enumerate(left)]
+
+
+@in_a_loop
+async def test_async_getters_that_wait_when_the_queue_is_shut_down_keep_their_turns():
+    jobs = AsyncPriorityQueue()
+    served = []
+
+    async def get(number):
+        try:
+            served.append((number, await jobs.get()))
+        except ShutDown:
+            served.append((number, ShutDown))
+
+    for number in range(4):
+        await begun(get(number))
+    jobs.put_nowait("a", 1.0)
+    jobs.put_nowait("b", 1.0)
+    jobs.shutdown()  # what is left is promised already
+    await begun(asyncio.sleep(0))
+    assert served[:2] == [(0, "a"), (1, "b")]
+    assert sorted(number for number, what in served[2:] if what is ShutDown) == [2, 3]
+
+
+@in_a_loop
+async def test_async_a_putter_whose_key_is_taken_meanwhile_gives_its_room_to_the_next():
+    jobs = AsyncPriorityQueue(1)
+    await jobs.put("x", 1.0)
+    first = await begun(jobs.put("a", 1.0, key="k"))
+    second = await begun(jobs.put("b", 2.0))
+    assert await jobs.get() == "x"
+    jobs._by_key["k"] = foveal._queue_rules.Entry("other", "k")
+    with pytest.raises(ValueError, match="key 'k' is waiting already"):
+        await first
+    await second
+    del jobs._by_key["k"]
+    assert jobs.get_nowait() == "b"
 
 
 def test_their_repr_says_how_full_they_are():
