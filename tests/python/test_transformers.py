@@ -649,10 +649,15 @@ def test_a_restriction_without_a_mask_is_refused(arguments, message):
         ours.attention_forward(torch.nn.Module(), q, k, v, None, **arguments)
 
 
-def test_a_contradiction_is_refused():
+@pytest.mark.parametrize("says", [True, False])
+def test_beside_a_mask_keywords_count_for_nothing(says):
+    """Some layers pass on what their class says, which the mask knows better."""
     q, k, v = layer_inputs()
-    with pytest.raises(ValueError, match=r"^attention: is_causal is False and the mask of this forward pass is causal"):
-        ours.attention_forward(torch.nn.Module(), q, k, v, make_mask(2, 5, 9, q_offset=4), is_causal=False)
+    for pattern in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
+        mask = make_mask(2, 5, 9, q_offset=4, mask_function=pattern)
+        plain, _ = ours.attention_forward(torch.nn.Module(), q, k, v, mask)
+        found, _ = ours.attention_forward(torch.nn.Module(), q, k, v, mask, is_causal=says, sliding_window=2)
+        assert torch.equal(found, plain)
 
 
 def test_one_query_without_a_mask_sees_all():

@@ -113,8 +113,8 @@ def attention_forward(
         From ``make_mask``, or any mask (bool, True: attend) or bias (floating) that broadcasts to (B, Hq, Sq, Skv).
         None: every query sees every key, as with ``"eager"``.
     is_causal, sliding_window : optional
-        Of a mask already, and then only checked against it. Without one, ``is_causal=True`` needs Sq = Skv, and a
-        window must be as wide as the keys.
+        Of no effect beside a mask, which has them in it, as with ``"eager"``. Without one, ``is_causal=True`` needs
+        Sq = Skv, and a window must be as wide as the keys.
     scaling, dropout, softcap, s_aux, position_bias
         ``scale``, ``dropout_p``, ``softcap``, ``sinks`` and ``bias`` of :func:`foveal.attention`.
     sinks : Tensor, optional
@@ -140,7 +140,7 @@ def attention_forward(
     TypeError
         A keyword that is not known here is not None.
     ValueError
-        The mask is for other lengths, or contradicts ``is_causal``, or is missing.
+        The mask is for other lengths, or is missing.
     """
     for name, other in others.items():
         if other is not None and name not in IGNORED:
@@ -157,10 +157,10 @@ def attention_forward(
     options: dict[str, Any] = {}
     if attention_mask is not None:
         options = attention_options(attention_mask, batch, num_queries, num_keys)
-    _check_declared(is_causal, sliding_window, attention_mask is not None, options, num_queries, num_keys)
+    else:
+        _refuse_guessing(is_causal, sliding_window, num_queries, num_keys)
+        options["causal"] = bool(is_causal)
     chosen = [options.pop("mask", None)]
-    if attention_mask is None and is_causal:
-        options["causal"] = True
     if indices is not None:
         chosen.append(_chosen(indices, num_keys)[:, None])
     if block_indices is not None:
@@ -193,22 +193,8 @@ def attention_forward(
     return result.out * kept.transpose(1, 2), result.weights * kept if return_weights else None
 
 
-def _check_declared(
-    is_causal: bool | None,
-    sliding_window: int | None,
-    masked: bool,
-    options: dict[str, Any],
-    num_queries: int,
-    num_keys: int,
-) -> None:
-    """Refuse what a layer says of visibility where the mask does not say it."""
-    if masked:
-        if is_causal is False and options.get("causal"):
-            raise ValueError(
-                "attention: is_causal is False and the mask of this forward pass is causal, expected config.is_causal "
-                "= False, which makes another mask"
-            )
-        return
+def _refuse_guessing(is_causal: bool | None, sliding_window: int | None, num_queries: int, num_keys: int) -> None:
+    """Refuse a restriction that only a mask could say in full."""
     if is_causal and num_queries != num_keys:
         raise ValueError(
             f"attention: is_causal is True without a mask, with {num_queries} queries and {num_keys} keys, expected a "
