@@ -47,11 +47,12 @@ class Verdict:
 
 
 def _tensors(outputs: Any) -> Tensors:
-    """Collect the floating tensors of a model's output, caches left out."""
+    """Collect the floating tensors of a model's output, without caches, and without weights that nobody asked for."""
     if isinstance(outputs, torch.Tensor):
         return [outputs] if outputs.is_floating_point() else []
     if isinstance(outputs, dict):
-        return [x for key, part in outputs.items() if key not in ("cache", "past_key_values") for x in _tensors(part)]
+        parts = [part for key, part in outputs.items() if not key.endswith(("cache", "past_key_values", "attentions"))]
+        return [x for part in parts for x in _tensors(part)]
     if isinstance(outputs, list | tuple):
         return [x for part in outputs for x in _tensors(part)]
     return []
