@@ -1,5 +1,6 @@
 """foveal as an attention implementation of Hugging Face transformers: small random models against "eager"."""
 
+import copy
 import sys
 
 import pytest
@@ -381,7 +382,7 @@ def test_packed_sequences(monkeypatch):
     expected, _ = run(model, "eager", monkeypatch, **inputs)
     found, calls = run(model, "foveal", monkeypatch, **inputs)
     assert_close(found.logits, expected.logits)
-    assert all(type(mask) is torch.Tensor and mask.dtype == torch.bool for _, _, mask in calls)
+    assert all(isinstance(mask, RuleMask) and mask.rule.mask.shape == (2, 1, 17, 17) for _, _, mask in calls)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
@@ -489,41 +490,100 @@ def test_rules_say_what_the_dense_mask_says(name, sizes, padding):
     }
     dense = masking_utils.sdpa_mask(**common, allow_is_causal_skip=False)
     found = make_mask(**common, allow_is_bidirectional_skip=True)
+    if found is None:
+        assert dense.all()
 
     q, k = torch.zeros(2, num_queries, 1, 4), torch.zeros(2, num_keys, 1, 4)
     v = torch.eye(num_keys).expand(2, 1, num_keys, num_keys)  # so that the output is the row of weights
-    module = torch.nn.Module()
-    module.is_causal = PATTERNS[name][1].causal
-    out, _ = ours.attention_forward(module, q.transpose(1, 2), k.transpose(1, 2), v, found)
+    out, _ = ours.attention_forward(torch.nn.Module(), q.transpose(1, 2), k.transpose(1, 2), v, found)
     assert torch.equal(out[:, :, 0] > 0, dense[:, 0])
     if found is not None:
         assert isinstance(found, RuleMask)
         assert found.shape == dense.shape
-        assert torch.equal(found.dense(), dense)
+        assert torch.equal(found.rule.seen(found.shape, found.device), dense)
+        assert torch.equal(found.dense(), masking_utils.eager_mask(**common))
 
 
-def test_a_rule_is_an_ordinary_tensor_to_others():
-    dense = masking_utils.sdpa_mask(2, 5, 7, q_offset=2, allow_is_causal_skip=False)
-    rule = make_mask(2, 5, 7, q_offset=2)
+def test_a_rule_is_the_mask_of_eager_to_others():
+    """So a model that computes its attention itself does so as with "eager"."""
+    dense = masking_utils.eager_mask(2, 5, 7, q_offset=2)
+    rule, scores = make_mask(2, 5, 7, q_offset=2), torch.randn(2, 3, 5, 7)
     assert isinstance(rule, RuleMask)
-    assert (rule.dtype, rule.device, rule.ndim, rule.is_floating_point()) == (torch.bool, dense.device, 4, False)
-    assert torch.equal(rule[:, :, 1:], dense[:, :, 1:])
-    assert torch.equal(~rule, ~dense)
-    assert torch.equal(torch.where(rule, 0.0, -1.0), torch.where(dense, 0.0, -1.0))
-    assert torch.equal(rule.to(torch.float32), dense.to(torch.float32))
+    assert (rule.dtype, rule.device, rule.ndim, rule.shape) == (dense.dtype, dense.device, 4, dense.shape)
+    assert torch.equal(scores + rule, scores + dense)
+    assert torch.equal(rule == 0, dense == 0)
+    assert torch.equal(rule.to(torch.float64), dense.to(torch.float64))
     assert torch.equal(torch.cat([rule, dense]), torch.cat([dense, dense]))
+    assert torch.equal(scores.masked_fill(rule < -1, 0), scores.masked_fill(dense < -1, 0))
     assert type(rule.clone()) is torch.Tensor
+    assert torch.equal(copy.deepcopy(rule), dense)
     assert "causal=True" in repr(rule)
+    assert rule.rule is not None
+    assert torch.equal(rule[:, 0], dense[:, 0])
+    assert make_mask(2, 5, 7, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_what_is_combined_or_compiled_is_dense():
-    assert type(make_mask(1, 5, 5, allow_is_causal_skip=False)) is torch.Tensor
+CUTS = [
+    (slice(None), slice(None), slice(-3, None)),
+    (slice(None), slice(None), slice(1, 4)),
+    (..., slice(None, 5)),
+    (..., slice(2, None)),
+    (slice(None), slice(None), slice(2, None), slice(3, 6)),
+]
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right", "both"])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_cut_rule_stays_right(name, cut, padding):
+    """As where a model needs the last queries only."""
+    given = None if PADDINGS[padding] is None else torch.tensor(PADDINGS[padding], dtype=torch.bool)
+    rule = make_mask(2, 6, 12, q_offset=6, mask_function=PATTERNS[name][0], attention_mask=given)
+    dense = rule.dense()
+    found = rule[cut]
+    assert isinstance(found, RuleMask)
+    assert found.rule is not None
+    assert torch.equal(found.dense(), dense[cut])
+    num_keys = found.shape[3]
+    q, k = torch.zeros(2, 1, found.shape[2], 4), torch.zeros(2, 1, num_keys, 4)
+    v = torch.eye(num_keys).expand(2, 1, num_keys, num_keys)
+    out, _ = ours.attention_forward(torch.nn.Module(), q, k, v, found)
+    assert torch.equal(out[:, :, 0] > 0, dense[cut][:, 0] == 0)
+
+
+def test_what_is_written_into_a_mask_counts():
+    dense = masking_utils.eager_mask(2, 5, 7, q_offset=2)
+    for write in (
+        lambda mask: mask[:, :, 1].fill_(0),
+        lambda mask: mask[:, :, 1:3].mul_(0),
+        lambda mask: mask.masked_fill_(mask < -1, -5.0),
+        lambda mask: mask.__setitem__((slice(None), slice(None), slice(0, 2), 3), 0.0),
+    ):
+        rule, expected = make_mask(2, 5, 7, q_offset=2), dense.clone()
+        cut = rule[:, :, :4]
+        write(rule)
+        write(expected)
+        q, k = torch.randn(2, 1, 5, 4), torch.randn(2, 1, 7, 4)
+        for mask, wanted in ((rule, expected), (cut, expected[:, :, :4])):
+            assert torch.equal(mask.dense(), wanted)
+            found, _ = ours.attention_forward(torch.nn.Module(), q[:, :, : mask.shape[2]], k, k, mask)
+            right, _ = ours.attention_forward(torch.nn.Module(), q[:, :, : mask.shape[2]], k, k, wanted)
+            assert torch.equal(found, right)
+
+
+def test_what_a_compiled_step_takes_is_plain():
+    """A static cache is stepped by a compiled model, which gets the mask as an input."""
+    assert type(make_mask(1, 1, 5, q_offset=3, allow_is_causal_skip=False)) is torch.Tensor
+    assert isinstance(make_mask(1, 5, 5, allow_is_causal_skip=False), RuleMask)
+
+
+def test_no_mask_is_no_restriction():
     both = masking_utils.bidirectional_mask_function
-    real = torch.tensor([[True, False]])
-    assert type(make_mask(1, 2, 2, mask_function=both, attention_mask=real)) is torch.Tensor
-    assert isinstance(
-        make_mask(1, 2, 2, mask_function=both, attention_mask=real, allow_is_bidirectional_skip=True), RuleMask
-    )
+    assert make_mask(1, 2, 2, mask_function=both, allow_is_bidirectional_skip=True) is None
+    assert isinstance(make_mask(1, 2, 2, mask_function=both), RuleMask)
+    for sizes in ((5, 5, 0), (1, 5, 4), (3, 8, 0)):
+        assert isinstance(make_mask(1, *sizes, allow_is_bidirectional_skip=True), RuleMask | None)
+        assert isinstance(make_mask(1, *sizes), RuleMask)
 
 
 # --- the attention function on its own -------------------------------------------------------------------------------
@@ -554,18 +614,50 @@ def test_options_reach_attention():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options"),
+    "arguments", [{}, {"is_causal": False}, {"sliding_window": 8}, {"sliding_window": 20}], ids=str
+)
+@pytest.mark.parametrize("says", [True, False])
+def test_without_a_mask_all_keys_are_seen(says, arguments):
+    """Whatever the module says: the mask has what a model means."""
+    q, k, v = layer_inputs()
+    module = torch.nn.Module()
+    module.is_causal = says
+    found, _ = ours.attention_forward(module, q, k, v, None, **arguments)
+    assert torch.equal(found, foveal.attention(q, k, v).transpose(1, 2))
+
+
+def test_causal_without_a_mask():
+    q, k, v = layer_inputs()
+    q = q.repeat(1, 1, 2, 1)[:, :, :9]
+    found, _ = ours.attention_forward(torch.nn.Module(), q, k, v, None, is_causal=True)
+    assert torch.equal(found, foveal.attention(q, k, v, causal=True).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
     [
-        ({}, {"causal": True, "q_offset": 0}),
-        ({"is_causal": False}, {}),
-        ({"sliding_window": 3}, {"causal": True, "q_offset": 0, "window": (2, None)}),
-        ({"sliding_window": 3, "is_causal": False}, {"window": (2, 2)}),
+        (
+            {"is_causal": True},
+            r"^attention: is_causal is True without a mask, with 5 queries and 9 keys, expected a mask",
+        ),
+        ({"sliding_window": 3}, r"^attention: sliding_window is 3 for 9 keys without a mask, expected a mask"),
     ],
 )
-def test_without_a_mask(arguments, options):
+def test_a_restriction_without_a_mask_is_refused(arguments, message):
     q, k, v = layer_inputs()
-    found, _ = ours.attention_forward(torch.nn.Module(), q, k, v, None, **arguments)
-    assert torch.equal(found, foveal.attention(q, k, v, **options).transpose(1, 2))
+    with pytest.raises(ValueError, match=message):
+        ours.attention_forward(torch.nn.Module(), q, k, v, None, **arguments)
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_beside_a_mask_keywords_count_for_nothing(says):
+    """Some layers pass on what their class says, which the mask knows better."""
+    q, k, v = layer_inputs()
+    for pattern in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
+        mask = make_mask(2, 5, 9, q_offset=4, mask_function=pattern)
+        plain, _ = ours.attention_forward(torch.nn.Module(), q, k, v, mask)
+        found, _ = ours.attention_forward(torch.nn.Module(), q, k, v, mask, is_causal=says, sliding_window=2)
+        assert torch.equal(found, plain)
 
 
 def test_one_query_without_a_mask_sees_all():
@@ -584,6 +676,8 @@ def test_a_rule_of_another_length_is_refused():
     q, k, v = layer_inputs()
     with pytest.raises(ValueError, match=r"^attention: attention_mask\.shape\[3\] is 7, expected 9 \(from key\)"):
         ours.attention_forward(torch.nn.Module(), q, k, v, make_mask(2, 5, 7, q_offset=2))
+    with pytest.raises(ValueError, match=r"^attention: attention_mask\.shape\[2\] is 6, expected 5 \(from query\)"):
+        ours.attention_forward(torch.nn.Module(), q, k, v, make_mask(2, 6, 9, q_offset=2))
 
 
 @pytest.mark.parametrize("name", ["", "eager", "sdpa", "flash_attention_2", "my_flash", "owner/kernel", "paged|foveal"])
