@@ -9,10 +9,11 @@
 // contention. That alone would be wrong, since the value found equal may be on its way up in another thread, which is
 // then waited for by nobody. Hence two marks. `dirty` on a node says that one of its ancestors may still exceed it; a
 // climber that meets it goes on. And a climber that stops at an equal value has replaced the node by the same value
-// with a new version (the bump), so that no refresh that began before can put back something older. HeapRules names the
-// rule for each failure that is known without it.
+// with a new version (the bump), so that no refresh that began before can put back something older.
 //
-// A climb makes at most `tries` compare-and-swaps a level up and one a level down, whatever other threads do.
+// A climb makes at most kTries compare-and-swaps a level up and one a level down, whatever other threads do.
+//
+// tests/cpp/heap/mutants.py leaves out or changes one rule after another and shows which check objects to that.
 #pragma once
 
 #include <cstdint>
@@ -26,23 +27,7 @@
 
 namespace foveal {
 
-// The rules that a simpler tree would leave out. Tests switch them off one by one to show that the model checker
-// objects.
-struct HeapRules {
-  enum class OnEqual { kBump, kStop, kReadOn };
-
-  int tries = 3;                      // with two, both may fail to threads that read the children too early
-  bool node_dirty = true;             // else an early stop hides a push whose smaller copy has not reached the root
-  OnEqual on_equal = OnEqual::kBump;  // else a refresh that began earlier undoes what was found equal
-  bool help_to_root = true;           // else a stale minimum at the root is never repaired and poppers spin
-  bool helper_bumps = true;           // else a reader declares settled what an older refresh can still undo
-  bool reread_root = true;            // else pop takes what was the minimum once
-  bool claim = true;                  // else priority() sees an element that a pop, already decided, is about to take
-  bool peek_settles = true;           // else peek returns an unfinished push because a stale root happens to equal it
-  bool versions = true;               // else a compare-and-swap succeeds on a word that changed and changed back
-};
-
-template <class Atomics, int kLogFanout, HeapRules kRules>
+template <class Atomics, int kLogFanout>
 class HeapTree {
  public:
   static constexpr int kFanout = 1 << kLogFanout;
@@ -101,14 +86,11 @@ class HeapTree {
   // After the leaf was lowered or filled: on return no ancestor exceeds it, nor will until the leaf changes.
   void settle(int64_t id) { climb<Climb::kFull>(id, 0); }
 
-  // The same, on behalf of another thread.
-  void settle_for_another(int64_t id) { climb<Climb::kFull, true>(id, 0); }
-
   // After a settled leaf was raised or emptied: replaces the copies of its old key, as far as there are any.
   void chase(int64_t id, uint64_t old_key) { climb<Climb::kChase>(id, old_key); }
 
   // Somebody else's copy (old_key, id) was met at the root though the leaf has changed: replaces it up to the root.
-  void help(int64_t id, uint64_t old_key) { climb<kRules.help_to_root ? Climb::kHelp : Climb::kFull>(id, old_key); }
+  void help(int64_t id, uint64_t old_key) { climb<Climb::kHelp>(id, old_key); }
 
   // Fills all inner nodes from the leaves. The caller is alone.
   void rebuild() {
@@ -130,12 +112,13 @@ class HeapTree {
  private:
   static constexpr int64_t kAlignment = 128;
   static constexpr int kMaxLevels = 28 / kLogFanout + 2;
+  static constexpr int kTries = 3;  // of two, both may fail to threads that read the children too early
 
-  // kFull refreshes until a value stays as it is on a clean node, kFullToRoot never stops before the root. kChase and
-  // kHelp replace one stale copy, (old_key, id): kChase ends at the first node without it, kHelp looks at every level,
-  // since copies may be left above a node that is already right. One that lowers a node goes on as kFull or
-  // kFullToRoot, for then it has a value of its own to bring up.
-  enum class Climb { kFull, kFullToRoot, kChase, kHelp };
+  // kFull refreshes until a value stays as it is on a clean node. kChase and kHelp replace one stale copy, (old_key,
+  // id): kChase ends at the first node without it, kHelp looks at every level, since copies may be left above a node
+  // that is already right. One that leaves a node dirty goes on as kFull, for then it has a value of its own to bring
+  // up.
+  enum class Climb { kFull, kChase, kHelp };
 
   // The nodes that a climb has set dirty, lowest first.
   struct Marked {
@@ -191,26 +174,24 @@ class HeapTree {
   }
 
   // Level 1 apart and inline: most climbs end there, with nothing marked.
-  template <Climb kStart, bool kHelper = false>
+  template <Climb kStart>
   FOVEAL_HEAP_INLINE void climb(int64_t id, uint64_t old_key) {
     Climb mode = kStart;
     Marked marked;
     typename Atomics::Memory memory;
     const int64_t index = leaf_index(id) >> kLogFanout;
-    if (refresh<kHelper>(1, index, id, old_key, mode, marked, memory)) {
-      climb_on<kHelper>(index, id, old_key, mode, marked, memory);
+    if (refresh(1, index, id, old_key, mode, marked, memory)) {
+      climb_on(index, id, old_key, mode, marked, memory);
     }
   }
 
-  template <bool kHelper>
   __attribute__((noinline)) void climb_on(int64_t index, int64_t id, uint64_t old_key, Climb mode, Marked& marked,
                                           typename Atomics::Memory& memory) {
     for (int level = 2; level <= root_level_; ++level) {
       index >>= kLogFanout;
-      if (!refresh<kHelper>(level, index, id, old_key, mode, marked, memory)) break;
+      if (!refresh(level, index, id, old_key, mode, marked, memory)) break;
     }
-    // Downwards, so that a clean node never stands below a dirty one of this climb. A node that changed meanwhile is
-    // left to whoever changed it.
+    // In any order: the climb is over. A node that changed meanwhile is left to whoever changed it.
     while (marked.count > 0) {
       memory.forget_all_but(marked);
       --marked.count;
@@ -220,31 +201,21 @@ class HeapTree {
   }
 
   // Returns whether to go on to the next level.
-  template <bool kHelper>
   FOVEAL_HEAP_INLINE bool refresh(int level, int64_t index, int64_t id, uint64_t old_key, Climb& mode, Marked& marked,
                                   typename Atomics::Memory& memory) {
     HeapWord& node = level_[level][index];
     const bool is_root = level == root_level_;
-    for (int attempt = 0; attempt < kRules.tries; ++attempt) {
+    for (int attempt = 0; attempt < kTries; ++attempt) {
       memory.forget_all_but(marked, level, attempt, static_cast<int>(mode));
-      const bool for_copy = mode == Climb::kChase || mode == Climb::kHelp;
+      const bool for_copy = mode != Climb::kFull;
       const HeapWord seen = Atomics::load(node);
       if (for_copy && !holds(seen, old_key, id)) return mode == Climb::kHelp;
       const HeapWord smallest = smallest_child(level, index, id);
       const bool equal = same(smallest, seen);
       if (for_copy && equal) return mode == Climb::kHelp;
-      if constexpr (kHelper && !kRules.helper_bumps) {
-        if (equal) return true;
-      }
-      if constexpr (kRules.on_equal == HeapRules::OnEqual::kStop) {
-        if (equal && mode == Climb::kFull && !is_dirty(seen)) return false;
-      }
-      if constexpr (kRules.on_equal == HeapRules::OnEqual::kReadOn) {
-        if (equal) return true;
-      }
       const bool lowers = less(smallest, {seen.tag & none(), seen.key});
-      const uint64_t dirty = is_root || !kRules.node_dirty ? 0 : lowers ? kDirty : seen.tag & kDirty;
-      const uint64_t version = (seen.tag + (kRules.versions ? kNodeVersion : 0)) & version_mask(level);
+      const uint64_t dirty = is_root ? 0 : lowers ? kDirty : seen.tag & kDirty;
+      const uint64_t version = (seen.tag + kNodeVersion) & version_mask(level);
       const HeapWord next = {smallest.tag | version | dirty, smallest.key};
       const bool swapped = equal ? Atomics::compare_exchange_tag(node, seen, next.tag)  // the bump
                                  : Atomics::compare_exchange(node, seen, next);
@@ -252,14 +223,11 @@ class HeapTree {
       if (dirty != 0) {
         marked.node[marked.count] = &node;
         marked.word[marked.count++] = next;
-        if (mode == Climb::kChase) mode = Climb::kFull;
-        if (mode == Climb::kHelp) mode = Climb::kFullToRoot;
+        mode = Climb::kFull;
       }
-      return !(mode == Climb::kFull && equal && dirty == 0);
+      return !equal || dirty != 0;
     }
-    // Another thread's refresh has included what this one knew; if the node is clean, that reaches up as far as it
-    // must.
-    return !(mode == Climb::kFull && !is_root && !is_dirty(Atomics::load(node)));
+    return true;  // another thread's refresh has included what this one knew, and is perhaps not further up yet
   }
 
   // Inline by force: GCC takes a function that does nothing but prefetch for one without effect and drops its calls.

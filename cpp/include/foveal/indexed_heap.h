@@ -37,9 +37,9 @@ struct HeapEntry {
   bool operator==(const HeapEntry&) const = default;
 };
 
-template <class Atomics = NativeAtomics, int kLogFanout = 3, HeapRules kRules = HeapRules{}>
+template <class Atomics = NativeAtomics, int kLogFanout = 3>
 class BasicIndexedHeap {
-  using Tree = HeapTree<Atomics, kLogFanout, kRules>;
+  using Tree = HeapTree<Atomics, kLogFanout>;
   using Memory = typename Atomics::Memory;
   static constexpr uint64_t kAbsent = Tree::kAbsent;
 
@@ -114,7 +114,7 @@ class BasicIndexedHeap {
       const HeapWord seen = Atomics::load(leaf);
       if (seen.key == kAbsent) return std::nullopt;
       if (is_dirty(seen)) {
-        settle_for_another(leaf, id, seen);
+        settle(leaf, id, seen);
         continue;
       }
       if (is_claimed(seen)) {
@@ -122,7 +122,7 @@ class BasicIndexedHeap {
         // present. Else take the claim away, so that the pop has to begin anew.
         if (tree_.holds(Atomics::load(tree_.root()), seen.key, id)) {
           if (Atomics::load(leaf) != seen) continue;
-        } else if (!Atomics::compare_exchange_tag(leaf, seen, (seen.tag & ~Tree::kClaim) + kLeafStep)) {
+        } else if (!Atomics::compare_exchange_tag(leaf, seen, (seen.tag & ~Tree::kClaim) + Tree::kLeafVersion)) {
           continue;
         }
       }
@@ -152,8 +152,8 @@ class BasicIndexedHeap {
       const HeapWord seen = Atomics::load(leaf);
       if (seen.key != root.key) {
         tree_.help(id, root.key);
-      } else if (kRules.peek_settles && is_dirty(seen)) {
-        settle_for_another(leaf, id, seen);
+      } else if (is_dirty(seen)) {
+        settle(leaf, id, seen);
       } else if (tree_.holds(Atomics::load(tree_.root()), root.key, id)) {
         return HeapEntry{id, priority_of(root.key)};
       }
@@ -222,7 +222,6 @@ class BasicIndexedHeap {
  private:
   enum class Write { kInsert, kUpdate, kUpsert };
 
-  static constexpr uint64_t kLeafStep = kRules.versions ? Tree::kLeafVersion : 0;
   static constexpr uint64_t kFlags = Tree::kDirty | Tree::kClaim;
   static constexpr int64_t kMinSubtrees =
       16;  // subtrees for pop_relaxed: fewer contend, more are farther from the front
@@ -263,18 +262,11 @@ class BasicIndexedHeap {
 
   static bool is_dirty(HeapWord leaf) { return (leaf.tag & Tree::kDirty) != 0; }
   static bool is_claimed(HeapWord leaf) { return (leaf.tag & Tree::kClaim) != 0; }
-  static uint64_t next_tag(HeapWord leaf) { return (leaf.tag + kLeafStep) & ~kFlags; }
+  static uint64_t next_tag(HeapWord leaf) { return (leaf.tag + Tree::kLeafVersion) & ~kFlags; }
 
-  // Brings up the new key of a leaf that was `seen` and is now `written`.
-  void propagate(HeapWord& leaf, int64_t id, HeapWord seen, HeapWord written) {
-    if (!is_dirty(written)) return tree_.chase(id, seen.key);
+  // Brings up the key of a dirty leaf that is `seen`, be it this thread's or, when its element is asked for, another's.
+  void settle(HeapWord& leaf, int64_t id, HeapWord seen) {
     tree_.settle(id);
-    Atomics::compare_exchange_tag(leaf, written, written.tag & ~Tree::kDirty);
-  }
-
-  // Finishes the push of another thread whose element is asked for.
-  void settle_for_another(HeapWord& leaf, int64_t id, HeapWord seen) {
-    tree_.settle_for_another(id);
     Atomics::compare_exchange_tag(leaf, seen, seen.tag & ~Tree::kDirty);
   }
 
@@ -283,7 +275,7 @@ class BasicIndexedHeap {
     const uint64_t dirty = key < seen.key ? Tree::kDirty : seen.tag & Tree::kDirty;
     const HeapWord next = {next_tag(seen) | dirty, key};
     if (!Atomics::compare_exchange(leaf, seen, next)) return false;
-    propagate(leaf, id, seen, next);
+    dirty != 0 ? settle(leaf, id, next) : tree_.chase(id, seen.key);
     return true;
   }
 
@@ -330,15 +322,15 @@ class BasicIndexedHeap {
         if (!Atomics::changes_soon(tree_.root(), root)) tree_.help(id, root.key);
         continue;
       }
-      if (kRules.claim && is_claimed(seen)) {
+      if (is_claimed(seen)) {
         if (Atomics::changes_soon(leaf, seen)) continue;
-      } else if (kRules.claim) {
+      } else {
         tree_.prefetch_path(id);
-        const uint64_t claimed = (seen.tag + kLeafStep) | Tree::kClaim;
+        const uint64_t claimed = seen.tag | Tree::kClaim;
         if (!Atomics::compare_exchange_tag(leaf, seen, claimed)) continue;
         seen.tag = claimed;
       }
-      if (kRules.reread_root && !tree_.holds(Atomics::load(tree_.root()), root.key, id)) continue;
+      if (!tree_.holds(Atomics::load(tree_.root()), root.key, id)) continue;
       if (change(leaf, id, seen)) return HeapEntry{id, priority_of(seen.key)};
     }
   }

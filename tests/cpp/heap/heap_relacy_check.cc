@@ -61,16 +61,16 @@ template <int kThreads>
 struct Execution : rl::test_suite<Execution<kThreads>, kThreads> {
   using Heap = foveal::BasicIndexedHeap<RelacyAtomics, 1>;
 
-  Heap heap{kCapacity, foveal::Order::kMin, 0, 2};
+  Heap heap{scenario.capacity, foveal::Order::kMin, 0, 2};
   rl::atomic<HeapWord> shadow[kWords];
-  rl::var<int> payload[kCapacity];  // written by whoever inserts the id, read by whoever takes it out
+  rl::var<int> payload[kMaxIds];  // written by whoever inserts the id, read by whoever takes it out
   std::vector<Recorded> history[kThreads];
   int64_t clock = 0;
 
   void before() {
     std::vector<int64_t> ids;
     std::vector<double> priorities;
-    for (int id = 0; id < kCapacity; ++id) {
+    for (int id = 0; id < scenario.capacity; ++id) {
       payload[id]($) = 0;
       if (scenario.initial[id] == kNone) continue;
       ids.push_back(id);
@@ -98,17 +98,17 @@ struct Execution : rl::test_suite<Execution<kThreads>, kThreads> {
   }
 
   void after() {
-    Contents<kCapacity> left;
-    for (int id = 0; id < kCapacity; ++id) {
+    TinyContents left = nothing<kMaxIds>();
+    for (int id = 0; id < scenario.capacity; ++id) {
       const auto priority = heap.priority(id);
       left[id] = priority ? static_cast<uint8_t>(*priority) : kNone;
     }
     std::vector<Recorded> all;
     for (const auto& of_thread : history) all.insert(all.end(), of_thread.begin(), of_thread.end());
-    RL_ASSERT(HistoryJudge<kCapacity>(all, left).has_order(scenario.initial));
-    for (int n = 0; n <= kCapacity; ++n) {
+    RL_ASSERT(HistoryJudge<kMaxIds>(all, left).has_order(scenario.initial));
+    for (int n = 0; n <= scenario.capacity; ++n) {
       Result expected;
-      apply_sequentially(left, {Kind::kPop}, [&](const Contents<kCapacity>& contents, Result result) {
+      apply_sequentially(left, {Kind::kPop}, [&](const TinyContents& contents, Result result) {
         left = contents;
         expected = result;
       });

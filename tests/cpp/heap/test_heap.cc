@@ -1,11 +1,12 @@
-// IndexedHeap in one thread: every operation against a plain model at sizes around the fan-out, the limits, the
-// batches, the relaxed pop's distance from the front.
+// IndexedHeap in one thread: every operation against a plain model at sizes around the fan-out, the tree that it
+// leaves, the limits, the batches, the relaxed pop's distance from the front.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
 #include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -15,6 +16,7 @@ namespace {
 
 using foveal::BasicIndexedHeap;
 using foveal::HeapEntry;
+using foveal::HeapWord;
 using foveal::IndexedHeap;
 using foveal::NativeAtomics;
 using foveal::Order;
@@ -106,6 +108,114 @@ void test_against_model(int64_t capacity, Order order, int steps) {
     model.entries().erase(first->id);
   }
   FOVEAL_CHECK(!heap.pop() && !heap.peek() && !heap.pop_push(1) && !heap.pop_relaxed(state));
+}
+
+// Whether every node is a copy of its smallest child, and bears a mark or not as `may_be_marked` says.
+template <class Heap>
+bool tree_is_exact(const Heap& heap, int log_fanout, bool may_be_marked = false) {
+  const auto& tree = heap.tree();
+  using Tree = std::remove_cvref_t<decltype(tree)>;
+  if (!may_be_marked) {
+    for (int64_t id = 0; id < heap.capacity(); ++id) {
+      if ((tree.leaf(id).tag & (Tree::kDirty | Tree::kClaim)) != 0) return false;
+    }
+  }
+  for (int level = 1; level <= tree.root_level(); ++level) {
+    for (int64_t i = 0; i < tree.size(level); ++i) {
+      const HeapWord node = tree.node(level, i);
+      if (!may_be_marked && (node.tag & Tree::kDirty) != 0) return false;
+      uint64_t smallest = Tree::kAbsent;
+      for (int64_t child = i << log_fanout; child < std::min((i + 1) << log_fanout, tree.size(level - 1)); ++child) {
+        smallest = std::min(smallest, tree.node(level - 1, child).key);
+      }
+      if (node.key != smallest) return false;
+      if (node.key != Tree::kAbsent && tree.leaf(tree.id_of(node)).key != node.key) return false;
+    }
+  }
+  return true;
+}
+
+// No thread but one: no stale copy is left anywhere, and no mark. (Others may leave copies for `help`.)
+template <int kLogFanout>
+void test_tree_is_exact(int64_t capacity) {
+  BasicIndexedHeap<NativeAtomics, kLogFanout> heap(capacity);
+  std::mt19937 random(6);
+  uint64_t state = 1;
+  for (int i = 0; i < 3000; ++i) {
+    const int64_t id = static_cast<int64_t>(random() % static_cast<uint64_t>(capacity));
+    const double priority = random() % 50;
+    switch (random() % 8) {
+      case 0:
+        heap.push(id, priority);
+        break;
+      case 1:
+        heap.update(id, priority);
+        break;
+      case 2:
+        heap.remove(id);
+        break;
+      case 3:
+        heap.pop();
+        break;
+      case 4:
+        heap.pop_push(priority);
+        break;
+      case 5:
+        heap.pop_relaxed(state);
+        break;
+      default:
+        heap.upsert(id, priority);
+        break;
+    }
+    FOVEAL_CHECK(tree_is_exact(heap, kLogFanout));
+  }
+}
+
+struct Abandoned {};
+
+// Gives up for ever before the access that `steps_left` counts down to.
+struct AbandoningAtomics : NativeAtomics {
+  static inline int64_t steps_left = -1;
+
+  static void step() {
+    if (steps_left >= 0 && steps_left-- == 0) throw Abandoned();
+  }
+  static HeapWord load(const HeapWord& word) { return step(), NativeAtomics::load(word); }
+  static uint64_t load_key(const HeapWord& word) { return step(), NativeAtomics::load_key(word); }
+  static bool compare_exchange(HeapWord& word, HeapWord expected, HeapWord desired) {
+    return step(), NativeAtomics::compare_exchange(word, expected, desired);
+  }
+  static bool compare_exchange_tag(HeapWord& word, HeapWord expected, uint64_t tag) {
+    return step(), NativeAtomics::compare_exchange_tag(word, expected, tag);
+  }
+};
+
+// An update that was broken off anywhere leaves the leaf marked and copies of its key on the way up. Who then removes
+// or raises that element replaces them all.
+template <int kLogFanout, class Change>
+void test_tree_is_exact_after_an_abandoned_update(Change change) {
+  int64_t step = 0;
+  for (bool abandoned = true; abandoned; ++step) {
+    BasicIndexedHeap<AbandoningAtomics, kLogFanout> heap(100, Order::kMin, 0, 2);
+    for (int64_t id = 0; id < 100; ++id) heap.push(id, 10);
+    AbandoningAtomics::steps_left = step;
+    try {
+      heap.update(37, 1);
+      abandoned = false;
+    } catch (const Abandoned&) {
+    }
+    AbandoningAtomics::steps_left = -1;
+    change(heap);
+    FOVEAL_CHECK(tree_is_exact(heap, kLogFanout, true));
+    FOVEAL_CHECK(heap.peek() == (HeapEntry{0, 10}));
+  }
+  FOVEAL_CHECK(step > 10);
+}
+
+template <int kLogFanout>
+void test_abandoned_updates() {
+  test_tree_is_exact_after_an_abandoned_update<kLogFanout>([](auto& heap) { heap.remove(37); });
+  test_tree_is_exact_after_an_abandoned_update<kLogFanout>([](auto& heap) { heap.update(37, 20); });
 }
 
 void test_limits() {
@@ -236,6 +346,12 @@ int main() {
     }
   }
   test_against_model<3>(5000, Order::kMin, 30'000);
+  for (const int64_t capacity : {1, 8, 9, 65, 130, 600}) {
+    test_tree_is_exact<1>(capacity);
+    test_tree_is_exact<3>(capacity);
+  }
+  test_abandoned_updates<1>();
+  test_abandoned_updates<3>();
   test_limits();
   test_special_priorities();
   test_ties();

@@ -53,12 +53,12 @@ class Explorer {
  public:
   Explorer(const Scenario& scenario, const Options& options)
       : scenario_(scenario),
-        heap_(kCapacity, foveal::Order::kMin, options.log_stripes, 2),
+        heap_(scenario.capacity, foveal::Order::kMin, options.log_stripes, 2),
         max_states_(options.max_states),
         keep_answers_(options.keep_answers) {
     std::vector<int64_t> ids;
     std::vector<double> priorities;
-    for (int id = 0; id < kCapacity; ++id) {
+    for (int id = 0; id < scenario_.capacity; ++id) {
       if (scenario.initial[id] == kNone) continue;
       ids.push_back(id);
       priorities.push_back(scenario.initial[id]);
@@ -228,17 +228,17 @@ class Explorer {
 
   bool drains_right() {
     const std::vector<HeapWord> before = copy_words();
-    Contents<kCapacity> contents;
-    for (int id = 0; id < kCapacity; ++id) {
+    TinyContents contents = nothing<kMaxIds>();
+    for (int id = 0; id < scenario_.capacity; ++id) {
       const auto priority = heap_.priority(id);
       contents[id] = priority ? static_cast<uint8_t>(*priority) : kNone;
     }
     put_words(before);
     bool right = linearizer_.allows(contents);
-    Contents<kCapacity> left = contents;
-    for (int n = 0; right && n <= kCapacity; ++n) {
+    TinyContents left = contents;
+    for (int n = 0; right && n <= scenario_.capacity; ++n) {
       Result expected;
-      apply_sequentially(left, {Kind::kPop}, [&](const Contents<kCapacity>& after, Result result) {
+      apply_sequentially(left, {Kind::kPop}, [&](const TinyContents& after, Result result) {
         left = after;
         expected = result;
       });

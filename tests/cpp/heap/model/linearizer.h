@@ -23,7 +23,7 @@ class Linearizer {
   using Current = std::array<Operation, kMaxThreads>;  // of each thread, the operation that is under way
 
   Linearizer() = default;
-  explicit Linearizer(const Contents<kCapacity>& initial) : candidates_(1) { candidates_[0].contents = initial; }
+  explicit Linearizer(const TinyContents& initial) : candidates_(1) { candidates_[0].contents = initial; }
 
   void call(size_t thread) {
     for (Candidate& candidate : candidates_) candidate.stage[thread] = Stage::kCalled;
@@ -55,7 +55,7 @@ class Linearizer {
   }
 
   // When no operation is under way.
-  bool allows(const Contents<kCapacity>& contents) const {
+  bool allows(const TinyContents& contents) const {
     return std::any_of(candidates_.begin(), candidates_.end(),
                        [&](const Candidate& c) { return c.contents == contents; });
   }
@@ -64,7 +64,7 @@ class Linearizer {
 
  private:
   struct Candidate {
-    Contents<kCapacity> contents{};
+    TinyContents contents{};
     std::array<Stage, kMaxThreads> stage{};
     std::array<Result, kMaxThreads> result{};
 
@@ -81,7 +81,7 @@ class Linearizer {
     for (size_t i = 0; i < kMaxThreads; ++i) {
       Candidate next = candidate;
       if (candidate.stage[i] == Stage::kCalled) {
-        apply_sequentially(candidate.contents, current[i], [&](const Contents<kCapacity>& contents, Result answer) {
+        apply_sequentially(candidate.contents, current[i], [&](const TinyContents& contents, Result answer) {
           next.contents = contents;
           next.result[i] = answer;
           const bool half = current[i].kind == Kind::kPopPush && answer.id != kNone;

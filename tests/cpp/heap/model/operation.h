@@ -59,6 +59,13 @@ struct Result {
 template <size_t kCapacity>
 using Contents = std::array<uint8_t, kCapacity>;  // priority of each id, or kNone
 
+template <size_t kCapacity>
+constexpr Contents<kCapacity> nothing() {
+  Contents<kCapacity> contents;
+  contents.fill(kNone);
+  return contents;
+}
+
 // What a sequential heap does: calls emit(contents afterwards, result) for each outcome that is allowed.
 template <size_t kCapacity, class Emit>
 void apply_sequentially(const Contents<kCapacity>& before, const Operation& op, Emit emit) {
