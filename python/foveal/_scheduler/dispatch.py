@@ -28,6 +28,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from foveal._scheduler.bell import Bell
+from foveal._scheduler.checks import as_step
 from foveal._scheduler.clock import Clock
 from foveal._scheduler.executors import ExecutorHandle
 from foveal._scheduler.future import Task
@@ -130,6 +131,7 @@ class Dispatch:
                     self._guests.append((threading.get_ident(), busy))
                     cancelled = self._ledger.cancel(task, now)
                     over, self._ledger.over = self._ledger.over, over
+                self._ledger.free_keys(over)
                 while over:
                     over[0].resolve()
                     over.popleft()
@@ -269,8 +271,7 @@ class Dispatch:
                 was_only_one = one.verdict is Verdict.FIRST_OF_BREAK and self._ledger.in_flight == 1
                 self._ledger.settle_broken(task, one.error, now, was_only_one=was_only_one)
             else:
-                value = one.result.result() if one.error is None and one.result is not None else None
-                self._ledger.settle(task, value, one.error, now)
+                self._ledger.settle(task, one.value, one.error, now)
         except BaseException as error:
             self._give_up(task, error)
 
@@ -306,6 +307,7 @@ class Dispatch:
                 now = self.tick() if task is not None or ledger.has_room() else self._clock.latest
                 if task is not None:
                     ledger.settle(task, value, error, now)
+                    runner.task = None  # who knows who runs it next
                 ledger.expire(now)
                 over = self._take_over()
             self._resolve(over)  # before the next decision, in which callbacks may want to have a say
@@ -327,6 +329,8 @@ class Dispatch:
             try:
                 assert task.fn is not None
                 value = task.fn(*task.arguments(), **(task.kwargs or {}))
+                if task.max_steps:
+                    value = as_step(task.key, value)
             except BaseException as raised:
                 # Without this frame in its traceback, which would keep the error, and all that its frames hold, alive.
                 error = raised.with_traceback(raised.__traceback__ and raised.__traceback__.tb_next)
@@ -344,6 +348,7 @@ class Dispatch:
 
     def _resolve(self, over: Sequence[Task]) -> None:
         """Resolve Futures, which calls their callbacks, in a thread of the scheduler's. Not in a section."""
+        self._ledger.free_keys(over)
         for task in over:
             try:
                 task.resolve()

@@ -192,7 +192,7 @@ class Engine:
         with self._dispatch.mutex, ledger:
             self._drive = None
             ledger.close()
-            ledger.replay.clear()
+            ledger.follow(())
             failure = ledger.failure or self._dispatch.error
             left = ledger.unfinished()
             futures = [task.future for task in left]

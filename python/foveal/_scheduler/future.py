@@ -183,6 +183,7 @@ class Task:
     __slots__ = (
         "args",
         "attempts",
+        "attention",
         "by_rotation",
         "charge",
         "cost",
@@ -230,6 +231,7 @@ class Task:
         self.submitted = self.queued = self.turn_began = now
         self.status = "waiting"
         self.slot = ARRIVING  # in the backlog
+        self.attention = 0.0  # the scorer's part of the score, when last asked
         self.charge = 1.0  # the expected cost of the next turn
         self.granted = 0.0  # what was set aside for the turn under way
         # What is left to wait with the proportional server after a turn of the rotation, in charge; -1: nothing.

@@ -7,6 +7,7 @@ import enum
 from concurrent.futures import BrokenExecutor, Executor
 from typing import Any
 
+from foveal._scheduler.checks import as_step
 from foveal._scheduler.executors import ExecutorHandle, is_broken
 from foveal._scheduler.future import Task
 
@@ -41,7 +42,7 @@ class Runner:
 class Return:
     """A task, or a runner, that came back from an executor."""
 
-    __slots__ = ("error", "executor", "is_refused", "result", "verdict", "what")
+    __slots__ = ("error", "executor", "is_refused", "result", "value", "verdict", "what")
 
     def __init__(
         self,
@@ -56,6 +57,8 @@ class Return:
         self.result = result
         """None: the executor did not take it, with `error`."""
         self.error = error
+        self.value: Any = None
+        """What a task that has not failed gave."""
         self.is_refused = result is None or isinstance(what, Runner)
         """Whether no task was started."""
         self.verdict = Verdict.END
@@ -91,3 +94,13 @@ class Return:
             and (isinstance(self.what, Runner) or self.executor is None or isinstance(self.error, _REFUSALS))
         ):
             self.verdict = Verdict.OVER
+        if self.result is not None and self.error is None:
+            self._take_value(self.result)
+
+    def _take_value(self, result: concurrent.futures.Future[Any]) -> None:
+        task = self.what
+        if isinstance(task, Task):
+            try:
+                self.value = as_step(task.key, result.result()) if task.max_steps else result.result()
+            except Exception as error:
+                self.error = error

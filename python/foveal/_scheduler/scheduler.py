@@ -244,10 +244,13 @@ class Scheduler:
         """
         if urgency is not None and type(urgency) is not float:  # whether a float is finite comes out below
             check_finite("Scheduler.update", "urgency", urgency)
+            urgency = float(urgency)
         if importance is not None and type(importance) is not float:
             check_finite("Scheduler.update", "importance", importance)
+            importance = float(importance)
         if feedback is not None:
             check_finite("Scheduler.update", "feedback", feedback)
+            feedback = float(feedback)
         task = self._lookup("Scheduler.update", key)
         if task is None:
             raise KeyError(f"Scheduler.update: {text_of(key)} is no task, or is done")
@@ -255,8 +258,8 @@ class Scheduler:
         with self._engine.lock("Scheduler.update"), self._ledger:
             # Else it is over at this moment, and its Future is about to say so. The slot first: it is in the cache.
             if task.slot >= 0 or task.finished is None:
-                new_urgency = task.urgency if urgency is None else float(urgency)
-                new_importance = task.importance if importance is None else float(importance)
+                new_urgency = task.urgency if urgency is None else urgency
+                new_importance = task.importance if importance is None else importance
                 if feedback is not None:
                     new_urgency = self._ledger.fed_back(new_urgency, feedback)
                 is_finite = math.isfinite(new_urgency + new_importance)
@@ -279,12 +282,11 @@ class Scheduler:
         ------
         TypeError
             The scheduler has no scorer, or `state` is given and the scorer is no AttentionScorer.
+        Exception
+            What the scorer raises, and ValueError when it gives no finite score for each; nothing is changed then.
         """
         with self._engine.lock("Scheduler.rescore"), self._ledger:
-            self._scorer.focus("Scheduler.rescore", state)
-            features = self._ledger.backlog.features()
-            if features is not None:
-                self._ledger.backlog.update_all(self._scorer.of_many(features))
+            self._ledger.rescore("Scheduler.rescore", state)
 
     def distribution(self) -> dict[Hashable, float]:
         """Give the share of each waiting task, in order of arrival: floor/n + (1 - floor) * softmax; they sum to 1.
@@ -340,8 +342,7 @@ class Scheduler:
                     f"Scheduler.replay: decisions[{i}] is {text_of(decision)}, expected a Decision(time, key, rotation)"
                 ) from None
         with self._engine.lock("Scheduler.replay"), self._ledger:
-            self._ledger.replay.clear()
-            self._ledger.replay.extend(log)
+            self._ledger.follow(log)
 
     def run(
         self,
@@ -386,13 +387,11 @@ class Scheduler:
         check_count("Scheduler.run", "retries", retries, 0)
         if on_error not in ("collect", "raise"):
             raise ValueError(f"Scheduler.run: on_error is {on_error!r}, expected 'collect' or 'raise'")
-        began = 0.0
+        service = math.inf if budget is None else float(budget)
+        began = self._engine.clock.now()
+        until = math.inf if timeout is None else began + timeout
 
         def opened(width: int) -> None:
-            nonlocal began
-            began = self._engine.clock.now()
-            service = math.inf if budget is None else float(budget)
-            until = math.inf if timeout is None else began + timeout
             self._ledger.open(width, retries, raises=on_error == "raise", budget=service, until=until)
 
         with Progress(progress, self._ledger.counts) as bar:
