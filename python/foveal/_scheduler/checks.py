@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Hashable
 from typing import Any
-
-from foveal._scheduler.future import Step
 
 
 def text_of(value: object, longest: int = 80) -> str:
@@ -74,20 +71,3 @@ def check_hashable(function: str, key: Any) -> None:
         hash(key)
     except TypeError:
         raise TypeError(f"{function}: key has the unhashable type {type(key).__name__}, expected a hashable") from None
-
-
-def as_step(key: Hashable, step: Any) -> Step:
-    """Give what the step of task `key` returned as a Step of plain numbers, or refuse it."""
-    at = f"Scheduler: the step of {text_of(key)}"
-    if not isinstance(step, tuple) or not 1 <= len(step) <= 3:
-        raise TypeError(f"{at} returned {text_of(step)}, expected foveal.Step(done, feedback, cost)")
-    done, feedback, cost = tuple(step) + (None, 1.0)[len(step) - 1 :]
-    try:
-        plain = Step(bool(done), None if feedback is None else float(feedback), float(cost))
-    except Exception as error:
-        raise TypeError(f"{at} returned {text_of(step)}: {error}") from None
-    if plain.feedback is not None and not math.isfinite(plain.feedback):
-        raise ValueError(f"{at} gave feedback {feedback}, expected a finite number or None")
-    if not 0.0 <= plain.cost < math.inf:
-        raise ValueError(f"{at} gave cost {cost}, expected at least 0 and finite")
-    return plain

@@ -28,10 +28,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from foveal._scheduler.bell import Bell
-from foveal._scheduler.checks import as_step
 from foveal._scheduler.clock import Clock
 from foveal._scheduler.executors import ExecutorHandle
-from foveal._scheduler.future import Task
+from foveal._scheduler.future import Task, as_step
 from foveal._scheduler.ledger import Ledger
 from foveal._scheduler.returns import Return, Runner, Verdict
 
@@ -310,6 +309,7 @@ class Dispatch:
                     runner.task = None  # who knows who runs it next
                 ledger.expire(now)
                 over = self._take_over()
+            value = error = None  # not to be held by this frame, which the frames of the error hold
             self._resolve(over)  # before the next decision, in which callbacks may want to have a say
             is_late = time.monotonic() > until
             with self.mutex, ledger:
@@ -325,7 +325,6 @@ class Dispatch:
                 self.wake.ring()
                 return
             task.future._set_running(task)
-            value = error = None
             try:
                 assert task.fn is not None
                 value = task.fn(*task.arguments(), **(task.kwargs or {}))

@@ -42,6 +42,7 @@ class _Drive(threading.Thread):
         self.show = show  # progress
         self.has_begun = False
         self.is_awaited = forever or not threading.current_thread().daemon  # at the end of the interpreter
+        self.failure: BaseException | None = None  # why it ended before its time; nobody else keeps it
         self._has_ended = False
         self._end = Bell()
 
@@ -111,9 +112,13 @@ class Engine:
         except BaseException:
             self._abort(drive)
             raise
-        error = self._dispatch.error or self._ledger.failure
-        if error is not None:
-            raise error
+        failure = drive.failure or self._dispatch.error or self._ledger.failure
+        drive.failure = None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # which holds this frame
 
     def shut_down(self, *, wait: bool, cancel: bool) -> None:
         """Take no more tasks; end when those that wait are done, or cancelled.
@@ -193,7 +198,8 @@ class Engine:
             self._drive = None
             ledger.close()
             ledger.follow(())
-            failure = ledger.failure or self._dispatch.error
+            failure = drive.failure = self._dispatch.error or ledger.failure
+            ledger.failure = self._dispatch.error = None
             left = ledger.unfinished()
             futures = [task.future for task in left]
             for task in left:  # that nobody would ever run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from foveal._scheduler.checks import text_of
 
 if TYPE_CHECKING:
     from foveal._scheduler.engine import Engine
@@ -25,6 +28,7 @@ _LOG = logging.getLogger("foveal.scheduler")
 # As a task's slot, besides those of the backlog and -1, not there: it has not been taken in yet; it is over, and noted
 # as such everywhere.
 ARRIVING, BOOKED = -2, -3
+_LONGEST_ERROR = 1000  # characters of the text that is kept of an exception
 
 
 class DeadlineExceeded(TimeoutError):
@@ -40,6 +44,23 @@ class Step(NamedTuple):
     """How urgent the rest is: moves the task's urgency by an exponential moving average."""
     cost: float = 1.0
     """What the step took, in the unit of the budget that it was given."""
+
+
+def as_step(key: Hashable, step: Any) -> Step:
+    """Give what the step of task `key` returned as a Step of plain numbers, or refuse it."""
+    at = f"Scheduler: the step of {text_of(key)}"
+    if not isinstance(step, tuple) or not 1 <= len(step) <= 3:
+        raise TypeError(f"{at} returned {text_of(step)}, expected foveal.Step(done, feedback, cost)")
+    done, feedback, cost = tuple(step) + (None, 1.0)[len(step) - 1 :]
+    try:
+        plain = Step(bool(done), None if feedback is None else float(feedback), float(cost))
+    except Exception as error:
+        raise TypeError(f"{at} returned {text_of(step)}: {error}") from None
+    if plain.feedback is not None and not math.isfinite(plain.feedback):
+        raise ValueError(f"{at} gave feedback {feedback}, expected a finite number or None")
+    if not 0.0 <= plain.cost < math.inf:
+        raise ValueError(f"{at} gave cost {cost}, expected at least 0 and finite")
+    return plain
 
 
 _RLock: Any = type(threading.RLock())
@@ -190,6 +211,7 @@ class Task:
         "deadline",
         "doomed",
         "error",
+        "error_text",
         "features",
         "finished",
         "fn",
@@ -248,11 +270,12 @@ class Task:
         self.started: float | None = None
         self.finished: float | None = None
         self.result: Any = None
-        self.error: BaseException | None = None
+        self.error: BaseException | None = None  # until the Future has it
+        self.error_text: str | None = None  # what is kept of it
         self.future: Future
 
     def is_resolved(self) -> bool:
-        """Say whether the Future is resolved, and nothing of the user's is held any more but the key and the error."""
+        """Say whether the Future is resolved, and nothing of the user's is held any more but the key."""
         return not hasattr(self, "future")
 
     def resolve(self) -> None:
@@ -263,6 +286,8 @@ class Task:
         if self.is_resolved():
             return
         future = self.future
+        if self.error is not None and self.error_text is None:
+            self.error_text = text_of(self.error, _LONGEST_ERROR)
         try:
             future._resolve(self)
         except BaseException:  # Ctrl-C: perhaps before those who wait were told, or all callbacks called
@@ -271,7 +296,8 @@ class Task:
             raise
         finally:
             if future._is_done():
-                self.fn, self.args, self.kwargs, self.features, self.result = None, (), None, None, None
+                self.fn, self.args, self.kwargs, self.features = None, (), None, None
+                self.result = self.error = None
                 del self.future
 
     def arguments(self) -> tuple[Any, ...]:

@@ -7,9 +7,8 @@ import enum
 from concurrent.futures import BrokenExecutor, Executor
 from typing import Any
 
-from foveal._scheduler.checks import as_step
 from foveal._scheduler.executors import ExecutorHandle, is_broken
-from foveal._scheduler.future import Task
+from foveal._scheduler.future import Task, as_step
 
 _REFUSALS = (RuntimeError, concurrent.futures.CancelledError)  # what an executor that was shut down raises
 
