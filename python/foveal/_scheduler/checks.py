@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
+import types
 from typing import Any
+
+_ASYNCHRONOUS = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_NEVER_ASYNCHRONOUS = (types.BuiltinFunctionType, type)
 
 
 def text_of(value: object, longest: int = 80) -> str:
@@ -63,6 +69,24 @@ def check_callable(function: str, name: str, value: Any, otherwise: str = "") ->
     """Refuse what cannot be called."""
     if not callable(value):
         raise TypeError(f"{function}: {name} has type {type(value).__name__}, expected a callable{otherwise}")
+
+
+def check_synchronous(function: str, name: str, value: Any) -> None:
+    """Refuse an asynchronous function, whose call would only make a coroutine that nobody awaits."""
+    code = getattr(value, "__code__", None)  # of functions and methods, which most are
+    if code is None:
+        if type(value) in _NEVER_ASYNCHRONOUS:
+            return
+        inner = value
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        call = getattr(type(inner), "__call__", None)  # noqa: B004  # not asked whether there is one
+        code = getattr(inner, "__code__", None) or getattr(call, "__code__", None)
+    if code is not None and code.co_flags & _ASYNCHRONOUS:
+        raise TypeError(
+            f"{function}: {name} is asynchronous ({text_of(value)}), expected a function that is not: asynchronous "
+            "functions are not supported yet; submit one that calls asyncio.run"
+        )
 
 
 def check_hashable(function: str, key: Any) -> None:

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +107,12 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
         """The task's key, as submitted or made up."""
         self._engine = engine
         self._task: Task | None = task
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be copied or pickled, as that of the base class cannot be pickled."""
+        raise TypeError(
+            f"Future: that of task {text_of(self.key)} cannot be copied or pickled, expected its result to be"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "_condition":  # setdefault is atomic: all threads get the same one

@@ -284,6 +284,7 @@ class Ledger:
             if self._raises:
                 self.close(error)
         elif task.max_steps and not value.done and task.steps < task.max_steps:
+            task.attempts = 0
             if value.feedback is not None:
                 task.urgency = self.fed_back(task.urgency, value.feedback)
             self._wait_again(task, now)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Executor
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, SupportsIndex
 
 from numpy.typing import ArrayLike
 
@@ -19,6 +19,7 @@ from foveal._scheduler.checks import (
     check_hashable,
     check_priority,
     check_range,
+    check_synchronous,
     text_of,
 )
 from foveal._scheduler.engine import Engine
@@ -167,11 +168,12 @@ class Scheduler:
         ValueError
             The key is that of an unfinished task; a number is not finite, or a deadline negative.
         TypeError
-            `fn` is not callable, the key not hashable; `features` without a scorer.
+            `fn` is not callable, or is asynchronous; the key is not hashable; `features` without a scorer.
         RuntimeError
             The scheduler was shut down.
         """
         check_callable("Scheduler.submit", "fn", fn)
+        check_synchronous("Scheduler.submit", "fn", fn)
         if deadline is not None:
             check_range("Scheduler.submit", "deadline", deadline, 0.0)
         return self._add("Scheduler.submit", fn, args, kw or None, urgency, importance, key, features, deadline, 0)
@@ -209,6 +211,7 @@ class Scheduler:
             Of the last Step.
         """
         check_callable("Scheduler.add_stepper", "step", step)
+        check_synchronous("Scheduler.add_stepper", "step", step)
         if key is None:
             raise TypeError("Scheduler.add_stepper: key is None, expected a hashable")
         if max_steps is not None:
@@ -366,8 +369,8 @@ class Scheduler:
         on_error : {"collect", "raise"}
             "collect": a task's exception goes to its Future and the report; "raise": the first one also ends the run.
         retries : int
-            How often a task that raised, or whose worker died, is run again before its exception counts. When a pool of
-            processes breaks, those in flight are run one at a time, so that only the one that breaks it is charged.
+            How often a task that raised, or whose worker died, is run again before its exception counts; for a stepper
+            the count begins anew after each good step. When a pool of processes breaks, those in flight are run one at a time, so that only the one that breaks it is charged.
         progress : bool
             Show a bar (tqdm where installed).
 
@@ -438,6 +441,12 @@ class Scheduler:
             Cancel the tasks that wait.
         """
         self._engine.shut_down(wait=wait, cancel=cancel_futures)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be copied or pickled: two schedulers cannot own the same tasks, threads and locks."""
+        raise TypeError(
+            "Scheduler: cannot be copied or pickled, expected a new Scheduler, which is given tasks of its own"
+        )
 
     def __repr__(self) -> str:
         """Say how many tasks there are, and whether it runs; takes no lock."""
