@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import importlib
 import sys
+import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -115,3 +118,29 @@ def test_a_report_keeps_the_text_of_a_failure_and_not_its_frames(how):
         finally:
             gc.enable()
         assert [ref() for ref in seen] == [None] * 3
+
+
+def test_nobody_waits_for_a_report(monkeypatch):
+    """The rows are made a few at a time, and the scheduler is free between."""
+    module = importlib.import_module("foveal._scheduler.scheduler")
+    scheduler, made = Scheduler(), module.row_of
+
+    def slowly(task):
+        time.sleep(0.001)
+        return made(task)
+
+    monkeypatch.setattr(module, "row_of", slowly)
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 10)
+    for i in range(500):
+        scheduler.submit(int, key=i)
+    reports = []
+    reporter = threading.Thread(target=lambda: reports.append(scheduler.report()))
+    reporter.start()
+    updates = 0
+    while reporter.is_alive():
+        scheduler.update(updates % 500, urgency=1.0)
+        updates += 1
+        time.sleep(0.001)
+    assert updates > 10
+    assert [row.key for row in reports[0].rows] == list(range(500))
+    assert reports[0].counts == {"waiting": 500}

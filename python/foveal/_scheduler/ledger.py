@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from foveal._scheduler.backlog import Backlog
 from foveal._scheduler.checks import text_of
 from foveal._scheduler.future import ARRIVING, BOOKED, DeadlineExceeded, Task
-from foveal._scheduler.report import Decision, Report, Span, row_of
+from foveal._scheduler.report import Decision, Span
 from foveal._scheduler.scorer import ScorerHandle
 from foveal.queues import PriorityMap
 
@@ -137,12 +137,9 @@ class Ledger:
         self._decisions: deque[Decision] = deque(maxlen=limit)
         self._spans: deque[Span] = deque(maxlen=limit)
 
-    def report(self, began: float | None, now: float) -> Report:
-        """Report on the history and on what is not over yet."""
-        rows = [row_of(task) for task in (*self._finished, *self.unfinished())]
-        if began is None:
-            began = min((row.submitted for row in rows), default=now)
-        return Report(rows, self._decisions, self._spans, began, now)
+    def history(self) -> tuple[list[Task], list[Decision], list[Span]]:
+        """Give the tasks that are over and those that are not, the decisions, the turns."""
+        return [*self._finished, *self.unfinished()], list(self._decisions), list(self._spans)
 
     def counts(self) -> tuple[int, int]:
         """Say how many tasks are over and how many are not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Executor
 from types import TracebackType
@@ -27,11 +28,12 @@ from foveal._scheduler.executors import ExecutorHandle
 from foveal._scheduler.future import Future, Step, Task
 from foveal._scheduler.ledger import Ledger
 from foveal._scheduler.progress import Progress
-from foveal._scheduler.report import Decision, Report
+from foveal._scheduler.report import Decision, Report, Row, row_of
 from foveal._scheduler.scorer import AttentionScorer, ScorerHandle
 from foveal._scheduler.shares import Floats, Policy, largest_remainder, narrowed, softmax, with_floor
 
 _BACKGROUND_HISTORY = 10_000  # tasks, decisions and turns that a scheduler which runs for ever remembers
+_ROWS_AT_ONCE, _PAUSE = 1_000, 1e-4  # of a report, while the scheduler is locked; seconds between
 _POLICIES = ("credit", "sample", "strict")
 
 
@@ -370,7 +372,8 @@ class Scheduler:
             "collect": a task's exception goes to its Future and the report; "raise": the first one also ends the run.
         retries : int
             How often a task that raised, or whose worker died, is run again before its exception counts; for a stepper
-            the count begins anew after each good step. When a pool of processes breaks, those in flight are run one at a time, so that only the one that breaks it is charged.
+            the count begins anew after each good step. When a pool of processes breaks, those in flight are run one at
+            a time, so that only the one that breaks it is charged.
         progress : bool
             Show a bar (tqdm where installed).
 
@@ -400,9 +403,8 @@ class Scheduler:
         with Progress(progress, self._ledger.counts) as bar:
             show = bar.show if progress else None
             self._engine.run(self._max_in_flight, opened, show)
-        now = self._engine.clock.now()
+        report = self._report("Scheduler.run", began)
         with self._engine.lock("Scheduler.run"), self._ledger:
-            report = self._ledger.report(began, now)
             self._ledger.remember(None)
         return report
 
@@ -421,11 +423,11 @@ class Scheduler:
         """Report on what waits, and in the background on the latest 10,000 tasks.
 
         :meth:`run` returns its own report and forgets what is in it, for it may be a million rows. One that ends with
-        an error, or with Ctrl-C, returns none: what it did is reported on here, and by the next run.
+        an error, or with Ctrl-C, returns none: what it did is reported on here, and by the next run. The rows are those
+        of the tasks that there were at the call; each row is true of one moment, not all of the same: nobody waits for
+        the report.
         """
-        now = self._engine.clock.now()
-        with self._engine.lock("Scheduler.report"), self._ledger:
-            return self._ledger.report(None, now)
+        return self._report("Scheduler.report", None)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks. Those that wait are still run by whatever runs, and cancelled when nothing does.
@@ -516,10 +518,26 @@ class Scheduler:
             check_hashable(function, key)
             raise
 
+    def _report(self, function: str, began: float | None) -> Report:
+        engine, ledger = self._engine, self._ledger
+        ended = engine.clock.now()
+        with engine.lock(function), ledger:
+            tasks, decisions, spans = ledger.history()
+        rows: list[Row] = []
+        while len(rows) < len(tasks):
+            with engine.lock(function), ledger:
+                rows.extend(map(row_of, tasks[len(rows) : len(rows) + _ROWS_AT_ONCE]))
+            if len(rows) < len(tasks):
+                time.sleep(_PAUSE)  # for those who wait for the lock; to release it is not enough
+        if began is None:
+            began = min((row.submitted for row in rows), default=ended)
+        return Report(rows, decisions, spans, began, ended)
+
     def _shares(self, function: str) -> tuple[list[Hashable], Floats]:
         with self._engine.lock(function), self._ledger:
-            keys = [task.key for task in self._ledger.backlog]
+            tasks = list(self._ledger.backlog)
             scores = self._ledger.backlog.scores()
+        keys = [task.key for task in tasks]  # out here, and so is the rest: nobody is to wait for a look
         if not keys:
             return keys, scores
         temperature = self._temperature if self._breadth is None else narrowed(self._breadth, scores)
