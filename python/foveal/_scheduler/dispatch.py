@@ -47,6 +47,8 @@ class Dispatch:
         """News for the driver."""
         self.error: BaseException | None = None
         """Of the scheduler itself: a clock that raises, a stderr that is broken."""
+        self.has_given_up = False
+        """Whether tasks and callbacks that are under way are not waited for any more."""
         self._ledger = ledger
         self._executor = executor
         self._clock = clock
@@ -77,9 +79,10 @@ class Dispatch:
         """Say whether this thread is in a section."""
         return bool(self.mutex._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks it
 
-    def open(self, width: int, runs_in_pool: bool) -> None:
+    def open(self, executor: ExecutorHandle, width: int, runs_in_pool: bool) -> None:
         """Be ready to hand out so many tasks at once. In a section."""
-        self._width, self._runs_in_pool, self.error = width, runs_in_pool, None
+        self._executor, self._width, self._runs_in_pool = executor, width, runs_in_pool
+        self.error, self.has_given_up = None, False
         while self._returned:  # runners whom the pool refused when the last run was over: nothing is in flight
             one = self._returned.popleft()
             if isinstance(one.what, Runner):
@@ -89,6 +92,12 @@ class Dispatch:
         """Hand out nothing more, since something is wrong with the scheduler itself. In a section."""
         self.error = self.error or error
         self._ledger.close()
+
+    def give_up(self, error: BaseException) -> None:
+        """Wait no more for what is in flight; what comes back later is not looked at. In a section."""
+        self.has_given_up = True
+        self._runners.clear()
+        self._ledger.give_up(error, self._clock.latest)
 
     def tick(self) -> float:
         """Read the clock on nobody's behalf: if that fails the run does. In a section."""
@@ -144,6 +153,8 @@ class Dispatch:
     def is_idle(self) -> bool:
         """Say whether nothing is in flight, or on its way back. In a section."""
         ledger = self._ledger
+        if self.has_given_up:
+            return not ledger.over
         return not (
             ledger.in_flight
             or self._returned
@@ -257,7 +268,7 @@ class Dispatch:
                 failure = RuntimeError(f"Scheduler: the executor takes no tasks ({one.error}); none is lost")
                 failure.__cause__ = one.error
                 self._ledger.close(failure)
-            if task is None:
+            if task is None or task.finished is not None:  # given up in the meantime
                 return
             if one.verdict is Verdict.NONSENSE:
                 assert one.error is not None
@@ -301,8 +312,8 @@ class Dispatch:
         value, error = None, None
         while True:
             with self.mutex, ledger:
-                if task is None and runner not in self._runners:
-                    return  # a pool that refused it has run it all the same
+                if runner not in self._runners:
+                    return  # given up in the meantime; or a pool that refused it has run it all the same
                 now = self.tick() if task is not None or ledger.has_room() else self._clock.latest
                 if task is not None:
                     ledger.settle(task, value, error, now)

@@ -41,6 +41,7 @@ class _Drive(threading.Thread):
         self.forever = forever  # or until the ledger is exhausted
         self.show = show  # progress
         self.has_begun = False
+        self.is_left = False  # by a shutdown that did not wait
         self.is_awaited = forever or not threading.current_thread().daemon  # at the end of the interpreter
         self.failure: BaseException | None = None  # why it ended before its time; nobody else keeps it
         self._has_ended = False
@@ -103,11 +104,20 @@ class Engine:
             self._abort(drive)
             raise
 
-    def run(self, max_in_flight: int | None, opened: Callable[[int], None], show: Callable[[], None] | None) -> None:
-        """Run all tasks, wait for the end; on Ctrl-C hand out nothing more and wait for what is in flight."""
+    def run(
+        self,
+        executor: ExecutorHandle | None,
+        max_in_flight: int | None,
+        opened: Callable[[int], None],
+        show: Callable[[], None] | None,
+    ) -> None:
+        """Run all tasks, wait for the end; on Ctrl-C hand out nothing more and wait for what is in flight.
+
+        From then on on this executor, if one is given.
+        """
         drive = _Drive(self, False, show)
         try:
-            self._begin("Scheduler.run", drive, max_in_flight, opened)
+            self._begin("Scheduler.run", drive, max_in_flight, opened, executor)
             drive.wait()
         except BaseException:
             self._abort(drive)
@@ -120,8 +130,8 @@ class Engine:
             finally:
                 del failure  # which holds this frame
 
-    def shut_down(self, *, wait: bool, cancel: bool) -> None:
-        """Take no more tasks; end when those that wait are done, or cancelled.
+    def shut_down(self, *, wait: bool, cancel: bool, timeout: float = math.inf) -> None:
+        """Take no more tasks; end when those that wait are done, or cancelled; give up those in flight after a timeout.
 
         Does not wait in a thread that is itself waited for: a task's, a callback's.
         """
@@ -136,21 +146,53 @@ class Engine:
             return
         if drive is None:
             self._executor.close()
-        elif wait and drive is not threading.current_thread():
-            while not self._dispatch.waits_for_this_thread() and not drive.wait(_ANOTHER_LOOK):
-                pass  # a pool may name a thread among its own only after that has begun to run a task
+        elif not wait:
+            drive.is_left = True
+        elif drive is not threading.current_thread():
+            until = time.monotonic() + timeout
+            # A pool may name a thread among its own only after that has begun to run a task.
+            while not self._dispatch.waits_for_this_thread():
+                if drive.wait(max(0.0, min(_ANOTHER_LOOK, until - time.monotonic()))):
+                    return
+                if time.monotonic() >= until:
+                    self._give_up(drive, timeout)
+                    return
 
-    def _begin(self, function: str, drive: _Drive, max_in_flight: int | None, opened: Callable[[int], None]) -> None:
-        mutex = self.lock(function)
-        width, runs_in_pool = max_in_flight or self._executor.width(), self._executor.is_pool_of_threads()
+    def _give_up(self, drive: _Drive, timeout: float) -> None:
+        error = RuntimeError(
+            f"Scheduler.shutdown: the task was in flight for longer than the timeout of {timeout:g} s, and is not "
+            "waited for any more; who knows whether it is done"
+        )
+        with self._dispatch.mutex, self._ledger:
+            if self._drive is not drive:
+                return
+            self._dispatch.give_up(error)
+        self._dispatch.wake.ring()
+        drive.wait(_HEARTBEAT)  # not for ever: a callback may keep it
+
+    def _begin(
+        self,
+        function: str,
+        drive: _Drive,
+        max_in_flight: int | None,
+        opened: Callable[[int], None],
+        executor: ExecutorHandle | None = None,
+    ) -> None:
+        mutex, former = self.lock(function), self._executor
+        executor = executor or former
+        width, runs_in_pool = max_in_flight or executor.width(), executor.is_pool_of_threads()
         with mutex, self._ledger:
             refusal = self.refusal or ("the scheduler runs already" if self._drive is not None else "")
             if not refusal:
-                self._dispatch.open(width, runs_in_pool)
+                self._dispatch.open(executor, width, runs_in_pool)
                 opened(width)
-                self._drive = drive
+                self._executor, self._drive = executor, drive
         if refusal:
+            if executor is not former:
+                executor.close()
             raise RuntimeError(f"{function}: {refusal}")
+        if executor is not former:
+            former.close(wait=False)
         drive.start()
 
     def _abort(self, drive: _Drive) -> None:
@@ -187,7 +229,7 @@ class Engine:
                 dispatch.go_round()
                 dispatch.wake.wait(_ANOTHER_LOOK)
         try:
-            self._executor.close()
+            self._executor.close(wait=not dispatch.has_given_up)
         except BaseException as error:
             dispatch.error = dispatch.error or error
         self._end(drive)
@@ -255,7 +297,8 @@ def _at_exit() -> None:
     drives = [thread for thread in threading.enumerate() if isinstance(thread, _Drive) and thread.is_awaited]
     try:
         for drive in drives:
-            drive.engine.shut_down(wait=True, cancel=False)
+            is_left = drive.is_left and not drive.engine._executor.is_awaited_by_python()
+            drive.engine.shut_down(wait=True, cancel=is_left, timeout=0.0 if is_left else math.inf)
     except BaseException:  # Ctrl-C
         for drive in drives:
             drive.engine.shut_down(wait=False, cancel=True)

@@ -255,6 +255,15 @@ class Ledger:
         except BaseException as failure:  # what was returned is of a kind that nobody has thought of
             self.abandon(task, failure, now)
 
+    def give_up(self, error: BaseException, now: float) -> None:
+        """Let all that is in flight fail, for it may never come back, and hand out nothing more."""
+        self.close()
+        for task in self.unfinished():
+            if task.status == "running":
+                self._finish(task, "failed", error, now)
+        self._is_alone = False
+        self._mend()
+
     def abandon(self, task: Task, error: BaseException, now: float) -> None:
         """Let a task fail, wherever it is, after an error in the middle of a change."""
         if task.finished is None:

@@ -7,7 +7,7 @@ import enum
 from concurrent.futures import BrokenExecutor, Executor
 from typing import Any
 
-from foveal._scheduler.executors import ExecutorHandle, is_broken
+from foveal._scheduler.executors import ExecutorHandle, is_broken, takes_nothing
 from foveal._scheduler.future import Task, as_step
 
 _REFUSALS = (RuntimeError, concurrent.futures.CancelledError)  # what an executor that was shut down raises
@@ -90,7 +90,12 @@ class Return:
                 self.verdict = Verdict.BREAK if was_mended else Verdict.FIRST_OF_BREAK
         elif not (
             self.is_refused
-            and (isinstance(self.what, Runner) or self.executor is None or isinstance(self.error, _REFUSALS))
+            and (
+                isinstance(self.what, Runner)
+                or self.executor is None
+                or isinstance(self.error, _REFUSALS)
+                or (self.error is not None and takes_nothing(self.executor, self.error))
+            )
         ):
             self.verdict = Verdict.OVER
         if self.result is not None and self.error is None:

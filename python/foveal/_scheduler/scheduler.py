@@ -105,11 +105,7 @@ class Scheduler:
         seed: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        if executor is not None and not isinstance(executor, Executor) and not callable(executor):
-            raise TypeError(
-                f"Scheduler: executor has type {type(executor).__name__}, expected a concurrent.futures.Executor, "
-                "a callable that makes one, or None"
-            )
+        _check_executor("Scheduler", executor)
         if scorer is not None:
             check_callable("Scheduler", "scorer", scorer)
         if clock is not None:
@@ -357,6 +353,7 @@ class Scheduler:
         on_error: Literal["collect", "raise"] = "collect",
         retries: int = 0,
         progress: bool = False,
+        executor: Executor | Callable[[], Executor] | None = None,
     ) -> Report:
         """Run tasks until none is left, the budget is spent or the time is over, and report.
 
@@ -376,6 +373,9 @@ class Scheduler:
             a time, so that only the one that breaks it is charged.
         progress : bool
             Show a bar (tqdm where installed).
+        executor : concurrent.futures.Executor, or callable that makes one, optional
+            Takes the place of the scheduler's executor from now on: for one that was shut down, or whose client was
+            closed, with tasks left.
 
         Raises
         ------
@@ -393,6 +393,8 @@ class Scheduler:
         check_count("Scheduler.run", "retries", retries, 0)
         if on_error not in ("collect", "raise"):
             raise ValueError(f"Scheduler.run: on_error is {on_error!r}, expected 'collect' or 'raise'")
+        _check_executor("Scheduler.run", executor)
+        handle = None if executor is None else ExecutorHandle(executor)
         service = math.inf if budget is None else float(budget)
         began = self._engine.clock.now()
         until = math.inf if timeout is None else began + timeout
@@ -402,7 +404,7 @@ class Scheduler:
 
         with Progress(progress, self._ledger.counts) as bar:
             show = bar.show if progress else None
-            self._engine.run(self._max_in_flight, opened, show)
+            self._engine.run(handle, self._max_in_flight, opened, show)
         report = self._report("Scheduler.run", began)
         with self._engine.lock("Scheduler.run"), self._ledger:
             self._ledger.remember(None)
@@ -429,7 +431,7 @@ class Scheduler:
         """
         return self._report("Scheduler.report", None)
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
         """Take no more tasks. Those that wait are still run by whatever runs, and cancelled when nothing does.
 
         A scheduler that runs in the background when the interpreter ends is shut down in this way, and awaited.
@@ -438,11 +440,24 @@ class Scheduler:
         ----------
         wait : bool
             Return when all is done and no thread of the scheduler is left; in a task or a callback, which would wait
-            for itself, return at once.
+            for itself, return at once. False: return at once, and let the end of the interpreter not wait either for an
+            executor that is no pool of threads or processes: what is then in flight is given up, what waits cancelled.
         cancel_futures : bool
             Cancel the tasks that wait.
+        timeout : float, optional
+            Seconds after which to give up what is in flight, and may never come back: its Futures get a RuntimeError,
+            those that wait are cancelled. A thread that runs a task cannot be stopped, and goes on.
+
+        Raises
+        ------
+        ValueError
+            `timeout` is negative, or given with ``wait=False``.
         """
-        self._engine.shut_down(wait=wait, cancel=cancel_futures)
+        if timeout is not None:
+            check_range("Scheduler.shutdown", "timeout", timeout, 0.0)
+            if not wait:
+                raise ValueError("Scheduler.shutdown: timeout is given with wait=False, expected one of them")
+        self._engine.shut_down(wait=wait, cancel=cancel_futures, timeout=math.inf if timeout is None else timeout)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse to be copied or pickled: two schedulers cannot own the same tasks, threads and locks."""
@@ -542,3 +557,11 @@ class Scheduler:
             return keys, scores
         temperature = self._temperature if self._breadth is None else narrowed(self._breadth, scores)
         return keys, with_floor(softmax(scores, temperature), 0.0 if self._policy == "strict" else self._floor)
+
+
+def _check_executor(function: str, executor: Any) -> None:
+    if executor is not None and not isinstance(executor, Executor) and not callable(executor):
+        raise TypeError(
+            f"{function}: executor has type {type(executor).__name__}, expected a concurrent.futures.Executor, "
+            "a callable that makes one, or None"
+        )
