@@ -33,6 +33,7 @@ from foveal._scheduler.executors import ExecutorHandle
 from foveal._scheduler.future import Task, as_step
 from foveal._scheduler.ledger import Ledger
 from foveal._scheduler.returns import Return, Runner, Verdict
+from foveal._scheduler.waits import Seen, can_go_on
 
 _SLICE = 0.005  # seconds after which a runner lets others have the pool's thread
 _LOG = logging.getLogger("foveal.scheduler")
@@ -56,7 +57,8 @@ class Dispatch:
         self._width = 1
         self._runners: set[Runner] = set()  # with the pool, running or not yet
         self._returned: deque[Return] = deque()
-        self._resolvers: list[int] = []  # our threads that are resolving Futures, once for each time
+        # Our threads that are resolving Futures, with those of which tasks.
+        self._resolvers: list[tuple[int, Sequence[Task]]] = []
         # Users' threads that do, each with a lock that it holds meanwhile: whatever ends it, the lock is let go of.
         self._guests: list[tuple[int, threading.Lock]] = []
 
@@ -167,10 +169,32 @@ class Dispatch:
         """Say whether this thread is one that has to come to an end before all is done."""
         me = threading.get_ident()
         return (
-            me in self._resolvers
+            any(thread == me for thread, _ in self._resolvers)
             or any(guest == me and busy.locked() for guest, busy in self._guests)
             or self._executor.runs_in(threading.current_thread())
         )
+
+    def can_end(self, task: Task, driver: int | None, seen: Seen) -> bool:
+        """Say whether a task can end while the threads in `seen` wait for it; not in a section."""
+        if task.finished is not None:
+            resolvers = [thread for thread, over in list(self._resolvers) if task in over]
+            return all(can_go_on(thread, seen) for thread in (*resolvers,) or (driver,))
+        if task.status != "running" and task.deadline is not None and not task.steps:
+            return True  # it expires
+        runners = list(self._runners)
+        if self._runs_in_pool:
+            for runner in runners:
+                if runner.task is task:
+                    return can_go_on(runner.thread, seen)
+            if any(runner.thread is not None and can_go_on(runner.thread, seen) for runner in runners):
+                return True
+            is_to_come = len(runners) < self._width or any(runner.thread is None for runner in runners)
+            return is_to_come and self._accepts() and can_go_on(driver, seen) and self._executor.has_free_thread(seen)
+        has_slot = task.status != "running" and self._accepts() and self._ledger.in_flight < self._width
+        return can_go_on(driver, seen) and (has_slot or self._executor.has_free_thread(seen))
+
+    def _accepts(self) -> bool:
+        return self._ledger.accepts(self._clock.latest)
 
     def go_round(self) -> None:
         """Settle what came back, let deadlines expire, hand out what there is room for."""
@@ -296,6 +320,7 @@ class Dispatch:
     def _run(self, runner: Runner) -> None:
         """Be a runner."""
         self._executor.has_taken = True
+        runner.thread = threading.get_ident()
         try:
             self._run_tasks(runner)
         except BaseException as error:
@@ -353,7 +378,7 @@ class Dispatch:
         if not over:
             return ()
         self._ledger.over = deque()
-        self._resolvers.append(threading.get_ident())
+        self._resolvers.append((threading.get_ident(), over))
         return over
 
     def _resolve(self, over: Sequence[Task]) -> None:
@@ -369,4 +394,4 @@ class Dispatch:
     def _has_resolved(self, over: Sequence[Task]) -> None:
         """End what _take_over began. In a section."""
         if over:
-            self._resolvers.remove(threading.get_ident())
+            self._resolvers = [entry for entry in self._resolvers if entry[1] is not over]

@@ -24,7 +24,9 @@ from foveal._scheduler.bell import Bell
 from foveal._scheduler.clock import Clock
 from foveal._scheduler.dispatch import Dispatch
 from foveal._scheduler.executors import ExecutorHandle
+from foveal._scheduler.future import Task
 from foveal._scheduler.ledger import Ledger
+from foveal._scheduler.waits import Seen, Wait
 
 _ANOTHER_LOOK = 0.1  # seconds between looks at what gives no news, and between pictures of progress
 _HEARTBEAT = 1.0  # seconds after which to look for news that a thread which was interrupted may have owed us
@@ -92,6 +94,15 @@ class Engine:
             advice = _FORKED if self.refusal == _FORKED else "call run() or start() of its scheduler"
             raise RuntimeError(f"{function}: nothing runs the task; {advice}")
 
+    def can_end(self, task: Task, seen: Seen) -> bool:
+        """Say whether a task can end, or the wait for it be refused, while the threads in `seen` wait for it."""
+        drive = self._drive
+        return drive is None or self._dispatch.can_end(task, drive.ident, seen)
+
+    def _run_can_end(self, seen: Seen) -> bool:
+        """Say whether what is in flight can end."""
+        return all(self.can_end(task, seen) for task in self._ledger.unfinished() if task.status == "running")
+
     def start(self, max_in_flight: int | None, opened: Callable[[int], None]) -> None:
         """Run tasks in the background until it is shut down.
 
@@ -118,7 +129,8 @@ class Engine:
         drive = _Drive(self, False, show)
         try:
             self._begin("Scheduler.run", drive, max_in_flight, opened, executor)
-            drive.wait()
+            with Wait(self._run_can_end):
+                drive.wait()
         except BaseException:
             self._abort(drive)
             raise
@@ -151,12 +163,13 @@ class Engine:
         elif drive is not threading.current_thread():
             until = time.monotonic() + timeout
             # A pool may name a thread among its own only after that has begun to run a task.
-            while not self._dispatch.waits_for_this_thread():
-                if drive.wait(max(0.0, min(_ANOTHER_LOOK, until - time.monotonic()))):
-                    return
-                if time.monotonic() >= until:
-                    self._give_up(drive, timeout)
-                    return
+            with Wait(self._run_can_end) as own:
+                while not self._dispatch.waits_for_this_thread() and not own.is_endless():
+                    if drive.wait(max(0.0, min(_ANOTHER_LOOK, until - time.monotonic()))):
+                        return
+                    if time.monotonic() >= until:
+                        self._give_up(drive, timeout)
+                        return
 
     def _give_up(self, drive: _Drive, timeout: float) -> None:
         error = RuntimeError(

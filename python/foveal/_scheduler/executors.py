@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
+from foveal._scheduler.waits import Seen, can_go_on
+
 Maker = Callable[[], Executor]
 _OF_ARGUMENTS = (TypeError, ValueError, AttributeError, pickle.PickleError)  # what says that a task cannot be sent
 
@@ -45,6 +47,13 @@ class ExecutorHandle:
     def runs_in(self, thread: threading.Thread) -> bool:
         """Say whether it runs tasks in this thread, as far as it tells."""
         return thread in getattr(self._current, "_threads", ())  # of ThreadPoolExecutor
+
+    def has_free_thread(self, seen: Seen) -> bool:
+        """Say whether one of its threads is free, or can be; yes if it does not tell."""
+        if not isinstance(self._current, ThreadPoolExecutor):
+            return True
+        threads = list(self._current._threads)
+        return len(threads) < self._current._max_workers or any(can_go_on(thread.ident, seen) for thread in threads)
 
     def is_mended(self, executor: Executor) -> bool:
         """Say whether this executor has been replaced since."""

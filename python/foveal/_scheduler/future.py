@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foveal._scheduler.checks import text_of
+from foveal._scheduler.waits import Seen, Wait, Waiters, refused
 
 if TYPE_CHECKING:
     from foveal._scheduler.engine import Engine
@@ -101,7 +102,7 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
         self._state = "PENDING"
         self._result: Any = None
         self._exception: BaseException | None = None
-        self._waiters: list[Any] = []
+        self._waiters: list[Any] = Waiters(self)
         self._done_callbacks: list[Callable[[Any], object]] = []
         self.key = task.key
         """The task's key, as submitted or made up."""
@@ -150,14 +151,29 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
         if self._is_done():
             return
         self._engine.check_runs(f"Future.{method}")  # also before the Condition, which a fork may have left locked
-        until = None if timeout is None else time.monotonic() + timeout
+        if timeout is None:
+            with Wait(self._can_end) as wait:
+                while not self._pause(method, wait.patience):
+                    if wait.is_endless():
+                        raise refused(f"Future.{method}", [self])
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._pause(method, until - time.monotonic()):
+            if until - time.monotonic() <= 0:
+                raise concurrent.futures.TimeoutError
+
+    def _pause(self, method: str, seconds: float) -> bool:
+        """Wait for the end of the task, not much longer than so many seconds, and say whether it has come."""
         with self._condition:
-            while not self.done():
+            if not self.done():
                 self._engine.check_runs(f"Future.{method}")
-                left = None if until is None else until - time.monotonic()
-                if left is not None and left <= 0:
-                    raise concurrent.futures.TimeoutError
-                self._condition.wait(left)
+                if seconds > 0.0:
+                    self._condition.wait(min(seconds, threading.TIMEOUT_MAX))
+            return self.done()
+
+    def _can_end(self, seen: Seen) -> bool:
+        """Say whether the task can end while these threads wait for it."""
+        task = self._task
+        return task is None or self._is_done() or self._engine.can_end(task, seen)
 
     def _is_done(self) -> bool:
         """Say what `done` does, without the Condition: what it says then stays so."""

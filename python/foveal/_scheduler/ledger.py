@@ -201,6 +201,10 @@ class Ledger:
             and bool(self.backlog or self._suspects)
         )
 
+    def accepts(self, now: float) -> bool:
+        """Say whether this run hands out tasks at all still."""
+        return self.is_open and self._budget > _SPENT and now < self.until
+
     def room(self) -> int:
         """Say how many tasks may be handed out, the time left aside."""
         return min(self._width - self.in_flight, len(self.backlog) + len(self._suspects)) if self.has_room() else 0

@@ -31,9 +31,11 @@ class Verdict(enum.Enum):
 class Runner:
     """Stands for one call of a pool of threads, which takes task after task."""
 
-    __slots__ = ("task",)
+    __slots__ = ("task", "thread")
 
     def __init__(self) -> None:
+        self.thread: int | None = None
+        """That it runs in; None: it has not begun."""
         self.task: Task | None = None
         """The one that was taken last."""
 
