@@ -102,7 +102,7 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
         self._state = "PENDING"
         self._result: Any = None
         self._exception: BaseException | None = None
-        self._waiters: list[Any] = Waiters(self)
+        self._waiters: list[Any] = Waiters()
         self._done_callbacks: list[Callable[[Any], object]] = []
         self.key = task.key
         """The task's key, as submitted or made up."""

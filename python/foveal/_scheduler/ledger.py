@@ -378,8 +378,9 @@ class Ledger:
         tasks = self.tasks
         for task in over:
             try:
-                if tasks.get(task.key) is task:
-                    del tasks[task.key]
+                key = task.key
+                if tasks.get(key) is task:
+                    del tasks[key]
             except Exception:  # of a key whose __eq__ raises; the entry stays, and says that it is finished
                 _LOG.exception("exception comparing the key %s", text_of(task.key))
 

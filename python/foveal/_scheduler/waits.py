@@ -88,16 +88,13 @@ def refused(function: str, futures: Iterable[Future]) -> RuntimeError:
 class Waiters(list[Any]):
     """A Future's waiters, those of concurrent.futures.wait and as_completed, whose waits are noted too."""
 
-    def __init__(self, future: Future) -> None:
-        self._future = future
+    __slots__ = ()  # nor a reference to the Future: no cycle
 
     def append(self, waiter: Any) -> None:
         """Take in a waiter, and have its event tell of the wait."""
         event = getattr(waiter, "event", None)
         if type(event) is threading.Event:
-            event = waiter.event = _Event(waiter)
-        if isinstance(event, _Event):
-            event.futures.append(self._future)
+            waiter.event = _Event(waiter)
         super().append(waiter)
 
 
@@ -106,7 +103,7 @@ class _Event(threading.Event):
 
     def __init__(self, waiter: Any) -> None:
         super().__init__()
-        self.futures: list[Future] = []
+        self._futures: list[Future] = []
         # The one for all counts how many are left; the others, and this after an error, take one for enough.
         self._needs_all = hasattr(waiter, "num_pending_calls") and not getattr(waiter, "stop_on_exception", True)
 
@@ -114,8 +111,9 @@ class _Event(threading.Event):
         """Wait, and refuse to wait for ever."""
         if timeout is not None:
             return super().wait(timeout)
-        awaited = sys._getframe(1).f_locals.get("fs", ())
-        is_known = self._needs_all or (bool(awaited) and all(future in self.futures for future in awaited))
+        awaited = list(sys._getframe(1).f_locals.get("fs", ()))  # of concurrent.futures, which does not tell otherwise
+        self._futures = [future for future in awaited if hasattr(future, "_can_end")]
+        is_known = bool(self._futures) and (self._needs_all or len(self._futures) == len(awaited))
         with Wait(self._can_end) as wait:
             while not super().wait(wait.patience):
                 if is_known and wait.is_endless():
@@ -123,7 +121,7 @@ class _Event(threading.Event):
         return True
 
     def _pending(self) -> list[Future]:
-        return [future for future in self.futures if not future._is_done()]
+        return [future for future in self._futures if not future._is_done()]
 
     def _can_end(self, seen: Seen) -> bool:
         ends = (future._can_end(seen) for future in self._pending())
