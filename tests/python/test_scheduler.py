@@ -3,10 +3,13 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import doctest
+import functools
 import importlib
 import itertools
 import math
+import pickle
 import signal
 import subprocess
 import sys
@@ -248,6 +251,69 @@ def test_retries_and_what_is_left_of_them():
         bad.result()
     assert tries == {"good": 3, "bad": 3}
     assert report.counts == {"done": 1, "failed": 1}
+
+
+def test_the_retries_of_a_stepper_begin_anew_after_a_good_step():
+    calls = itertools.count(1)
+
+    def step(budget):
+        n = next(calls)
+        if n % 3:
+            raise OSError(n)
+        return Step(n >= 30)
+
+    scheduler = Scheduler()
+    future = scheduler.add_stepper(step, key="s")
+    assert scheduler.run(retries=2).counts == {"done": 1}
+    assert future.result().done
+    calls = itertools.count(1)
+    future = scheduler.add_stepper(step, key="s")
+    assert scheduler.run(retries=1).counts == {"failed": 1}
+
+
+class Asynchronous:
+    async def __call__(self):
+        return 1
+
+    async def method(self):
+        return 1
+
+    async def generator(self):
+        yield 1
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        Asynchronous(),
+        Asynchronous().method,
+        Asynchronous().generator,
+        Asynchronous.method,
+        functools.partial(functools.partial(Asynchronous.method), Asynchronous()),
+        functools.partial(Asynchronous()),
+    ],
+)
+def test_asynchronous_functions_are_refused(fn):
+    scheduler = Scheduler()
+    with pytest.raises(TypeError, match=r"Scheduler\.submit: fn is asynchronous .* not supported yet"):
+        scheduler.submit(fn)
+    with pytest.raises(TypeError, match=r"Scheduler\.add_stepper: step is asynchronous"):
+        scheduler.add_stepper(fn, key="s")
+    assert scheduler.run().counts == {}
+    scheduler.submit(Asynchronous)  # to make one is no call of it
+    scheduler.submit(functools.partial(int, "3"))
+    assert scheduler.run().counts == {"done": 2}
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_scheduler_and_its_futures_cannot_be_copied(copied):
+    scheduler = Scheduler()
+    future = scheduler.submit(int)
+    with pytest.raises(TypeError, match="Scheduler: cannot be copied or pickled"):
+        copied(scheduler)
+    with pytest.raises(TypeError, match="Future: that of task 'task-1' cannot be copied or pickled"):
+        copied(future)
+    assert scheduler.run().counts == {"done": 1}
 
 
 def test_on_error_raise_ends_the_run_and_keeps_the_rest():

@@ -270,6 +270,132 @@ def test_no_more_are_in_flight_than_asked():
     assert most == 3
 
 
+# Executors that are gone
+
+
+def test_what_an_executor_that_was_shut_down_leaves_runs_on_another():
+    gone = ThreadPoolExecutor(1)
+    scheduler = Scheduler(gone)
+    futures = [scheduler.submit(square, i) for i in range(5)]
+    gone.shutdown()
+    with pytest.raises(RuntimeError, match="the executor takes no tasks"):
+        scheduler.run()
+    with pytest.raises(TypeError, match=r"Scheduler\.run: executor has type int, expected a concurrent"):
+        scheduler.run(executor=3)
+    with ThreadPoolExecutor(1) as pool:
+        assert scheduler.run(executor=pool).counts == {"done": 5}
+        assert [f.result() for f in futures] == [i * i for i in range(5)]
+        name = scheduler.submit(lambda: threading.current_thread())
+        scheduler.run()  # on the same from then on
+        assert name.result() in pool._threads
+    scheduler.submit(square, 2)
+    assert scheduler.run(executor=lambda: ThreadPoolExecutor(1)).counts == {"done": 1}
+    with scheduler:
+        assert scheduler.submit(square, 3).result(100) == 9
+        with pytest.raises(RuntimeError, match="runs already"):
+            scheduler.run(executor=Inline())
+        assert scheduler.submit(square, 4).result(100) == 16
+
+
+class Closed(Executor):
+    """Like Dask's once its client is closed: no RuntimeError says so."""
+
+    class ClosedError(Exception):
+        pass
+
+    def submit(self, fn, /, *args, **kwargs):
+        raise self.ClosedError("the client is closed")
+
+
+def test_an_executor_that_is_closed_in_its_own_words_loses_no_task():
+    scheduler = Scheduler(Closed(), max_in_flight=2)
+    futures = [scheduler.submit(square, i) for i in range(5)]
+    with pytest.raises(RuntimeError, match=r"takes no tasks \(the client is closed\); none is lost"):
+        scheduler.run()
+    assert not any(f.done() for f in futures)
+    assert scheduler.run(executor=Inline()).counts == {"done": 5}
+
+
+class Endless(Executor):
+    """Gives Futures that nobody resolves, and keeps them."""
+
+    def __init__(self):
+        self.futures = []
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+def test_shutdown_gives_up_what_never_comes_back_after_its_timeout():
+    executor = Endless()
+    scheduler = Scheduler(executor, max_in_flight=2).start()
+    futures = [scheduler.submit(square, i) for i in range(5)]
+    while len(executor.futures) < 2:
+        time.sleep(0.001)
+    with pytest.raises(ValueError, match="timeout is given with wait=False"):
+        scheduler.shutdown(wait=False, timeout=1.0)
+    with pytest.raises(ValueError, match="timeout is -1"):
+        scheduler.shutdown(timeout=-1)
+    scheduler.shutdown(wait=False)
+    assert not any(f.done() for f in futures)
+    scheduler.shutdown(timeout=0.05)
+    assert not scheduler._engine.is_running()
+    assert all(f.done() for f in futures)
+    given_up = [f for f in futures if not f.cancelled()]
+    assert len(given_up) == 2
+    for future in given_up:
+        with pytest.raises(RuntimeError, match="waited for any more; who knows whether it is done"):
+            future.result()
+    for late in executor.futures:
+        late.set_result(0)
+    assert scheduler.report().counts == {"failed": 2, "cancelled": 3}
+
+
+def test_shutdown_gives_up_a_thread_after_its_timeout():
+    release, ended = threading.Event(), threading.Event()
+
+    def stuck():
+        release.wait(100)
+        ended.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        scheduler = Scheduler(pool).start()
+        future = scheduler.submit(stuck)
+        rest = scheduler.submit(square, 1)
+        while not future.running():
+            time.sleep(0.001)
+        scheduler.shutdown(timeout=0.05)
+        assert isinstance(future.exception(), RuntimeError)
+        assert rest.cancelled()
+        release.set()
+        assert ended.wait(100)
+        assert pool.submit(square, 3).result(100) == 9  # the thread is free again
+    assert isinstance(future.exception(), RuntimeError)
+
+
+def test_a_timeout_that_is_long_enough_gives_up_nothing():
+    scheduler = Scheduler(max_in_flight=1).start()
+    futures = [scheduler.submit(time.sleep, 0.01) for _ in range(5)]
+    scheduler.shutdown(timeout=100)
+    assert [f.result() for f in futures] == [None] * 5
+
+
+def test_the_end_of_the_interpreter_does_not_wait_for_what_shutdown_did_not_wait_for():
+    program = """
+    import concurrent.futures, foveal
+    class Endless(concurrent.futures.Executor):
+        def submit(self, fn, /, *args, **kwargs):
+            return concurrent.futures.Future()
+    scheduler = foveal.Scheduler(Endless(), max_in_flight=1).start()
+    futures = [scheduler.submit(int) for _ in range(3)]
+    scheduler.shutdown(wait=False)
+    print("end")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "end\n")
+
+
 # Dask and MPI
 
 
@@ -300,6 +426,14 @@ def test_dask(tmp_path):
         futures += [scheduler.submit(square, i) for i in range(20)]
         assert scheduler.run(retries=3).counts == {"done": 21}
         assert [f.result() for f in futures] == ["alive", *(i * i for i in range(20))]
+        # A client that is closed, and another.
+        futures = [scheduler.submit(square, i) for i in range(20)]
+        client.close()
+        with pytest.raises(RuntimeError, match="the executor takes no tasks"):
+            scheduler.run()
+        assert not any(f.done() for f in futures)
+        with distributed.Client(cluster) as another:
+            assert scheduler.run(executor=another.get_executor(pure=False)).counts == {"done": 20}
 
 
 def test_mpi(tmp_path):

@@ -334,6 +334,37 @@ def test_a_key_that_cannot_be_compared_loses_no_task(monkeypatch):
     assert scheduler.distribution() == {}
 
 
+class Unlike:
+    """A key whose comparison with others fails when it is told to."""
+
+    fails = False
+
+    def __hash__(self):
+        return 1
+
+    def __eq__(self, other):
+        if Unlike.fails:
+            raise ValueError("no comparison")
+        return self is other
+
+
+def test_a_key_that_fails_while_a_task_ends_or_is_cancelled_ends_no_run(monkeypatch, caplog):
+    monkeypatch.setattr(Unlike, "fails", False)
+    scheduler = Scheduler(max_in_flight=1)
+    keys = [Unlike() for _ in range(4)]
+    futures = [scheduler.submit(int, key=key, urgency=-float(i)) for i, key in enumerate(keys)]
+    scheduler.replay([(0.0, key, False) for key in keys])
+    Unlike.fails = True
+    assert futures[3].cancel()  # behind the others in the table of keys: to find it asks them
+    assert "exception comparing the key" in caplog.text
+    assert scheduler._ledger.is_whole
+    Unlike.fails = False
+    scheduler.replay([])
+    Unlike.fails = True
+    assert scheduler.run().counts == {"cancelled": 1, "done": 3}
+    assert [f.result() for f in futures[:3]] == [0, 0, 0]
+
+
 class Mute(Exception):
     """Cannot be shown."""
 

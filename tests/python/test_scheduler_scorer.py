@@ -263,6 +263,44 @@ def test_a_scorer_that_fails_loses_nothing():
         unlucky.result()
 
 
+def test_a_rescore_that_fails_leaves_every_task_as_it_was():
+    focus = [np.array([0.0, 1.0])]
+    scheduler = Scheduler(scorer=lambda features: features @ focus[0], policy="strict", max_in_flight=1)
+    for i in range(20):
+        scheduler.submit(int, features=[1.0, float(i)], key=i)
+    before = scheduler.distribution()
+    focus[0] = np.zeros(3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="matmul"):
+            scheduler.rescore()
+    assert scheduler.distribution() == before
+    scheduler._ledger.is_whole = False  # a section that is broken off, and mended without the scorer
+    assert scheduler.distribution() == before
+    focus[0] = np.array([0.0, -1.0])
+    scheduler.rescore()
+    report = scheduler.run()
+    assert report.counts == {"done": 20}
+    assert [decision.key for decision in report.decisions] == list(range(20))
+
+
+def test_a_focus_whose_attention_is_not_finite_is_not_turned_to():
+    class Blind(AttentionScorer):
+        def __call__(self, keys):
+            return super().__call__(keys) if self._queries[0, 0] < 5.0 else np.full(len(keys), np.nan)
+
+    scheduler = Scheduler(scorer=Blind(2), max_in_flight=1, floor=0.0)
+    for i in range(3):
+        scheduler.submit(int, features=[float(i), 0.0], key=i)
+    scheduler.rescore([2.0, 0.0])
+    before = scheduler.distribution()
+    with pytest.raises(ValueError, match="the scorer gave"):
+        scheduler.rescore([9.0, 0.0])
+    assert scheduler.distribution() == before
+    scheduler.submit(int, features=[1.0, 0.0], key="late")
+    shares = scheduler.distribution()
+    assert shares["late"] == pytest.approx(shares[1])
+
+
 @pytest.mark.parametrize(
     ("features", "text"),
     [([1.0, 2.0], r"\(2,\), expected \(..., 3\)"), (np.zeros((2, 3)), r"expected \(3,\)"), ([1, 2, math.nan], "nan")],

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Hashable
+import types
 from typing import Any
+
+_ASYNCHRONOUS = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_NEVER_ASYNCHRONOUS = (types.BuiltinFunctionType, type)
 
 
 def text_of(value: object, longest: int = 80) -> str:
@@ -66,26 +71,27 @@ def check_callable(function: str, name: str, value: Any, otherwise: str = "") ->
         raise TypeError(f"{function}: {name} has type {type(value).__name__}, expected a callable{otherwise}")
 
 
+def check_synchronous(function: str, name: str, value: Any) -> None:
+    """Refuse an asynchronous function, whose call would only make a coroutine that nobody awaits."""
+    code = getattr(value, "__code__", None)  # of functions and methods, which most are
+    if code is None:
+        if type(value) in _NEVER_ASYNCHRONOUS:
+            return
+        inner = value
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        call = getattr(type(inner), "__call__", None)  # noqa: B004  # not asked whether there is one
+        code = getattr(inner, "__code__", None) or getattr(call, "__code__", None)
+    if code is not None and code.co_flags & _ASYNCHRONOUS:
+        raise TypeError(
+            f"{function}: {name} is asynchronous ({text_of(value)}), expected a function that is not: asynchronous "
+            "functions are not supported yet; submit one that calls asyncio.run"
+        )
+
+
 def check_hashable(function: str, key: Any) -> None:
     """Refuse a key that has no hash."""
     try:
         hash(key)
     except TypeError:
         raise TypeError(f"{function}: key has the unhashable type {type(key).__name__}, expected a hashable") from None
-
-
-def wrong_with_step(key: Hashable, step: Any) -> BaseException | None:
-    """Say what is wrong with what the step of task `key` returned."""
-    at = f"Scheduler: the step of {text_of(key)}"
-    if not isinstance(step, tuple) or not 1 <= len(step) <= 3:
-        return TypeError(f"{at} returned {text_of(step)}, expected foveal.Step(done, feedback, cost)")
-    done, feedback, cost = tuple(step) + (None, 1.0)[len(step) - 1 :]
-    try:
-        if feedback is not None and not math.isfinite(feedback):
-            return ValueError(f"{at} gave feedback {feedback}, expected a finite number or None")
-        if not (math.isfinite(cost) and cost >= 0):
-            return ValueError(f"{at} gave cost {cost}, expected at least 0 and finite")
-        bool(done)
-    except Exception as error:
-        return TypeError(f"{at} returned {text_of(step)}: {error}")
-    return None

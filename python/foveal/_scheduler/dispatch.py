@@ -30,9 +30,10 @@ from typing import Any
 from foveal._scheduler.bell import Bell
 from foveal._scheduler.clock import Clock
 from foveal._scheduler.executors import ExecutorHandle
-from foveal._scheduler.future import Task
+from foveal._scheduler.future import Task, as_step
 from foveal._scheduler.ledger import Ledger
 from foveal._scheduler.returns import Return, Runner, Verdict
+from foveal._scheduler.waits import Seen, can_go_on
 
 _SLICE = 0.005  # seconds after which a runner lets others have the pool's thread
 _LOG = logging.getLogger("foveal.scheduler")
@@ -47,6 +48,8 @@ class Dispatch:
         """News for the driver."""
         self.error: BaseException | None = None
         """Of the scheduler itself: a clock that raises, a stderr that is broken."""
+        self.has_given_up = False
+        """Whether tasks and callbacks that are under way are not waited for any more."""
         self._ledger = ledger
         self._executor = executor
         self._clock = clock
@@ -54,7 +57,8 @@ class Dispatch:
         self._width = 1
         self._runners: set[Runner] = set()  # with the pool, running or not yet
         self._returned: deque[Return] = deque()
-        self._resolvers: list[int] = []  # our threads that are resolving Futures, once for each time
+        # Our threads that are resolving Futures, with those of which tasks.
+        self._resolvers: list[tuple[int, Sequence[Task]]] = []
         # Users' threads that do, each with a lock that it holds meanwhile: whatever ends it, the lock is let go of.
         self._guests: list[tuple[int, threading.Lock]] = []
 
@@ -77,9 +81,10 @@ class Dispatch:
         """Say whether this thread is in a section."""
         return bool(self.mutex._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks it
 
-    def open(self, width: int, runs_in_pool: bool) -> None:
+    def open(self, executor: ExecutorHandle, width: int, runs_in_pool: bool) -> None:
         """Be ready to hand out so many tasks at once. In a section."""
-        self._width, self._runs_in_pool, self.error = width, runs_in_pool, None
+        self._executor, self._width, self._runs_in_pool = executor, width, runs_in_pool
+        self.error, self.has_given_up = None, False
         while self._returned:  # runners whom the pool refused when the last run was over: nothing is in flight
             one = self._returned.popleft()
             if isinstance(one.what, Runner):
@@ -89,6 +94,12 @@ class Dispatch:
         """Hand out nothing more, since something is wrong with the scheduler itself. In a section."""
         self.error = self.error or error
         self._ledger.close()
+
+    def give_up(self, error: BaseException) -> None:
+        """Wait no more for what is in flight; what comes back later is not looked at. In a section."""
+        self.has_given_up = True
+        self._runners.clear()
+        self._ledger.give_up(error, self._clock.latest)
 
     def tick(self) -> float:
         """Read the clock on nobody's behalf: if that fails the run does. In a section."""
@@ -130,6 +141,7 @@ class Dispatch:
                     self._guests.append((threading.get_ident(), busy))
                     cancelled = self._ledger.cancel(task, now)
                     over, self._ledger.over = self._ledger.over, over
+                self._ledger.free_keys(over)
                 while over:
                     over[0].resolve()
                     over.popleft()
@@ -143,6 +155,8 @@ class Dispatch:
     def is_idle(self) -> bool:
         """Say whether nothing is in flight, or on its way back. In a section."""
         ledger = self._ledger
+        if self.has_given_up:
+            return not ledger.over
         return not (
             ledger.in_flight
             or self._returned
@@ -155,10 +169,32 @@ class Dispatch:
         """Say whether this thread is one that has to come to an end before all is done."""
         me = threading.get_ident()
         return (
-            me in self._resolvers
+            any(thread == me for thread, _ in self._resolvers)
             or any(guest == me and busy.locked() for guest, busy in self._guests)
             or self._executor.runs_in(threading.current_thread())
         )
+
+    def can_end(self, task: Task, driver: int | None, seen: Seen) -> bool:
+        """Say whether a task can end while the threads in `seen` wait for it; not in a section."""
+        if task.finished is not None:
+            resolvers = [thread for thread, over in list(self._resolvers) if task in over]
+            return all(can_go_on(thread, seen) for thread in (*resolvers,) or (driver,))
+        if task.status != "running" and task.deadline is not None and not task.steps:
+            return True  # it expires
+        runners = list(self._runners)
+        if self._runs_in_pool:
+            for runner in runners:
+                if runner.task is task:
+                    return can_go_on(runner.thread, seen)
+            if any(runner.thread is not None and can_go_on(runner.thread, seen) for runner in runners):
+                return True
+            is_to_come = len(runners) < self._width or any(runner.thread is None for runner in runners)
+            return is_to_come and self._accepts() and can_go_on(driver, seen) and self._executor.has_free_thread(seen)
+        has_slot = task.status != "running" and self._accepts() and self._ledger.in_flight < self._width
+        return can_go_on(driver, seen) and (has_slot or self._executor.has_free_thread(seen))
+
+    def _accepts(self) -> bool:
+        return self._ledger.accepts(self._clock.latest)
 
     def go_round(self) -> None:
         """Settle what came back, let deadlines expire, hand out what there is room for."""
@@ -256,7 +292,7 @@ class Dispatch:
                 failure = RuntimeError(f"Scheduler: the executor takes no tasks ({one.error}); none is lost")
                 failure.__cause__ = one.error
                 self._ledger.close(failure)
-            if task is None:
+            if task is None or task.finished is not None:  # given up in the meantime
                 return
             if one.verdict is Verdict.NONSENSE:
                 assert one.error is not None
@@ -269,8 +305,7 @@ class Dispatch:
                 was_only_one = one.verdict is Verdict.FIRST_OF_BREAK and self._ledger.in_flight == 1
                 self._ledger.settle_broken(task, one.error, now, was_only_one=was_only_one)
             else:
-                value = one.result.result() if one.error is None and one.result is not None else None
-                self._ledger.settle(task, value, one.error, now)
+                self._ledger.settle(task, one.value, one.error, now)
         except BaseException as error:
             self._give_up(task, error)
 
@@ -285,6 +320,7 @@ class Dispatch:
     def _run(self, runner: Runner) -> None:
         """Be a runner."""
         self._executor.has_taken = True
+        runner.thread = threading.get_ident()
         try:
             self._run_tasks(runner)
         except BaseException as error:
@@ -301,13 +337,15 @@ class Dispatch:
         value, error = None, None
         while True:
             with self.mutex, ledger:
-                if task is None and runner not in self._runners:
-                    return  # a pool that refused it has run it all the same
+                if runner not in self._runners:
+                    return  # given up in the meantime; or a pool that refused it has run it all the same
                 now = self.tick() if task is not None or ledger.has_room() else self._clock.latest
                 if task is not None:
                     ledger.settle(task, value, error, now)
+                    runner.task = None  # who knows who runs it next
                 ledger.expire(now)
                 over = self._take_over()
+            value = error = None  # not to be held by this frame, which the frames of the error hold
             self._resolve(over)  # before the next decision, in which callbacks may want to have a say
             is_late = time.monotonic() > until
             with self.mutex, ledger:
@@ -323,10 +361,11 @@ class Dispatch:
                 self.wake.ring()
                 return
             task.future._set_running(task)
-            value = error = None
             try:
                 assert task.fn is not None
                 value = task.fn(*task.arguments(), **(task.kwargs or {}))
+                if task.max_steps:
+                    value = as_step(task.key, value)
             except BaseException as raised:
                 # Without this frame in its traceback, which would keep the error, and all that its frames hold, alive.
                 error = raised.with_traceback(raised.__traceback__ and raised.__traceback__.tb_next)
@@ -339,11 +378,12 @@ class Dispatch:
         if not over:
             return ()
         self._ledger.over = deque()
-        self._resolvers.append(threading.get_ident())
+        self._resolvers.append((threading.get_ident(), over))
         return over
 
     def _resolve(self, over: Sequence[Task]) -> None:
         """Resolve Futures, which calls their callbacks, in a thread of the scheduler's. Not in a section."""
+        self._ledger.free_keys(over)
         for task in over:
             try:
                 task.resolve()
@@ -354,4 +394,4 @@ class Dispatch:
     def _has_resolved(self, over: Sequence[Task]) -> None:
         """End what _take_over began. In a section."""
         if over:
-            self._resolvers.remove(threading.get_ident())
+            self._resolvers = [entry for entry in self._resolvers if entry[1] is not over]

@@ -24,7 +24,9 @@ from foveal._scheduler.bell import Bell
 from foveal._scheduler.clock import Clock
 from foveal._scheduler.dispatch import Dispatch
 from foveal._scheduler.executors import ExecutorHandle
+from foveal._scheduler.future import Task
 from foveal._scheduler.ledger import Ledger
+from foveal._scheduler.waits import Seen, Wait
 
 _ANOTHER_LOOK = 0.1  # seconds between looks at what gives no news, and between pictures of progress
 _HEARTBEAT = 1.0  # seconds after which to look for news that a thread which was interrupted may have owed us
@@ -41,7 +43,9 @@ class _Drive(threading.Thread):
         self.forever = forever  # or until the ledger is exhausted
         self.show = show  # progress
         self.has_begun = False
+        self.is_left = False  # by a shutdown that did not wait
         self.is_awaited = forever or not threading.current_thread().daemon  # at the end of the interpreter
+        self.failure: BaseException | None = None  # why it ended before its time; nobody else keeps it
         self._has_ended = False
         self._end = Bell()
 
@@ -90,6 +94,15 @@ class Engine:
             advice = _FORKED if self.refusal == _FORKED else "call run() or start() of its scheduler"
             raise RuntimeError(f"{function}: nothing runs the task; {advice}")
 
+    def can_end(self, task: Task, seen: Seen) -> bool:
+        """Say whether a task can end, or the wait for it be refused, while the threads in `seen` wait for it."""
+        drive = self._drive
+        return drive is None or self._dispatch.can_end(task, drive.ident, seen)
+
+    def _run_can_end(self, seen: Seen) -> bool:
+        """Say whether what is in flight can end."""
+        return all(self.can_end(task, seen) for task in self._ledger.unfinished() if task.status == "running")
+
     def start(self, max_in_flight: int | None, opened: Callable[[int], None]) -> None:
         """Run tasks in the background until it is shut down.
 
@@ -102,21 +115,35 @@ class Engine:
             self._abort(drive)
             raise
 
-    def run(self, max_in_flight: int | None, opened: Callable[[int], None], show: Callable[[], None] | None) -> None:
-        """Run all tasks, wait for the end; on Ctrl-C hand out nothing more and wait for what is in flight."""
+    def run(
+        self,
+        executor: ExecutorHandle | None,
+        max_in_flight: int | None,
+        opened: Callable[[int], None],
+        show: Callable[[], None] | None,
+    ) -> None:
+        """Run all tasks, wait for the end; on Ctrl-C hand out nothing more and wait for what is in flight.
+
+        From then on on this executor, if one is given.
+        """
         drive = _Drive(self, False, show)
         try:
-            self._begin("Scheduler.run", drive, max_in_flight, opened)
-            drive.wait()
+            self._begin("Scheduler.run", drive, max_in_flight, opened, executor)
+            with Wait(self._run_can_end):
+                drive.wait()
         except BaseException:
             self._abort(drive)
             raise
-        error = self._dispatch.error or self._ledger.failure
-        if error is not None:
-            raise error
+        failure = drive.failure or self._dispatch.error or self._ledger.failure
+        drive.failure = None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # which holds this frame
 
-    def shut_down(self, *, wait: bool, cancel: bool) -> None:
-        """Take no more tasks; end when those that wait are done, or cancelled.
+    def shut_down(self, *, wait: bool, cancel: bool, timeout: float = math.inf) -> None:
+        """Take no more tasks; end when those that wait are done, or cancelled; give up those in flight after a timeout.
 
         Does not wait in a thread that is itself waited for: a task's, a callback's.
         """
@@ -131,21 +158,54 @@ class Engine:
             return
         if drive is None:
             self._executor.close()
-        elif wait and drive is not threading.current_thread():
-            while not self._dispatch.waits_for_this_thread() and not drive.wait(_ANOTHER_LOOK):
-                pass  # a pool may name a thread among its own only after that has begun to run a task
+        elif not wait:
+            drive.is_left = True
+        elif drive is not threading.current_thread():
+            until = time.monotonic() + timeout
+            # A pool may name a thread among its own only after that has begun to run a task.
+            with Wait(self._run_can_end) as own:
+                while not self._dispatch.waits_for_this_thread() and not own.is_endless():
+                    if drive.wait(max(0.0, min(_ANOTHER_LOOK, until - time.monotonic()))):
+                        return
+                    if time.monotonic() >= until:
+                        self._give_up(drive, timeout)
+                        return
 
-    def _begin(self, function: str, drive: _Drive, max_in_flight: int | None, opened: Callable[[int], None]) -> None:
-        mutex = self.lock(function)
-        width, runs_in_pool = max_in_flight or self._executor.width(), self._executor.is_pool_of_threads()
+    def _give_up(self, drive: _Drive, timeout: float) -> None:
+        error = RuntimeError(
+            f"Scheduler.shutdown: the task was in flight for longer than the timeout of {timeout:g} s, and is not "
+            "waited for any more; who knows whether it is done"
+        )
+        with self._dispatch.mutex, self._ledger:
+            if self._drive is not drive:
+                return
+            self._dispatch.give_up(error)
+        self._dispatch.wake.ring()
+        drive.wait(_HEARTBEAT)  # not for ever: a callback may keep it
+
+    def _begin(
+        self,
+        function: str,
+        drive: _Drive,
+        max_in_flight: int | None,
+        opened: Callable[[int], None],
+        executor: ExecutorHandle | None = None,
+    ) -> None:
+        mutex, former = self.lock(function), self._executor
+        executor = executor or former
+        width, runs_in_pool = max_in_flight or executor.width(), executor.is_pool_of_threads()
         with mutex, self._ledger:
             refusal = self.refusal or ("the scheduler runs already" if self._drive is not None else "")
             if not refusal:
-                self._dispatch.open(width, runs_in_pool)
+                self._dispatch.open(executor, width, runs_in_pool)
                 opened(width)
-                self._drive = drive
+                self._executor, self._drive = executor, drive
         if refusal:
+            if executor is not former:
+                executor.close()
             raise RuntimeError(f"{function}: {refusal}")
+        if executor is not former:
+            former.close(wait=False)
         drive.start()
 
     def _abort(self, drive: _Drive) -> None:
@@ -182,7 +242,7 @@ class Engine:
                 dispatch.go_round()
                 dispatch.wake.wait(_ANOTHER_LOOK)
         try:
-            self._executor.close()
+            self._executor.close(wait=not dispatch.has_given_up)
         except BaseException as error:
             dispatch.error = dispatch.error or error
         self._end(drive)
@@ -192,8 +252,9 @@ class Engine:
         with self._dispatch.mutex, ledger:
             self._drive = None
             ledger.close()
-            ledger.replay.clear()
-            failure = ledger.failure or self._dispatch.error
+            ledger.follow(())
+            failure = drive.failure = self._dispatch.error or ledger.failure
+            ledger.failure = self._dispatch.error = None
             left = ledger.unfinished()
             futures = [task.future for task in left]
             for task in left:  # that nobody would ever run
@@ -249,7 +310,8 @@ def _at_exit() -> None:
     drives = [thread for thread in threading.enumerate() if isinstance(thread, _Drive) and thread.is_awaited]
     try:
         for drive in drives:
-            drive.engine.shut_down(wait=True, cancel=False)
+            is_left = drive.is_left and not drive.engine._executor.is_awaited_by_python()
+            drive.engine.shut_down(wait=True, cancel=is_left, timeout=0.0 if is_left else math.inf)
     except BaseException:  # Ctrl-C
         for drive in drives:
             drive.engine.shut_down(wait=False, cancel=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
+from foveal._scheduler.waits import Seen, can_go_on
+
 Maker = Callable[[], Executor]
+_OF_ARGUMENTS = (TypeError, ValueError, AttributeError, pickle.PickleError)  # what says that a task cannot be sent
 
 
 class ExecutorHandle:
@@ -44,6 +48,13 @@ class ExecutorHandle:
         """Say whether it runs tasks in this thread, as far as it tells."""
         return thread in getattr(self._current, "_threads", ())  # of ThreadPoolExecutor
 
+    def has_free_thread(self, seen: Seen) -> bool:
+        """Say whether one of its threads is free, or can be; yes if it does not tell."""
+        if not isinstance(self._current, ThreadPoolExecutor):
+            return True
+        threads = list(self._current._threads)
+        return len(threads) < self._current._max_workers or any(can_go_on(thread.ident, seen) for thread in threads)
+
     def is_mended(self, executor: Executor) -> bool:
         """Say whether this executor has been replaced since."""
         return self._current is not executor
@@ -68,16 +79,31 @@ class ExecutorHandle:
         broken.shutdown(wait=False)
         return True
 
+    def is_awaited_by_python(self) -> bool:
+        """Say whether the end of the interpreter waits for its tasks by itself."""
+        return isinstance(self._current, (ThreadPoolExecutor, ProcessPoolExecutor))
+
     def forget(self) -> None:
         """Drop what is ours without a word to it: this is a child, and its threads are the parent's."""
         self._current, self._is_ours = self._given, self._given is None
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Shut down what is ours, so that no thread is left behind; a later get makes a new one."""
         if self._is_ours and self._current is not None:
-            self._current.shutdown(wait=True)
+            self._current.shutdown(wait=wait)
             self._current = self._given
             self._is_ours = self._given is None
+
+
+def takes_nothing(executor: Executor, error: BaseException) -> bool:
+    """Say whether an executor whose submit raised `error` would do so for any task, as a closed Dask client does."""
+    if isinstance(error, _OF_ARGUMENTS):
+        return False
+    try:
+        executor.submit(int)
+    except Exception as again:
+        return type(again) is type(error)
+    return False
 
 
 def is_broken(executor: Executor) -> bool:

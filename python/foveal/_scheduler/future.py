@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
+
+from foveal._scheduler.checks import text_of
+from foveal._scheduler.waits import Seen, Wait, Waiters, refused
 
 if TYPE_CHECKING:
     from foveal._scheduler.engine import Engine
@@ -25,6 +29,7 @@ _LOG = logging.getLogger("foveal.scheduler")
 # As a task's slot, besides those of the backlog and -1, not there: it has not been taken in yet; it is over, and noted
 # as such everywhere.
 ARRIVING, BOOKED = -2, -3
+_LONGEST_ERROR = 1000  # characters of the text that is kept of an exception
 
 
 class DeadlineExceeded(TimeoutError):
@@ -40,6 +45,23 @@ class Step(NamedTuple):
     """How urgent the rest is: moves the task's urgency by an exponential moving average."""
     cost: float = 1.0
     """What the step took, in the unit of the budget that it was given."""
+
+
+def as_step(key: Hashable, step: Any) -> Step:
+    """Give what the step of task `key` returned as a Step of plain numbers, or refuse it."""
+    at = f"Scheduler: the step of {text_of(key)}"
+    if not isinstance(step, tuple) or not 1 <= len(step) <= 3:
+        raise TypeError(f"{at} returned {text_of(step)}, expected foveal.Step(done, feedback, cost)")
+    done, feedback, cost = tuple(step) + (None, 1.0)[len(step) - 1 :]
+    try:
+        plain = Step(bool(done), None if feedback is None else float(feedback), float(cost))
+    except Exception as error:
+        raise TypeError(f"{at} returned {text_of(step)}: {error}") from None
+    if plain.feedback is not None and not math.isfinite(plain.feedback):
+        raise ValueError(f"{at} gave feedback {feedback}, expected a finite number or None")
+    if not 0.0 <= plain.cost < math.inf:
+        raise ValueError(f"{at} gave cost {cost}, expected at least 0 and finite")
+    return plain
 
 
 _RLock: Any = type(threading.RLock())
@@ -80,12 +102,18 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
         self._state = "PENDING"
         self._result: Any = None
         self._exception: BaseException | None = None
-        self._waiters: list[Any] = []
+        self._waiters: list[Any] = Waiters()
         self._done_callbacks: list[Callable[[Any], object]] = []
         self.key = task.key
         """The task's key, as submitted or made up."""
         self._engine = engine
         self._task: Task | None = task
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be copied or pickled, as that of the base class cannot be pickled."""
+        raise TypeError(
+            f"Future: that of task {text_of(self.key)} cannot be copied or pickled, expected its result to be"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "_condition":  # setdefault is atomic: all threads get the same one
@@ -123,14 +151,29 @@ class Future(concurrent.futures.Future):  # type: ignore[type-arg]
         if self._is_done():
             return
         self._engine.check_runs(f"Future.{method}")  # also before the Condition, which a fork may have left locked
-        until = None if timeout is None else time.monotonic() + timeout
+        if timeout is None:
+            with Wait(self._can_end) as wait:
+                while not self._pause(method, wait.patience):
+                    if wait.is_endless():
+                        raise refused(f"Future.{method}", [self])
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._pause(method, until - time.monotonic()):
+            if until - time.monotonic() <= 0:
+                raise concurrent.futures.TimeoutError
+
+    def _pause(self, method: str, seconds: float) -> bool:
+        """Wait for the end of the task, not much longer than so many seconds, and say whether it has come."""
         with self._condition:
-            while not self.done():
+            if not self.done():
                 self._engine.check_runs(f"Future.{method}")
-                left = None if until is None else until - time.monotonic()
-                if left is not None and left <= 0:
-                    raise concurrent.futures.TimeoutError
-                self._condition.wait(left)
+                if seconds > 0.0:
+                    self._condition.wait(min(seconds, threading.TIMEOUT_MAX))
+            return self.done()
+
+    def _can_end(self, seen: Seen) -> bool:
+        """Say whether the task can end while these threads wait for it."""
+        task = self._task
+        return task is None or self._is_done() or self._engine.can_end(task, seen)
 
     def _is_done(self) -> bool:
         """Say what `done` does, without the Condition: what it says then stays so."""
@@ -183,12 +226,14 @@ class Task:
     __slots__ = (
         "args",
         "attempts",
+        "attention",
         "by_rotation",
         "charge",
         "cost",
         "deadline",
         "doomed",
         "error",
+        "error_text",
         "features",
         "finished",
         "fn",
@@ -230,6 +275,7 @@ class Task:
         self.submitted = self.queued = self.turn_began = now
         self.status = "waiting"
         self.slot = ARRIVING  # in the backlog
+        self.attention = 0.0  # the scorer's part of the score, when last asked
         self.charge = 1.0  # the expected cost of the next turn
         self.granted = 0.0  # what was set aside for the turn under way
         # What is left to wait with the proportional server after a turn of the rotation, in charge; -1: nothing.
@@ -246,11 +292,12 @@ class Task:
         self.started: float | None = None
         self.finished: float | None = None
         self.result: Any = None
-        self.error: BaseException | None = None
+        self.error: BaseException | None = None  # until the Future has it
+        self.error_text: str | None = None  # what is kept of it
         self.future: Future
 
     def is_resolved(self) -> bool:
-        """Say whether the Future is resolved, and nothing of the user's is held any more but the key and the error."""
+        """Say whether the Future is resolved, and nothing of the user's is held any more but the key."""
         return not hasattr(self, "future")
 
     def resolve(self) -> None:
@@ -261,6 +308,8 @@ class Task:
         if self.is_resolved():
             return
         future = self.future
+        if self.error is not None and self.error_text is None:
+            self.error_text = text_of(self.error, _LONGEST_ERROR)
         try:
             future._resolve(self)
         except BaseException:  # Ctrl-C: perhaps before those who wait were told, or all callbacks called
@@ -269,7 +318,8 @@ class Task:
             raise
         finally:
             if future._is_done():
-                self.fn, self.args, self.kwargs, self.features, self.result = None, (), None, None, None
+                self.fn, self.args, self.kwargs, self.features = None, (), None, None
+                self.result = self.error = None
                 del self.future
 
     def arguments(self) -> tuple[Any, ...]:

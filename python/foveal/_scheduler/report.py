@@ -48,7 +48,7 @@ class Row(NamedTuple):
     cost: float
     """What these cost in all: 1 for a callable's, what its Step says for a stepper's."""
     error: str | None
-    """The repr of the exception that its Future carries."""
+    """The repr of the exception that its Future carries, at most 1000 characters of it."""
 
 
 class Span(NamedTuple):
@@ -189,7 +189,7 @@ def row_of(task: Task) -> Row:
         task.finished,
         task.steps,
         task.cost,
-        None if task.error is None else text_of(task.error, 1000),
+        task.error_text,
     )
 
 

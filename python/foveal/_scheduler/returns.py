@@ -7,8 +7,8 @@ import enum
 from concurrent.futures import BrokenExecutor, Executor
 from typing import Any
 
-from foveal._scheduler.executors import ExecutorHandle, is_broken
-from foveal._scheduler.future import Task
+from foveal._scheduler.executors import ExecutorHandle, is_broken, takes_nothing
+from foveal._scheduler.future import Task, as_step
 
 _REFUSALS = (RuntimeError, concurrent.futures.CancelledError)  # what an executor that was shut down raises
 
@@ -31,9 +31,11 @@ class Verdict(enum.Enum):
 class Runner:
     """Stands for one call of a pool of threads, which takes task after task."""
 
-    __slots__ = ("task",)
+    __slots__ = ("task", "thread")
 
     def __init__(self) -> None:
+        self.thread: int | None = None
+        """That it runs in; None: it has not begun."""
         self.task: Task | None = None
         """The one that was taken last."""
 
@@ -41,7 +43,7 @@ class Runner:
 class Return:
     """A task, or a runner, that came back from an executor."""
 
-    __slots__ = ("error", "executor", "is_refused", "result", "verdict", "what")
+    __slots__ = ("error", "executor", "is_refused", "result", "value", "verdict", "what")
 
     def __init__(
         self,
@@ -56,6 +58,8 @@ class Return:
         self.result = result
         """None: the executor did not take it, with `error`."""
         self.error = error
+        self.value: Any = None
+        """What a task that has not failed gave."""
         self.is_refused = result is None or isinstance(what, Runner)
         """Whether no task was started."""
         self.verdict = Verdict.END
@@ -88,6 +92,21 @@ class Return:
                 self.verdict = Verdict.BREAK if was_mended else Verdict.FIRST_OF_BREAK
         elif not (
             self.is_refused
-            and (isinstance(self.what, Runner) or self.executor is None or isinstance(self.error, _REFUSALS))
+            and (
+                isinstance(self.what, Runner)
+                or self.executor is None
+                or isinstance(self.error, _REFUSALS)
+                or (self.error is not None and takes_nothing(self.executor, self.error))
+            )
         ):
             self.verdict = Verdict.OVER
+        if self.result is not None and self.error is None:
+            self._take_value(self.result)
+
+    def _take_value(self, result: concurrent.futures.Future[Any]) -> None:
+        task = self.what
+        if isinstance(task, Task):
+            try:
+                self.value = as_step(task.key, result.result()) if task.max_steps else result.result()
+            except Exception as error:
+                self.error = error

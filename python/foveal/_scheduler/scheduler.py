@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Executor
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, SupportsIndex
 
 from numpy.typing import ArrayLike
 
@@ -19,6 +20,7 @@ from foveal._scheduler.checks import (
     check_hashable,
     check_priority,
     check_range,
+    check_synchronous,
     text_of,
 )
 from foveal._scheduler.engine import Engine
@@ -26,11 +28,12 @@ from foveal._scheduler.executors import ExecutorHandle
 from foveal._scheduler.future import Future, Step, Task
 from foveal._scheduler.ledger import Ledger
 from foveal._scheduler.progress import Progress
-from foveal._scheduler.report import Decision, Report
+from foveal._scheduler.report import Decision, Report, Row, row_of
 from foveal._scheduler.scorer import AttentionScorer, ScorerHandle
 from foveal._scheduler.shares import Floats, Policy, largest_remainder, narrowed, softmax, with_floor
 
 _BACKGROUND_HISTORY = 10_000  # tasks, decisions and turns that a scheduler which runs for ever remembers
+_ROWS_AT_ONCE, _PAUSE = 1_000, 1e-4  # of a report, while the scheduler is locked; seconds between
 _POLICIES = ("credit", "sample", "strict")
 
 
@@ -102,11 +105,7 @@ class Scheduler:
         seed: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        if executor is not None and not isinstance(executor, Executor) and not callable(executor):
-            raise TypeError(
-                f"Scheduler: executor has type {type(executor).__name__}, expected a concurrent.futures.Executor, "
-                "a callable that makes one, or None"
-            )
+        _check_executor("Scheduler", executor)
         if scorer is not None:
             check_callable("Scheduler", "scorer", scorer)
         if clock is not None:
@@ -167,11 +166,12 @@ class Scheduler:
         ValueError
             The key is that of an unfinished task; a number is not finite, or a deadline negative.
         TypeError
-            `fn` is not callable, the key not hashable; `features` without a scorer.
+            `fn` is not callable, or is asynchronous; the key is not hashable; `features` without a scorer.
         RuntimeError
             The scheduler was shut down.
         """
         check_callable("Scheduler.submit", "fn", fn)
+        check_synchronous("Scheduler.submit", "fn", fn)
         if deadline is not None:
             check_range("Scheduler.submit", "deadline", deadline, 0.0)
         return self._add("Scheduler.submit", fn, args, kw or None, urgency, importance, key, features, deadline, 0)
@@ -209,6 +209,7 @@ class Scheduler:
             Of the last Step.
         """
         check_callable("Scheduler.add_stepper", "step", step)
+        check_synchronous("Scheduler.add_stepper", "step", step)
         if key is None:
             raise TypeError("Scheduler.add_stepper: key is None, expected a hashable")
         if max_steps is not None:
@@ -244,10 +245,13 @@ class Scheduler:
         """
         if urgency is not None and type(urgency) is not float:  # whether a float is finite comes out below
             check_finite("Scheduler.update", "urgency", urgency)
+            urgency = float(urgency)
         if importance is not None and type(importance) is not float:
             check_finite("Scheduler.update", "importance", importance)
+            importance = float(importance)
         if feedback is not None:
             check_finite("Scheduler.update", "feedback", feedback)
+            feedback = float(feedback)
         task = self._lookup("Scheduler.update", key)
         if task is None:
             raise KeyError(f"Scheduler.update: {text_of(key)} is no task, or is done")
@@ -255,8 +259,8 @@ class Scheduler:
         with self._engine.lock("Scheduler.update"), self._ledger:
             # Else it is over at this moment, and its Future is about to say so. The slot first: it is in the cache.
             if task.slot >= 0 or task.finished is None:
-                new_urgency = task.urgency if urgency is None else float(urgency)
-                new_importance = task.importance if importance is None else float(importance)
+                new_urgency = task.urgency if urgency is None else urgency
+                new_importance = task.importance if importance is None else importance
                 if feedback is not None:
                     new_urgency = self._ledger.fed_back(new_urgency, feedback)
                 is_finite = math.isfinite(new_urgency + new_importance)
@@ -279,12 +283,11 @@ class Scheduler:
         ------
         TypeError
             The scheduler has no scorer, or `state` is given and the scorer is no AttentionScorer.
+        Exception
+            What the scorer raises, and ValueError when it gives no finite score for each; nothing is changed then.
         """
         with self._engine.lock("Scheduler.rescore"), self._ledger:
-            self._scorer.focus("Scheduler.rescore", state)
-            features = self._ledger.backlog.features()
-            if features is not None:
-                self._ledger.backlog.update_all(self._scorer.of_many(features))
+            self._ledger.rescore("Scheduler.rescore", state)
 
     def distribution(self) -> dict[Hashable, float]:
         """Give the share of each waiting task, in order of arrival: floor/n + (1 - floor) * softmax; they sum to 1.
@@ -340,8 +343,7 @@ class Scheduler:
                     f"Scheduler.replay: decisions[{i}] is {text_of(decision)}, expected a Decision(time, key, rotation)"
                 ) from None
         with self._engine.lock("Scheduler.replay"), self._ledger:
-            self._ledger.replay.clear()
-            self._ledger.replay.extend(log)
+            self._ledger.follow(log)
 
     def run(
         self,
@@ -351,6 +353,7 @@ class Scheduler:
         on_error: Literal["collect", "raise"] = "collect",
         retries: int = 0,
         progress: bool = False,
+        executor: Executor | Callable[[], Executor] | None = None,
     ) -> Report:
         """Run tasks until none is left, the budget is spent or the time is over, and report.
 
@@ -365,10 +368,14 @@ class Scheduler:
         on_error : {"collect", "raise"}
             "collect": a task's exception goes to its Future and the report; "raise": the first one also ends the run.
         retries : int
-            How often a task that raised, or whose worker died, is run again before its exception counts. When a pool of
-            processes breaks, those in flight are run one at a time, so that only the one that breaks it is charged.
+            How often a task that raised, or whose worker died, is run again before its exception counts; for a stepper
+            the count begins anew after each good step. When a pool of processes breaks, those in flight are run one at
+            a time, so that only the one that breaks it is charged.
         progress : bool
             Show a bar (tqdm where installed).
+        executor : concurrent.futures.Executor, or callable that makes one, optional
+            Takes the place of the scheduler's executor from now on: for one that was shut down, or whose client was
+            closed, with tasks left.
 
         Raises
         ------
@@ -386,21 +393,20 @@ class Scheduler:
         check_count("Scheduler.run", "retries", retries, 0)
         if on_error not in ("collect", "raise"):
             raise ValueError(f"Scheduler.run: on_error is {on_error!r}, expected 'collect' or 'raise'")
-        began = 0.0
+        _check_executor("Scheduler.run", executor)
+        handle = None if executor is None else ExecutorHandle(executor)
+        service = math.inf if budget is None else float(budget)
+        began = self._engine.clock.now()
+        until = math.inf if timeout is None else began + timeout
 
         def opened(width: int) -> None:
-            nonlocal began
-            began = self._engine.clock.now()
-            service = math.inf if budget is None else float(budget)
-            until = math.inf if timeout is None else began + timeout
             self._ledger.open(width, retries, raises=on_error == "raise", budget=service, until=until)
 
         with Progress(progress, self._ledger.counts) as bar:
             show = bar.show if progress else None
-            self._engine.run(self._max_in_flight, opened, show)
-        now = self._engine.clock.now()
+            self._engine.run(handle, self._max_in_flight, opened, show)
+        report = self._report("Scheduler.run", began)
         with self._engine.lock("Scheduler.run"), self._ledger:
-            report = self._ledger.report(began, now)
             self._ledger.remember(None)
         return report
 
@@ -419,13 +425,13 @@ class Scheduler:
         """Report on what waits, and in the background on the latest 10,000 tasks.
 
         :meth:`run` returns its own report and forgets what is in it, for it may be a million rows. One that ends with
-        an error, or with Ctrl-C, returns none: what it did is reported on here, and by the next run.
+        an error, or with Ctrl-C, returns none: what it did is reported on here, and by the next run. The rows are those
+        of the tasks that there were at the call; each row is true of one moment, not all of the same: nobody waits for
+        the report.
         """
-        now = self._engine.clock.now()
-        with self._engine.lock("Scheduler.report"), self._ledger:
-            return self._ledger.report(None, now)
+        return self._report("Scheduler.report", None)
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
         """Take no more tasks. Those that wait are still run by whatever runs, and cancelled when nothing does.
 
         A scheduler that runs in the background when the interpreter ends is shut down in this way, and awaited.
@@ -434,11 +440,30 @@ class Scheduler:
         ----------
         wait : bool
             Return when all is done and no thread of the scheduler is left; in a task or a callback, which would wait
-            for itself, return at once.
+            for itself, return at once. False: return at once, and let the end of the interpreter not wait either for an
+            executor that is no pool of threads or processes: what is then in flight is given up, what waits cancelled.
         cancel_futures : bool
             Cancel the tasks that wait.
+        timeout : float, optional
+            Seconds after which to give up what is in flight, and may never come back: its Futures get a RuntimeError,
+            those that wait are cancelled. A thread that runs a task cannot be stopped, and goes on.
+
+        Raises
+        ------
+        ValueError
+            `timeout` is negative, or given with ``wait=False``.
         """
-        self._engine.shut_down(wait=wait, cancel=cancel_futures)
+        if timeout is not None:
+            check_range("Scheduler.shutdown", "timeout", timeout, 0.0)
+            if not wait:
+                raise ValueError("Scheduler.shutdown: timeout is given with wait=False, expected one of them")
+        self._engine.shut_down(wait=wait, cancel=cancel_futures, timeout=math.inf if timeout is None else timeout)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be copied or pickled: two schedulers cannot own the same tasks, threads and locks."""
+        raise TypeError(
+            "Scheduler: cannot be copied or pickled, expected a new Scheduler, which is given tasks of its own"
+        )
 
     def __repr__(self) -> str:
         """Say how many tasks there are, and whether it runs; takes no lock."""
@@ -508,11 +533,35 @@ class Scheduler:
             check_hashable(function, key)
             raise
 
+    def _report(self, function: str, began: float | None) -> Report:
+        engine, ledger = self._engine, self._ledger
+        ended = engine.clock.now()
+        with engine.lock(function), ledger:
+            tasks, decisions, spans = ledger.history()
+        rows: list[Row] = []
+        while len(rows) < len(tasks):
+            with engine.lock(function), ledger:
+                rows.extend(map(row_of, tasks[len(rows) : len(rows) + _ROWS_AT_ONCE]))
+            if len(rows) < len(tasks):
+                time.sleep(_PAUSE)  # for those who wait for the lock; to release it is not enough
+        if began is None:
+            began = min((row.submitted for row in rows), default=ended)
+        return Report(rows, decisions, spans, began, ended)
+
     def _shares(self, function: str) -> tuple[list[Hashable], Floats]:
         with self._engine.lock(function), self._ledger:
-            keys = [task.key for task in self._ledger.backlog]
+            tasks = list(self._ledger.backlog)
             scores = self._ledger.backlog.scores()
+        keys = [task.key for task in tasks]  # out here, and so is the rest: nobody is to wait for a look
         if not keys:
             return keys, scores
         temperature = self._temperature if self._breadth is None else narrowed(self._breadth, scores)
         return keys, with_floor(softmax(scores, temperature), 0.0 if self._policy == "strict" else self._floor)
+
+
+def _check_executor(function: str, executor: Any) -> None:
+    if executor is not None and not isinstance(executor, Executor) and not callable(executor):
+        raise TypeError(
+            f"{function}: executor has type {type(executor).__name__}, expected a concurrent.futures.Executor, "
+            "a callable that makes one, or None"
+        )

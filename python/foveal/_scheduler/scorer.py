@@ -9,6 +9,7 @@ Weights that underflow in float32 come out as scores 87 below the largest.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -111,27 +112,39 @@ class ScorerHandle:
         self._dim = row.size
         return row.astype(np.float32, copy=False)
 
-    def focus(self, function: str, state: ArrayLike | None) -> None:
-        """Turn to `state`, if it is given; the scorer must be one that can, or there must be one at all."""
+    def turn(self, function: str, state: ArrayLike | None, features: NDArray[np.float32] | None) -> Floats | None:
+        """Turn to `state`, if it is given, and give the scores (n,) of features (n, d).
+
+        The scorer must be one that can, or there must be one at all. After an error it has not turned.
+        """
         if self._scorer is None:
             raise TypeError(f"{function}: the scheduler has no scorer")
         if state is not None:
             if not isinstance(self._scorer, AttentionScorer):
                 raise TypeError(f"{function}: state is given, expected an AttentionScorer as the scorer")
+            turned = copy.copy(self._scorer)
+            turned.focus(state)
+            scores = None if features is None else _scores(turned, features)
             self._scorer.focus(state)
+            return scores
+        return None if features is None else self.of_many(features)
 
     def of_many(self, features: NDArray[np.float32]) -> Floats:
         """Give the scores (n,) of features (n, d)."""
         assert self._scorer is not None
-        scores = np.asarray(self._scorer(features), np.float64)
-        if scores.shape != (len(features),) or not np.isfinite(scores).all():
-            expected = f"({len(features)},), all finite"
-            raise ValueError(f"Scheduler: the scorer gave shape {scores.shape}, expected {expected}")
-        return scores
+        return _scores(self._scorer, features)
 
-    def of_one(self, features: NDArray[np.float32] | None) -> float:
-        """Give the score of one task; 0 without features."""
-        return 0.0 if features is None else float(self.of_many(features[None])[0])
+    def of_one(self, features: NDArray[np.float32]) -> float:
+        """Give the score of one task."""
+        return float(self.of_many(features[None])[0])
+
+
+def _scores(scorer: Callable[[Any], ArrayLike], features: NDArray[np.float32]) -> Floats:
+    scores = np.asarray(scorer(features), np.float64)
+    if scores.shape != (len(features),) or not np.isfinite(scores).all():
+        expected = f"({len(features)},), all finite"
+        raise ValueError(f"Scheduler: the scorer gave shape {scores.shape}, expected {expected}")
+    return scores
 
 
 def _matrix(name: str, value: ArrayLike | None, rows: int) -> NDArray[np.float32] | None:
