@@ -265,8 +265,7 @@ class Ledger:
         """Undo the decision for a task that was not started: it is among the next again."""
         self._land()
         self._budget += task.granted
-        self.backlog.settle(task, 0.0)
-        task.residual = 0.0
+        self.backlog.undo(task)
         if not task.steps:
             task.started = None
         self._wait_again(task, task.queued)
@@ -282,7 +281,7 @@ class Ledger:
         else:
             self._land()
             self._budget += task.granted
-            self.backlog.settle(task, 0.0)
+            self.backlog.undo(task)
             task.status = "waiting"
             self._suspects.append(task)
 

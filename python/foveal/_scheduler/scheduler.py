@@ -28,7 +28,7 @@ from foveal._scheduler.ledger import Ledger
 from foveal._scheduler.progress import Progress
 from foveal._scheduler.report import Decision, Report
 from foveal._scheduler.scorer import AttentionScorer, ScorerHandle
-from foveal._scheduler.shares import Floats, Policy, largest_remainder, narrowed, softmax, with_floor
+from foveal._scheduler.shares import Floats, Policy, largest_remainder, softmax, with_floor
 
 _BACKGROUND_HISTORY = 10_000  # tasks, decisions and turns that a scheduler which runs for ever remembers
 _POLICIES = ("credit", "sample", "strict")
@@ -512,7 +512,7 @@ class Scheduler:
         with self._engine.lock(function), self._ledger:
             keys = [task.key for task in self._ledger.backlog]
             scores = self._ledger.backlog.scores()
+            temperature = self._ledger.backlog.solve()
         if not keys:
             return keys, scores
-        temperature = self._temperature if self._breadth is None else narrowed(self._breadth, scores)
         return keys, with_floor(softmax(scores, temperature), 0.0 if self._policy == "strict" else self._floor)
