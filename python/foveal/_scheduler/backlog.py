@@ -162,7 +162,8 @@ class Backlog:
             if rotation:  # the proportional server did not serve it: it keeps its place there
                 task.residual = self._lanes.left(slot, log_weight)
             else:  # below _LOW V would leave no digits for the others' keys
-                v = self._lanes.serve(slot, task.charge, moves_v=log_weight >= _LOW)
+                task.share = self._lanes.serve(slot, log_weight, task.charge)
+                v = self._lanes.move_v(slot) if log_weight >= _LOW else 0.0
                 if self._policy == "sample" and v > _LARGEST_V and self._is_rebase_due():
                     self._rebase()
         task.credit = self._remove(task)
@@ -186,16 +187,19 @@ class Backlog:
 
     def settle(self, task: Task, cost: float) -> None:
         """Settle a turn: it took `cost`, not the expected charge."""
-        self._rotation_credit += (self._floor - task.by_rotation) * (cost - task.charge)
+        more = cost - task.charge
+        self._rotation_credit += (self._floor - task.by_rotation) * more
         if task.by_rotation:
             self._rotation.settle(task, cost)
+        elif more and self._policy == "credit":  # as if it had been known before
+            more *= 1.0 - task.share
+            self._lanes.pour(more)
+            task.credit -= more
 
     def undo(self, task: Task) -> None:
         """Undo the decision for a task: it is among the next again when it is pushed."""
         self.settle(task, 0.0)
         task.residual = 0.0
-        if not task.by_rotation:
-            task.credit += task.charge  # it was not served after all
 
     def update(self, task: Task) -> None:
         """Re-key one task after its urgency or importance has changed."""

@@ -204,6 +204,7 @@ class Task:
         "queued",
         "residual",
         "result",
+        "share",
         "slot",
         "started",
         "status",
@@ -238,6 +239,7 @@ class Task:
         self.residual = -1.0
         self.credit = 0.0  # what it takes from a lane that it leaves empty to the one that it comes back to
         self.by_rotation = False  # who serves it this turn
+        self.share = 0.0  # of all weights, when this turn was decided
         self.in_rotation = False  # has a place there
         self.level = -1.0  # what it has had there; -1: nothing
         self.doomed = False  # cancelled while a step was under way

@@ -134,18 +134,32 @@ class Lanes:
         v = self._lanes[self._numbers[slot]].v
         return max(0.0, self._keys[slot] - v) * math.exp(log_weight)
 
-    def serve(self, slot: int, charge: float, *, moves_v: bool) -> float:
-        """Let all lanes have their parts of a turn, and the task's lane pay it; give V."""
-        lanes = self._lanes
-        lane = lanes[self._numbers[slot]]
-        if len(lanes) > 1:
-            part = charge / sum([other.weight for other in lanes.values()])
-            for other in lanes.values():
-                other.credit += other.weight * part
+    def serve(self, slot: int, log_weight: float, charge: float) -> float:
+        """Let all lanes have their parts of a turn, and the task's lane pay it; give the task's share of the weights."""
+        lane = self._lanes[self._numbers[slot]]
+        weight = math.exp(log_weight)
+        if len(self._lanes) > 1:
+            total = self.pour(charge)
             lane.credit -= charge
-        if moves_v:
-            lane.v = max(lane.v, self._keys[slot])
+        else:
+            total = lane.weight
+        return min(1.0, weight / total)
+
+    def move_v(self, slot: int) -> float:
+        """Let V of the task's lane follow its key; give V."""
+        lane = self._lanes[self._numbers[slot]]
+        lane.v = max(lane.v, self._keys[slot])
         return lane.v
+
+    def pour(self, service: float) -> float:
+        """Add service to the credits in the ratio of the weights; give the sum of these."""
+        lanes = self._lanes.values()
+        total = sum([lane.weight for lane in lanes])
+        if total:
+            part = service / total
+            for lane in lanes:
+                lane.credit += lane.weight * part
+        return total
 
     def breadth(self) -> float:
         """Give exp(entropy) of the weights, from the lanes' sums."""

@@ -20,6 +20,7 @@ from foveal.queues import PriorityMap
 
 _CAPACITY = 64
 _HIGHEST_RISE = 1.0
+_ROUNDING = 1e-9  # of levels
 _DEAREST = 1e6  # a turn that costs more counts as this here, or levels would have no digits for the others' turns
 
 
@@ -48,7 +49,7 @@ class Rotation:
         task.in_rotation = True
         if len(self._places) + len(self._sleepers) >= self._limit:
             self._drop_finished()
-        if 0.0 <= task.level <= self._level:
+        if 0.0 <= task.level <= self._level + _ROUNDING:
             self._places.appendleft(task)
             self._left += 1
         else:
@@ -61,13 +62,14 @@ class Rotation:
             while not self._left:
                 self._begin_round()
             task = self._places[0]
-            if task.slot >= 0 and task.level <= self._level:
+            is_early = task.level > self._level + _ROUNDING
+            if task.slot >= 0 and not is_early:
                 break
             self._places.popleft()
             self._left -= 1
             if task.finished is not None:
                 continue
-            if task.level > self._level:
+            if is_early:
                 self._sleepers[task] = task.level
             else:
                 passed.append(task)
@@ -84,10 +86,11 @@ class Rotation:
                 self._left = max(0, self._left - 1)
         if task.level < 0.0:
             task.level = self._level
+        task.level += min(task.charge, _DEAREST)
 
     def settle(self, task: Task, cost: float) -> None:
-        """Take note of what a turn of the rotation cost."""
-        task.level += min(cost, _DEAREST)
+        """Take note of what a turn of the rotation cost, which was not the expected charge."""
+        task.level = max(0.0, task.level + (min(cost, _DEAREST) - min(task.charge, _DEAREST)))
         self._rise = max(self._rise, min(cost, _HIGHEST_RISE))
 
     def _begin_round(self) -> None:
@@ -96,7 +99,7 @@ class Rotation:
         if not self._rise and self._sleepers:  # nobody else waits
             self._level = max(self._level, self._sleepers.peekitem()[1])
         self._rise = 0.0
-        while self._sleepers and self._sleepers.peekitem()[1] <= self._level:
+        while self._sleepers and self._sleepers.peekitem()[1] <= self._level + _ROUNDING:
             self._places.append(self._sleepers.popitem()[0])
         self._left = len(self._places)
 
