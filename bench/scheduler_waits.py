@@ -22,15 +22,16 @@ POLICIES = ("credit", "sample", "strict")
 def waits(policy: str, equals: int, share: float) -> tuple[list[int], list[int]]:
     """How many turns each newcomer and each equal waited; of a newcomer that still waits at the end, until then."""
     scheduler = foveal.Scheduler(Simulated(), max_in_flight=1, policy=policy, seed=0)
-    turn, came, left = 0, 0, equals
+    turn, came, left = 0, -1, equals  # came: when the newcomer that waits did; -1: none waits
     last = 3 * equals / (1 - share)  # "strict" would serve newcomers alone for ever
     of_newcomers: list[int] = []
     of_equals: list[int] = []
 
     def newcomer_comes() -> None:
         nonlocal came
-        came = turn
+        came = -1
         if left and turn < last:
+            came = turn
             scheduler.submit(newcomer, urgency=math.log(left * share / (1 - share)))
 
     def newcomer() -> None:
@@ -46,7 +47,7 @@ def waits(policy: str, equals: int, share: float) -> tuple[list[int], list[int]]
         of_equals.append(turn)
         if turn == 1:
             newcomer_comes()
-        elif not left:
+        elif not left and came >= 0:
             of_newcomers.append(turn - came)
 
     for _ in range(equals):
@@ -60,11 +61,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--equals", type=int, nargs="*", default=[10, 100, 1_000, 10_000, 100_000])
     parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--policies", nargs="*", default=POLICIES)
     options = parser.parse_args()
     share = options.share
     print("| policy | equals | newcomers: mean and worst wait | the last equal, in N / (1 - S) turns |")
     print("|---|---|---|---|")
-    for policy in tqdm(POLICIES, leave=False):
+    for policy in tqdm(options.policies, leave=False):
         for equals in options.equals:
             newcomers, last = waits(policy, equals, share)
             print(

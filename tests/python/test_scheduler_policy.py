@@ -474,6 +474,8 @@ def test_the_floor_is_a_share_of_service_not_of_turns(policy):
     for i, (cost, urgency) in enumerate([(0.01, -5.0), (1.0, 0.0), (1.0, 0.0), (4.0, -9.0)]):
         scheduler.add_stepper(lambda budget, i=i, cost=cost: step(i, cost), key=i, urgency=urgency)
     expected = scheduler.distribution()
-    scheduler.run(budget=6000)
+    scheduler.run(budget=2500)
     for i, share in expected.items():
-        assert service[i] / sum(service.values()) == pytest.approx(share, rel=0.05 if policy == "credit" else 0.25), i
+        expected_service = share * sum(service.values())
+        slack = 8.0 if policy == "credit" else 0.25 * expected_service  # two of the dearest turns
+        assert abs(service[i] - expected_service) <= slack, i
