@@ -124,7 +124,8 @@ def test_scores_of_any_size_keep_their_order():
         scheduler.submit(order.append, score, urgency=float(score) / 10)
     scheduler.run()
     assert order[0] == 1e4
-    assert order[1:] == list(range(199, -201, -1))
+    assert np.mean(order[1:51]) > 160
+    assert np.mean(np.abs(np.array(order[1:]) - np.arange(199, -201, -1))) < 10  # a temperature
 
 
 def test_breadth_is_kept_as_tasks_come_and_go():
@@ -335,3 +336,146 @@ def test_serving_those_far_below_leaves_digits_for_the_others():
     assert [queue.pop().key for _ in range(3)] == [0, 1, 2]
     queue.push(tasks[-1])  # higher than the 1999 that wait
     assert [queue.pop().key for _ in range(3)] == [2002, 3, 4]
+
+
+# How long a task waits
+
+
+def stream(urgencies, share, floor=0.0):
+    """Serve tasks and, one after another, newcomers of that share; give what each kind had to wait.
+
+    Of newcomers the worst integral of share over service; of the others the worst wait times the share at the start.
+    """
+    queue = backlog.Backlog("credit", floor, 1.0, None, 0.0, 0)
+    weights = {}
+
+    def come(urgency):
+        task = Task(len(weights), None, (), None, urgency, 0.0, 0.0)
+        weights[task] = math.exp(urgency)
+        queue.push(task)
+        return task
+
+    total = start = sum(map(math.exp, urgencies))
+    olds = {come(urgency) for urgency in urgencies}
+    owed, turn, worst_new, worst_old = 0.0, 0, 0.0, 0.0
+    newcomer = None
+    while olds:
+        if newcomer is None and turn:  # the first comes when all others are as good as due
+            left = math.fsum(weights[task] for task in olds) if len(olds) < 50 else total
+            newcomer = come(math.log(left * share / (1 - share)))
+            total, since = left + weights[newcomer], owed
+        task = queue.pop()
+        turn += 1
+        if not task.by_rotation:
+            owed += 1.0 / total
+        total -= weights[task]
+        if newcomer is not None:
+            worst_new = max(worst_new, weights[newcomer] * (owed - since))
+        if task is newcomer:
+            newcomer = None
+        else:
+            olds.remove(task)
+            worst_old = max(worst_old, turn * weights[task] / start * (1 - share))
+        queue.settle(task, 1.0)
+    return worst_new, worst_old
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("count", [1, 10, 100, 10_000])
+def test_neither_newcomers_nor_equals_wait_longer_than_the_bound(count, share):
+    newcomers, equals = stream([0.0] * count, share)
+    assert newcomers <= 3.0
+    assert equals <= 1.0 + 3.0 / count  # a multiple of N / (1 - share)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("spread", [0.001, 0.05, 1.0, 3.0])
+def test_weights_that_are_nearly_equal_hold_up_nobody_nor_do_others(spread, share):
+    rng = random.Random(0)
+    newcomers, others = stream([rng.gauss(0.0, spread) for _ in range(2000)], share)
+    assert newcomers <= 3.0
+    assert others <= 3.0
+
+
+def test_the_floor_adds_its_turns_and_no_more_to_a_wait():
+    newcomers, equals = stream([0.0] * 1000, 0.5, floor=0.3)
+    assert newcomers <= 3.0  # of the proportional server's service
+    assert equals <= 1.0 + 3.0 / 1000
+
+
+def test_an_urgent_newcomer_an_update_and_a_rescore_count_after_equals_have_been_served():
+    for change in ("submit", "update"):
+        scheduler, order = Scheduler(max_in_flight=1), []
+
+        def work(i, scheduler=scheduler, order=order, change=change):
+            order.append(i)
+            if i == 0 and change == "submit":
+                scheduler.submit(work, "alarm", urgency=50.0)
+            elif i == 0:
+                scheduler.update(700, urgency=50.0)
+
+        for i in range(1000):
+            scheduler.submit(work, i, key=i)
+        scheduler.run()
+        assert order.index("alarm" if change == "submit" else 700) <= 2
+
+    def favour(rows):
+        return np.asarray(rows)[:, 0]
+
+    scheduler, order = Scheduler(max_in_flight=1, floor=0.0, scorer=favour), []
+    rng = np.random.default_rng(0)
+    for i, row in enumerate(rng.standard_normal((1000, 1)).astype(np.float32) * 3):
+        scheduler.submit(order.append, (i, float(row[0])), features=row)
+    scheduler.run(budget=200)
+    scheduler.rescore()
+    scheduler.run()
+    best = sorted((x for _, x in order), reverse=True)[:50]
+    assert sum(x >= best[-1] for _, x in order[:100]) >= 30
+
+
+def test_steppers_let_a_newcomer_in():
+    scheduler = Scheduler(max_in_flight=1, floor=0.0)
+    for i in range(500):
+        scheduler.add_stepper(endless, key=i)
+    scheduler.run(budget=750)
+    scheduler.add_stepper(endless, key="new", urgency=math.log(500))
+    assert 45 <= turns(scheduler, 100)["new"] <= 55
+
+
+def entropy_of(counts):
+    p = np.array([x for x in counts if x], np.float64)
+    p /= p.sum()
+    return math.exp(-(p * np.log(p)).sum())
+
+
+@pytest.mark.parametrize("policy", ["credit", "sample"])
+def test_breadth_is_kept_as_scores_move(policy):
+    scheduler = Scheduler(max_in_flight=1, breadth=3.0, floor=0.0, policy=policy, seed=0)
+    for i in range(10):
+        scheduler.add_stepper(endless, key=i, urgency=float(i))
+    for i in range(10):
+        scheduler.update(i, urgency=i * 0.1)
+    assert entropy_of(turns(scheduler, 4000).values()) == pytest.approx(3.0, rel=0.1)
+    for i in range(10, 30):
+        scheduler.add_stepper(endless, key=i, urgency=1.0 + (i % 5) / 7)
+        scheduler.update(i - 10, feedback=2.0)
+    assert entropy_of(turns(scheduler, 4000).values()) == pytest.approx(3.0, rel=0.1)
+    assert entropy_of(scheduler.distribution().values()) == pytest.approx(3.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["credit", "sample"])
+def test_the_floor_is_a_share_of_service_not_of_turns(policy):
+    scheduler, service = Scheduler(max_in_flight=1, policy=policy, seed=0, floor=0.2), Counter()
+
+    def step(i, cost):
+        service[i] += cost
+        return Step(False, None, cost)
+
+    for i, (cost, urgency) in enumerate([(0.01, -5.0), (1.0, 0.0), (1.0, 0.0), (4.0, -9.0)]):
+        scheduler.add_stepper(lambda budget, i=i, cost=cost: step(i, cost), key=i, urgency=urgency)
+    expected = scheduler.distribution()
+    scheduler.run(budget=2500)
+    for i, share in expected.items():
+        expected_service = share * sum(service.values())
+        slack = 8.0 if policy == "credit" else 0.25 * expected_service  # two of the dearest turns
+        assert abs(service[i] - expected_service) <= slack, i

@@ -230,6 +230,7 @@ class Task:
         "by_rotation",
         "charge",
         "cost",
+        "credit",
         "deadline",
         "doomed",
         "error",
@@ -243,10 +244,12 @@ class Task:
         "in_rotation",
         "key",
         "kwargs",
+        "level",
         "max_steps",
         "queued",
         "residual",
         "result",
+        "share",
         "slot",
         "started",
         "status",
@@ -280,8 +283,11 @@ class Task:
         self.granted = 0.0  # what was set aside for the turn under way
         # What is left to wait with the proportional server after a turn of the rotation, in charge; -1: nothing.
         self.residual = -1.0
+        self.credit = 0.0  # what it takes from a lane that it leaves empty to the one that it comes back to
         self.by_rotation = False  # who serves it this turn
+        self.share = 0.0  # of all weights, when this turn was decided
         self.in_rotation = False  # has a place there
+        self.level = -1.0  # what it has had there; -1: nothing
         self.doomed = False  # cancelled while a step was under way
         self.steps = 0
         self.attempts = 0

@@ -307,8 +307,7 @@ class Ledger:
         self._attend(task)  # to a focus that is new since; where that fails the task is as it was
         self._land()
         self._budget += task.granted
-        self.backlog.settle(task, 0.0)
-        task.residual = 0.0
+        self.backlog.undo(task)
         if not task.steps:
             task.started = None
         task.status = "waiting"
@@ -325,7 +324,7 @@ class Ledger:
         else:
             self._land()
             self._budget += task.granted
-            self.backlog.settle(task, 0.0)
+            self.backlog.undo(task)
             task.status = "waiting"
             self._suspects.append(task)
 

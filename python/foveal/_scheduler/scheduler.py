@@ -30,7 +30,7 @@ from foveal._scheduler.ledger import Ledger
 from foveal._scheduler.progress import Progress
 from foveal._scheduler.report import Decision, Report, Row, row_of
 from foveal._scheduler.scorer import AttentionScorer, ScorerHandle
-from foveal._scheduler.shares import Floats, Policy, largest_remainder, narrowed, softmax, with_floor
+from foveal._scheduler.shares import Floats, Policy, largest_remainder, softmax, with_floor
 
 _BACKGROUND_HISTORY = 10_000  # tasks, decisions and turns that a scheduler which runs for ever remembers
 _ROWS_AT_ONCE, _PAUSE = 1_000, 1e-4  # of a report, while the scheduler is locked; seconds between
@@ -552,10 +552,10 @@ class Scheduler:
         with self._engine.lock(function), self._ledger:
             tasks = list(self._ledger.backlog)
             scores = self._ledger.backlog.scores()
+            temperature = self._ledger.backlog.solve()
         keys = [task.key for task in tasks]  # out here, and so is the rest: nobody is to wait for a look
         if not keys:
             return keys, scores
-        temperature = self._temperature if self._breadth is None else narrowed(self._breadth, scores)
         return keys, with_floor(softmax(scores, temperature), 0.0 if self._policy == "strict" else self._floor)
 
 
