@@ -16,7 +16,7 @@ from torch.autograd import forward_ad as _forward_ad
 
 from foveal import _core
 from foveal.torch import _ops as _ops  # registers the ops
-from foveal.torch._autograd import OUT_HAS_NO_GRADIENT, differentiable_attention, is_differentiated
+from foveal.torch._autograd import OUT_HAS_NO_GRADIENT, differentiable_attention
 
 _plain = torch.ops.foveal.attention_plain.default
 _forward = torch.ops.foveal.attention_forward.default
@@ -59,10 +59,9 @@ def _attention(
 ) -> Any:
     """Take and return what ``_core.attention`` does, for tensors."""
     try:
-        tracing = _is_dynamo_compiling()
-        gradient = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if not tracing and (_functorch_is_active() or _forward_ad._current_level >= 0):
-            gradient = is_differentiated(q, k, v, bias, alibi_slopes, sinks)
+        # Who traces or transforms the call is to see the op, whose own kernels know of gradients.
+        seen = _is_dynamo_compiling() or _functorch_is_active() or _forward_ad._current_level >= 0
+        gradient = not seen and _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         if (
             not gradient
             and mask is None
@@ -80,12 +79,12 @@ def _attention(
             and not (return_lse or return_weights)
             and (causal is False or causal is True)
         ):
-            if tracing:
+            if seen:
                 return _plain(q, k, v, causal, scale)
             with _BelowAutograd():  # the op's autograd kernel is in Python
                 return _plain_eager(q, k, v, causal, scale)
 
-        if _is_grad_enabled() and not gradient:
+        if not gradient and not seen and _is_grad_enabled():
             gradient = any(isinstance(x, Tensor) and x.requires_grad for x in (bias, alibi_slopes, sinks))
         window_left, window_right = window
         offset, offsets = _offset(q_offset, q.device)
@@ -115,7 +114,7 @@ def _attention(
             if out is not None:
                 raise NotImplementedError(OUT_HAS_NO_GRADIENT)
             result, lse, weights = differentiable_attention(*inputs)
-        elif out is None and tracing:
+        elif out is None and seen:
             result, lse, weights = _forward(*inputs)
         elif out is None:
             with _BelowAutograd():
