@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import (
+    enable_single_level_autograd_function,  # type: ignore[attr-defined]
+)
 from torch.autograd import forward_ad
 
 from foveal.torch._ops import Options, _library
@@ -47,7 +49,7 @@ def apply(function: type[torch.autograd.Function], inputs: Any) -> Any:
     ``Function.apply`` would look for the level again. It also binds the arguments to the signature of ``forward``,
     which takes half of its time.
     """
-    directly: Any = super(torch.autograd.Function, function).apply
+    directly: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     if not torch._C._are_functorch_transforms_active():
         return directly(*inputs)
     with enable_single_level_autograd_function():
