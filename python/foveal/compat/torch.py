@@ -109,13 +109,22 @@ def scaled_dot_product_attention(
             bias=bias,
             causal=is_causal,
             # Where the two alignments coincide, the default takes the shortest way.
-            q_offset=0 if is_causal and query.shape[-2] != key.shape[-2] else None,
+            q_offset=0 if is_causal and not _is_known_equal(query.shape[-2], key.shape[-2]) else None,
             scale=scale,
             dropout_p=dropout_p,
         )
     except (TypeError, ValueError) as error:
         raise type(error)(_in_torchs_words(str(error))) from None
     return out.reshape(*lead, *out.shape[-2:]) if len(lead) > 2 else out
+
+
+def _is_known_equal(n: int, m: int) -> bool:
+    """Tell whether two sizes are equal; symbolic ones only where they always are, since no guard may tie them."""
+    if torch.compiler.is_dynamo_compiling() or isinstance(n, torch.SymInt) or isinstance(m, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(n == m)
+    return n == m
 
 
 def _in_torchs_words(text: str) -> str:
@@ -152,7 +161,7 @@ def _broadcast(
             "expected shapes that broadcast"
         ) from None
     if not enable_gqa:  # one head that all share need not be repeated
-        kv_heads = max((given[-1] for given in leads[1:] if given), default=1)
+        kv_heads = torch.broadcast_shapes((1,), leads[1][-1:], leads[2][-1:])[0]
     query = query.expand(*lead, *query.shape[-2:])
     kv_lead = (*lead[:-1], kv_heads) if lead else lead
     key, value = (x.expand(*kv_lead, *x.shape[-2:]) for x in (key, value))

@@ -1,7 +1,8 @@
-"""The gradient of ``attention_forward``: an autograd.Function, and the autograd kernels of the ops.
+"""The gradient of ``attention_forward``: an autograd.Function, and the autograd kernels of the ops that apply it.
 
-``foveal.attention`` applies the Function before it comes to the dispatcher, which torch.func.grad and vmap need, and
-leaves it out where nothing requires a gradient. The kernels are for direct calls of the ops.
+A kernel stands below the transforms of torch.func and below Dynamo, so both see one op whatever its tensors are: the
+same one twice, wrapped, or symbolic. ``foveal.attention`` skips the dispatcher where neither looks on: it applies the
+Function itself, or calls the op past its kernel where nothing requires a gradient.
 
 There is no second derivative: the gradients can be computed with ``create_graph=True``, but using their graph raises.
 """
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import (
+    enable_single_level_autograd_function,  # type: ignore[attr-defined]
+)
 from torch.autograd import forward_ad
 
 from foveal.torch._ops import Options, _library
@@ -32,26 +36,32 @@ _SINKS = 3 + Options._fields.index("sinks")
 _TENSORS = Options._fields.index("causal")  # the options before it
 
 
-def _is_plain_eager() -> bool:
-    return not torch.compiler.is_dynamo_compiling() and not torch._C._are_functorch_transforms_active()
-
-
-def _without_autograd(op: Any, inputs: Any) -> Any:
-    """Call an op where autograd has been taken care of: past its kernel in Python, unless a transform looks on."""
-    if not _is_plain_eager():
-        return op(*inputs)
+def below_autograd(op: Any, inputs: Any) -> Any:
+    """Call an op where autograd has been taken care of."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)
+
+
+def apply(function: type[torch.autograd.Function], inputs: Any) -> Any:
+    """Apply a Function inside an autograd kernel, or where there is no transform.
+
+    torch.func's level has been chosen before a kernel is reached, so this is autograd of that level alone;
+    ``Function.apply`` would look for the level again. It also binds the arguments to the signature of ``forward``,
+    which takes half of its time.
+    """
+    directly: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    if not torch._C._are_functorch_transforms_active():
+        return directly(*inputs)
+    with enable_single_level_autograd_function():
+        return directly(*inputs)
 
 
 class Attention(torch.autograd.Function):
     """(out, lse, weights) of ``attention_forward``; ``weights`` has no gradient, so it must not be asked for."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return _without_autograd(_forward, inputs)
+        return below_autograd(_forward, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -67,10 +77,7 @@ class Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         bias_grad, sinks_grad = ctx.needs_input_grad[_BIAS], ctx.needs_input_grad[_SINKS]
         inputs = (dout, dlse, out, lse, q, k, v, *tensors, *ctx.scalars, bias_grad, sinks_grad)
-        if torch.is_grad_enabled():
-            dq, dk, dv, dbias, dsinks = _NoSecondDerivative.apply(*inputs)  # type: ignore[no-untyped-call]
-        else:
-            dq, dk, dv, dbias, dsinks = _without_autograd(_backward, inputs)
+        dq, dk, dv, dbias, dsinks = _backward(*inputs)
         gradients: list[Tensor | None] = [dq, dk, dv] + [None] * len(Options._fields)
         if bias_grad:
             gradients[_BIAS] = dbias.to(tensors[_BIAS - 3].dtype)
@@ -79,18 +86,12 @@ class Attention(torch.autograd.Function):
         return tuple(gradients)
 
 
-# Function.apply binds the arguments to the signature of `forward` first, which takes half of its time.
-_apply_directly: Any = super(torch.autograd.Function, Attention).apply
-
-
 class _NoSecondDerivative(torch.autograd.Function):
     """The results of ``attention_backward``, whose own gradient raises."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return _backward(*inputs)
+        return below_autograd(_backward, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -134,8 +135,7 @@ def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> A
     if torch.is_autocast_enabled(q.device.type):  # here, so that what is saved has the dtype of the output
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    apply = _apply_directly if _is_plain_eager() else Attention.apply
-    return apply(q, k, v, *options)
+    return apply(Attention, (q, k, v, *options))
 
 
 def _forward_kernel(keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
@@ -147,7 +147,7 @@ def _forward_kernel(keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Te
 def _backward_kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
     if not is_differentiated(*values):
         return _backward.redispatch(keyset & torch._C._after_autograd_keyset, *values)
-    return _NoSecondDerivative.apply(*values)  # type: ignore[no-untyped-call]
+    return apply(_NoSecondDerivative, values)
 
 
 def _plain_kernel(

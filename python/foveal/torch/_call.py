@@ -7,6 +7,7 @@ something has been refused is it asked in what words NumPy callers would hear of
 from __future__ import annotations
 
 import operator
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
 from foveal import _core
+from foveal._attention import attention
 from foveal.torch import _ops as _ops  # registers the ops
-from foveal.torch._autograd import OUT_HAS_NO_GRADIENT, differentiable_attention, is_differentiated
+from foveal.torch._autograd import OUT_HAS_NO_GRADIENT, differentiable_attention
 
 _plain = torch.ops.foveal.attention_plain.default
 _forward = torch.ops.foveal.attention_forward.default
@@ -59,10 +61,9 @@ def _attention(
 ) -> Any:
     """Take and return what ``_core.attention`` does, for tensors."""
     try:
-        tracing = _is_dynamo_compiling()
-        gradient = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if not tracing and (_functorch_is_active() or _forward_ad._current_level >= 0):
-            gradient = is_differentiated(q, k, v, bias, alibi_slopes, sinks)
+        # Who traces or transforms the call is to see the op, whose own kernels know of gradients.
+        seen = _is_dynamo_compiling() or _functorch_is_active() or _forward_ad._current_level >= 0
+        gradient = not seen and _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         if (
             not gradient
             and mask is None
@@ -80,12 +81,12 @@ def _attention(
             and not (return_lse or return_weights)
             and (causal is False or causal is True)
         ):
-            if tracing:
+            if seen:
                 return _plain(q, k, v, causal, scale)
             with _BelowAutograd():  # the op's autograd kernel is in Python
                 return _plain_eager(q, k, v, causal, scale)
 
-        if _is_grad_enabled() and not gradient:
+        if not gradient and not seen and _is_grad_enabled():
             gradient = any(isinstance(x, Tensor) and x.requires_grad for x in (bias, alibi_slopes, sinks))
         window_left, window_right = window
         offset, offsets = _offset(q_offset, q.device)
@@ -115,7 +116,7 @@ def _attention(
             if out is not None:
                 raise NotImplementedError(OUT_HAS_NO_GRADIENT)
             result, lse, weights = differentiable_attention(*inputs)
-        elif out is None and tracing:
+        elif out is None and seen:
             result, lse, weights = _forward(*inputs)
         elif out is None:
             with _BelowAutograd():
@@ -155,11 +156,15 @@ def _attention(
 # The options as an op takes them. What they cannot be made of raises anything; `_explained` finds the words.
 
 
+_BOOL = (bool, np.bool_, torch.SymBool)
+_INTEGER = (int, torch.SymInt)
+
+
 def _offset(q_offset: Any, device: torch.device) -> tuple[int | None, Tensor | None]:
     if isinstance(q_offset, bool):
         raise TypeError
-    if isinstance(q_offset, int):
-        return q_offset, None
+    if isinstance(q_offset, _INTEGER):
+        return q_offset, None  # type: ignore[return-value]
     if isinstance(q_offset, np.integer):
         return int(q_offset), None
     return None, _integers(q_offset, device)
@@ -201,19 +206,22 @@ def _seed(seed: Any, dropout_p: Any, device: torch.device) -> Tensor | None:
     return torch.full((), operator.index(seed), dtype=torch.int64, device=device)
 
 
-def _side(width: Any) -> int | None:
+def _side(width: Any) -> int | torch.SymInt | None:
     """Make a side of the window; a negative one is for the kernel to refuse."""
     if width is None:
         return None
-    if isinstance(width, (bool, np.bool_)):
+    if isinstance(width, _BOOL):
         raise TypeError
+    if isinstance(width, torch.SymInt):
+        return width
     if not isinstance(width, int):
         width = operator.index(width)
     return None if width >= 2**62 else width
 
 
 def _flag(value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
+    """Make a bool; of a symbolic one the program that is traced is for one value, under a guard where it can differ."""
+    if not isinstance(value, _BOOL):
         raise TypeError
     return bool(value)
 
@@ -223,6 +231,9 @@ def _is_bshd(layout: Any) -> bool:
         raise ValueError
     return bool(layout == "bshd")
 
+
+_DEFAULTS = {name: signature(attention).parameters[name].default for name in signature(_attention).parameters}
+_SCALAR = (bool, int, float, str, np.generic)
 
 # What a CUDA kernel refuses, it refuses in the words of NumPy's callers.
 _WORDED = (NotImplementedError, TypeError, ValueError, MemoryError)
@@ -257,11 +268,24 @@ def _explained(
             return TypeError(
                 "attention: out is a negated view, expected a tensor that owns its sign: out.resolve_neg()"
             )
-        if _is_functorch_wrapped(array) or hasattr(array, "fake_mode"):
-            return error  # there is no memory to look at
+    without_memory = any(
+        isinstance(x, Tensor) and (_is_functorch_wrapped(x) or hasattr(x, "fake_mode")) for x in arguments.values()
+    )
+    if not without_memory:
+        return _refusal(check, arguments, function) or error
+    # Shapes have been judged. The arguments that are no arrays can be judged beside any arrays.
+    judged = _DEFAULTS | {name: x for name, x in arguments.items() if name in _DEFAULTS and isinstance(x, _SCALAR)}
+    judged |= {**dict.fromkeys("qkv", torch.zeros(1, 1, 1, 1)), "window": arguments["window"]}
+    if function != "attention":  # the lengths are another's
+        judged |= {"q_lens": None, "kv_lens": None}
+    refusal = _refusal(_core.check_attention, judged, "attention")
+    return error if refusal is None else type(refusal)(str(refusal).replace("attention", function, 1))
+
+
+def _refusal(check: Any, arguments: dict[str, Any], function: str) -> BaseException | None:
     try:
         check(*(x.detach() if isinstance(x, Tensor) else x for x in arguments.values()))
     except (TypeError, ValueError) as refusal:
         if str(refusal).startswith(f"{function}: "):
             return refusal
-    return error
+    return None

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from foveal import _core
-from foveal.torch._autograd import is_differentiated
-from foveal.torch._call import _explained, _flag, _integers, _offset, _seed, _side
+from foveal.torch._autograd import below_autograd
+from foveal.torch._call import _INTEGER, _explained, _flag, _integers, _offset, _seed, _side
 from foveal.torch._serving_ops import refuse_gradient
 from foveal.torch._varlen_autograd import differentiable_varlen
 
@@ -41,16 +41,16 @@ def _scores(options: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
 
 
 def _run(op: torch._ops.OpOverload, differentiate: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    tracing = torch.compiler.is_dynamo_compiling()
-    gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    if not tracing and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
-        gradient = is_differentiated(*inputs)
-    if gradient:
+    # Who traces or transforms the call is to see the op, whose own kernels know of gradients.
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return op(*inputs)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return differentiate(*inputs)
-    if tracing:
-        return op(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():  # the op's autograd kernel is in Python
-        return op(*inputs)
+    return below_autograd(op, inputs)  # its autograd kernel is in Python
 
 
 def _no_gradient(*_: Any) -> NoReturn:
@@ -106,7 +106,9 @@ def _attention_kvcache(
 ) -> Any:
     """Give (out, lse); ``update`` has the arguments from k to rotary_interleaved, in the order of the op."""
     try:
-        lens = torch.as_tensor(cache_lens, device=q.device) if isinstance(cache_lens, int) else cache_lens
+        lens = cache_lens
+        if isinstance(lens, _INTEGER) and not isinstance(lens, bool):
+            lens = torch.full((), lens, dtype=torch.int64, device=q.device)  # type: ignore[arg-type]
         new = [
             _integers(x, q.device) if name in ("block_table", "cache_batch_idx") else x for name, x in update.items()
         ]

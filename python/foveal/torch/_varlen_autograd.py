@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.torch._autograd import is_differentiated
+from foveal.torch._autograd import apply, below_autograd, is_differentiated
 from foveal.torch._ops import _library
 from foveal.torch._serving_ops import Scores
 
@@ -24,7 +24,7 @@ class AttentionVarlen(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return _forward(*inputs)
+        return below_autograd(_forward, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -37,8 +37,7 @@ class AttentionVarlen(torch.autograd.Function):
         out, lse, *inputs = ctx.saved_tensors
         scores = inputs[5:]
         bias_grad, sinks_grad = (ctx.needs_input_grad[5 + place] for place in (_BIAS, _SINKS))
-        differentiate: Any = _NoSecondDerivative.apply if torch.is_grad_enabled() else _backward
-        dq, dk, dv, dbias, dsinks = differentiate(dout, dlse, out, lse, *inputs, *ctx.scalars, bias_grad, sinks_grad)
+        dq, dk, dv, dbias, dsinks = _backward(dout, dlse, out, lse, *inputs, *ctx.scalars, bias_grad, sinks_grad)
         of_scores: list[Tensor | None] = [None] * len(Scores._fields)
         if bias_grad:
             of_scores[_BIAS] = dbias.to(scores[_BIAS].dtype)
@@ -52,7 +51,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return _backward(*inputs)
+        return below_autograd(_backward, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -76,7 +75,7 @@ def differentiable_varlen(
     if torch.is_autocast_enabled(q.device.type):  # here, so that what is saved has the dtype of the output
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    return AttentionVarlen.apply(q, k, v, cu_seqlens_q, cu_seqlens_kv, *scores)  # type: ignore[no-untyped-call]
+    return apply(AttentionVarlen, (q, k, v, cu_seqlens_q, cu_seqlens_kv, *scores))
 
 
 def _forward_kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
@@ -88,7 +87,7 @@ def _forward_kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
 def _backward_kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
     if not is_differentiated(*values):
         return _backward.redispatch(keyset & torch._C._after_autograd_keyset, *values)
-    return _NoSecondDerivative.apply(*values)  # type: ignore[no-untyped-call]
+    return apply(_NoSecondDerivative, values)
 
 
 _library.impl(_forward, _forward_kernel, "Autograd", with_keyset=True)
