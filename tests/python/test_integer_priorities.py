@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from foveal import AsyncPriorityQueue, IndexedHeap, PriorityMap, PriorityQueue, SumTree
+from foveal import AsyncPriorityQueue, IndexedHeap, PriorityMap, PriorityQueue, Scheduler, SumTree
 
 NOW = 1_700_000_000_000_000_001  # a time.time_ns()
 
@@ -59,6 +59,12 @@ def a_queue(make):
     return made
 
 
+def a_scheduler():
+    made = Scheduler()
+    made.submit(int, key="a")
+    return made
+
+
 def coroutine(call):
     """What awaits nothing, run to its end."""
     with pytest.raises(StopIteration):
@@ -84,6 +90,11 @@ SCALARS = {
     "AsyncPriorityQueue.put: priority awaited": lambda n: coroutine(a_queue(AsyncPriorityQueue).put("b", n)),
     "AsyncPriorityQueue.update_priority: priority": lambda n: a_queue(AsyncPriorityQueue).update_priority("a", n),
     "SumTree.__setitem__: weight": lambda n: SumTree(4).__setitem__(0, n),
+    "Scheduler.submit: urgency": lambda n: Scheduler().submit(int, urgency=n),
+    "Scheduler.submit: importance": lambda n: Scheduler().submit(int, importance=n),
+    "Scheduler.add_stepper: urgency": lambda n: Scheduler().add_stepper(int, key="a", urgency=n),
+    "Scheduler.update: urgency": lambda n: a_scheduler().update("a", urgency=n),
+    "Scheduler.update: feedback": lambda n: a_scheduler().update("a", feedback=n),
 }
 
 BATCHES = {

@@ -9,6 +9,8 @@ import operator
 import types
 from typing import Any
 
+from foveal import _core
+
 _ASYNCHRONOUS = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _NEVER_ASYNCHRONOUS = (types.BuiltinFunctionType, type)
 
@@ -23,7 +25,7 @@ def text_of(value: object, longest: int = 80) -> str:
 
 
 def check_finite(function: str, name: str, value: Any) -> None:
-    """Refuse what is no finite real number."""
+    """Refuse what is no finite real number, and an integer that float64 cannot hold."""
     if type(value) is float and value - value == 0.0:  # most are
         return
     try:
@@ -36,6 +38,7 @@ def check_finite(function: str, name: str, value: Any) -> None:
         raise TypeError(f"{function}: {name} has type {type(value).__name__}, expected a real number") from None
     if not finite:
         raise ValueError(f"{function}: {name} is {value}, expected a finite number")
+    _core.as_number(function, name, value)  # refuses an integer that float64 would round
 
 
 def check_range(
