@@ -59,6 +59,12 @@ def test_weights_sum_to_the_tasks_and_none_falls_below_the_floor(history, ema, f
         assert weights.min() >= floor * (1 - 1e-12) - 1e-300
 
 
+def test_a_breadth_that_no_float_is_the_temperature_for():
+    balancer = TaskBalancer(ema=1.0, floor=0.0, breadth=2.984375)
+    balancer.update([2.2e-309, 0.0, 0.0])
+    assert balancer.update([1.0, 0.0, 0.0]).sum() == pytest.approx(3.0)
+
+
 def test_breadth():
     balancer = TaskBalancer(ema=1.0, floor=0.0, breadth=2.5)
     balancer.update([1.0, 1.0, 1.0, 1.0])

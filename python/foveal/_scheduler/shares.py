@@ -115,7 +115,7 @@ def temperature_for_breadth(scores_or_qk: Any, breadth: ArrayLike) -> Any:
             f"{scores.shape[:-1]} (from the scores)"
         ) from None
     rows = scores.reshape(-1, scores.shape[-1])
-    found = np.array([_solve(row, float(b)) for row, b in zip(rows, asked.reshape(-1), strict=True)])
+    found = np.array([_representable(row, float(b)) for row, b in zip(rows, asked.reshape(-1), strict=True)])
     return float(found[0]) if scores.ndim == 1 else found.reshape(scores.shape[:-1])
 
 
@@ -127,6 +127,17 @@ def _floats(name: str, value: Any) -> Floats:
         raise kind(f"temperature_for_breadth: {name} is {text_of(value)}, expected real numbers ({error})") from None
 
 
+def _representable(scores: Floats, breadth: float) -> float:
+    temperature = _solve(scores, breadth)
+    finite = scores[scores > -np.inf]
+    if temperature == math.inf and breadth < len(finite):
+        raise ValueError(
+            f"temperature_for_breadth: breadth is {breadth:g} and the scores up to {np.abs(finite).max():g}; expected "
+            "one that some float is the temperature for"
+        )
+    return temperature
+
+
 def narrowed(breadth: float, scores: Floats) -> float:
     """Give the temperature for `breadth`, or for what comes closest to it among these scores."""
     ties = int((scores == scores.max()).sum())
@@ -134,16 +145,11 @@ def narrowed(breadth: float, scores: Floats) -> float:
 
 
 def _solve(scores: Floats, breadth: float) -> float:
-    """Give the temperature for one row of scores."""
+    """Give the temperature for one row of scores; inf also where it is beyond every float."""
     finite = scores[scores > -np.inf]
     halvings = 0 if not len(finite) or np.abs(finite).max() < _LARGE else 40  # so that no gap overflows
     with np.errstate(all="ignore"):  # whatever the user has set: what underflows is nothing
         temperature = math.ldexp(1.0, halvings) * _solve_for_finite(np.ldexp(finite, -halvings), breadth)
-    if halvings and breadth < len(finite) and temperature == math.inf:
-        raise ValueError(
-            f"temperature_for_breadth: breadth is {breadth:g} and the scores up to {np.abs(finite).max():g}; expected "
-            "one that some float is the temperature for"
-        )
     return temperature
 
 
