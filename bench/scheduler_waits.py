@@ -2,7 +2,8 @@
 
 N tasks of equal urgency wait, and with them, one after another, newcomers: each comes when the one before is served,
 with the urgency that gives it the share S of what waits then. That goes on until the equals are served, which by their
-shares takes N / (1 - S) turns, or for three times as long. Waits are in turns; a newcomer's by its share alone would be 1/S, so 3/S is the bound.
+shares takes N / (1 - S) turns, or for three times as long. Waits are in turns; a newcomer's by its share alone would be
+1/S, so 3/S is the bound.
 """
 
 from __future__ import annotations

@@ -148,6 +148,7 @@ def learned(instance: Instance, **options: Any) -> Floats:
 
 POLICIES: dict[str, Callable[[Instance], Floats]] = {
     "oracle: largest weight/cost first": oracle,
+    "foveal.Scheduler, costs learned, strict": lambda instance: learned(instance, policy="strict"),
     "foveal.Scheduler, costs learned": learned,
     "foveal.Scheduler, costs learned, floor 0": lambda instance: learned(instance, floor=0.0),
     "largest weight first": heaviest_first,

@@ -135,7 +135,7 @@ class Lanes:
         return max(0.0, self._keys[slot] - v) * math.exp(log_weight)
 
     def serve(self, slot: int, log_weight: float, charge: float) -> float:
-        """Let all lanes have their parts of a turn, and the task's lane pay it; give the task's share of the weights."""
+        """Give all lanes their parts of a turn, and let the task's lane pay it; return the task's share."""
         lane = self._lanes[self._numbers[slot]]
         weight = math.exp(log_weight)
         if len(self._lanes) > 1:

@@ -71,10 +71,11 @@ class Scheduler:
 
     Notes
     -----
-    A turn of a submitted callable counts 1 as service, a turn of a stepper what its Step says it cost. Two tasks that
-    wait all the while get proportional service in the ratio of their weights, up to one turn of each (Golestani 1994).
+    A turn of a submitted callable counts 1 as service, a turn of a stepper what its Step says it cost. A newcomer waits
+    a few times as long as its share alone would have it, however many equals are due (docs/scheduler.md has the bound).
     With n others waiting and w in flight at most, a task gets a turn before the rest get ``(n + w) * C / floor`` more
-    service, C the dearest turn, whatever urgencies and feedback do. With one worker and the same clock and seed the
+    service where all turns cost C, ``(2n + w) * C / floor`` where they cost at most C, whatever urgencies and feedback
+    do. With one worker and the same clock and seed the
     decisions are the same.
 
     Examples
