@@ -164,9 +164,7 @@ def main():
         ratios = sorted(b / a for a, b in zip(old, new, strict=True))
         low, middle, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.25, 0.5, 0.75))
         slower += middle > 1 + options.limit
-        print(
-            f"| {name} | {statistics.median(old) * 1e6:.1f} us | {middle:.3f} ({low:.3f}-{high:.3f}) |", flush=True
-        )
+        print(f"| {name} | {statistics.median(old) * 1e6:.1f} us | {middle:.3f} ({low:.3f}-{high:.3f}) |", flush=True)
     for pipe in pipes:
         pipe.send(None)
     return 1 if slower else 0

@@ -1,5 +1,5 @@
-// The AVX-512 intrinsics that cpp/simd/avx512.h uses (F, BW, DQ, VL, BF16, VNNI), in plain C++: so that machines without
-// AVX-512 test the kernels that are written for it, bit for bit.
+// The AVX-512 intrinsics that cpp/simd/avx512.h uses (F, BW, DQ, VL, BF16, VNNI), in plain C++: so that machines
+// without AVX-512 test the kernels that are written for it, bit for bit.
 //
 // It stands in for the compiler's own header where the build has FOVEAL_EMULATE_AVX512 (docs/design.md). Every lane
 // follows the operation section of Intel's Software Developer's Manual; vdpbf16ps as Intel defines it: odd element
@@ -133,13 +133,13 @@ EMULATED V shuffle_parts(const V& a, const V& b, int imm) {
 namespace {
 namespace emu = avx512_emulation;
 
-#define EMULATED_BINARY(name, V, T, expression)                     \
-  EMULATED V name(V a, V b) {                                       \
-    const auto x = emu::lanes_of<T>(a), y = emu::lanes_of<T>(b);    \
-    return emu::each<V, T>([&](int i) {                             \
-      const T p = x.lane[i], q = y.lane[i];                         \
-      return expression;                                            \
-    });                                                             \
+#define EMULATED_BINARY(name, V, T, expression)                  \
+  EMULATED V name(V a, V b) {                                    \
+    const auto x = emu::lanes_of<T>(a), y = emu::lanes_of<T>(b); \
+    return emu::each<V, T>([&](int i) {                          \
+      const T p = x.lane[i], q = y.lane[i];                      \
+      return expression;                                         \
+    });                                                          \
   }
 EMULATED_BINARY(_mm512_add_ps, __m512, float, p + q)
 EMULATED_BINARY(_mm512_add_pd, __m512d, double, p + q)
@@ -322,8 +322,9 @@ EMULATED __m256i _mm512_cvtepi32_epi16(__m512i a) {
 }
 EMULATED __m256i _mm512_cvtsepi32_epi16(__m512i a) {
   const auto x = emu::lanes_of<int32_t>(a);
-  return emu::each<__m256i, int16_t>(
-      [&](int i) { return x.lane[i] > INT16_MAX ? INT16_MAX : x.lane[i] < INT16_MIN ? INT16_MIN : x.lane[i]; });
+  return emu::each<__m256i, int16_t>([&](int i) {
+    return x.lane[i] > INT16_MAX ? INT16_MAX : x.lane[i] < INT16_MIN ? INT16_MIN : x.lane[i];
+  });
 }
 EMULATED __m512 _mm512_cvtph_ps(__m256i a) {
   const auto x = emu::lanes_of<_Float16>(a);
@@ -377,9 +378,8 @@ EMULATED __m256i _mm256_permutexvar_epi16(__m256i order, __m256i a) {
 }
 EMULATED __m512 _mm512_permutex2var_ps(__m512 a, __m512i order, __m512 b) {
   const auto o = emu::lanes_of<uint32_t>(order), x = emu::lanes_of<uint32_t>(a), y = emu::lanes_of<uint32_t>(b);
-  return emu::each<__m512, uint32_t>([&](int i) {
-    return o.lane[i] & 16 ? y.lane[o.lane[i] & 15] : x.lane[o.lane[i] & 15];
-  });
+  return emu::each<__m512, uint32_t>(
+      [&](int i) { return o.lane[i] & 16 ? y.lane[o.lane[i] & 15] : x.lane[o.lane[i] & 15]; });
 }
 
 }  // namespace
