@@ -2,9 +2,9 @@
 
     python bench/compare_builds.py OLD NEW [--seconds 4] [--only REGEX]
 
-OLD and NEW are folders that hold a built package (`python/foveal` of a checkout, or a folder that `pip install --target`
-filled). Each build runs in a process of its own; the two take turns, one batch of calls each, so that what else the
-machine does falls on both. A row prints the median time of OLD and the median and quartiles of NEW's time over OLD's.
+OLD and NEW are folders that hold a built package (`python` of a checkout, or what `pip install --target` filled). Each
+build runs in a process of its own. The two take turns, one batch of calls each, so that what else the machine does
+falls on both. A row prints the median time of OLD and the median and quartiles of NEW's time over OLD's.
 Exits with 1 where a median is above 1 + LIMIT (--limit, 0.02).
 """
 
@@ -154,7 +154,7 @@ def main():
         processes.append(context.Process(target=worker, args=(str(package.resolve()), theirs), daemon=True))
         processes[-1].start()
         pipes.append(ours)
-    names = [pipe.recv() for pipe in pipes][0]
+    names, _ = (pipe.recv() for pipe in pipes)
     slower = 0
     print("| work | old | new / old |\n|---|---|---|")
     for name in names:

@@ -1,7 +1,7 @@
 """What torch's scaled_dot_product_attention survives, foveal.compat.torch's survives: both are asked the same things.
 
-A cell of the grid is a way to run (eager, compiled, exported), shapes, and options, called at three sizes. Where torch's
-own function gives results in all of them, foveal's must give the same, with gradients where the way has any.
+A cell of the grid is a way to run (eager, compiled, exported), shapes, and options, called at three sizes. Where
+torch's own function gives results in all of them, foveal's must give the same, with gradients where the way has any.
 """
 
 import pytest
