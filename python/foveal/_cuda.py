@@ -147,7 +147,7 @@ def window_side(side: str, width: int) -> int:
 
 def _interface() -> dict[str, str]:
     """Describe the mirror as `foveal_cuda_interface` describes what it mirrors."""
-    structures = {
+    structures: dict[str, type[ctypes.Structure]] = {
         "Device": Device,
         "TensorView": View,
         "AttentionProblem": Problem,

@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import (
-    enable_single_level_autograd_function,  # type: ignore[attr-defined]
-)
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 from foveal.torch._ops import Options, _library
