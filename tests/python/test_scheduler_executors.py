@@ -134,7 +134,7 @@ def test_processes_that_cannot_begin_end_the_run():
 
 def test_a_pool_that_is_shut_down_under_a_run():
     pool = ThreadPoolExecutor(1)
-    scheduler = Scheduler(pool)
+    scheduler = Scheduler(pool, policy="strict")  # so that the pool goes after the futures and before the rest
     futures = [scheduler.submit(square, i) for i in range(3)]
     futures.append(scheduler.submit(time.sleep, 0.01))
     futures += [scheduler.submit(square, i) for i in range(3)]

@@ -154,7 +154,7 @@ def test_threads_of_a_pool_that_is_shared():
 
 @pytest.mark.parametrize("end", ["budget", "timeout"])
 def test_a_wait_for_what_the_run_does_not_reach(end):
-    scheduler, later = Scheduler(max_in_flight=2), []
+    scheduler, later = Scheduler(max_in_flight=2, policy="strict"), []  # so that the later task is the last
 
     def outer():
         later.append(scheduler.submit(int, urgency=-9.0))

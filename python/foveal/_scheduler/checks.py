@@ -25,7 +25,7 @@ def text_of(value: object, longest: int = 80) -> str:
 
 
 def check_finite(function: str, name: str, value: Any) -> None:
-    """Refuse what is no finite real number, and an integer that float64 cannot hold."""
+    """Refuse what is no finite real number."""
     if type(value) is float and value - value == 0.0:  # most are
         return
     try:
@@ -38,7 +38,13 @@ def check_finite(function: str, name: str, value: Any) -> None:
         raise TypeError(f"{function}: {name} has type {type(value).__name__}, expected a real number") from None
     if not finite:
         raise ValueError(f"{function}: {name} is {value}, expected a finite number")
-    _core.as_number(function, name, value)  # refuses an integer that float64 would round
+
+
+def check_score(function: str, name: str, value: Any) -> None:
+    """Refuse what is no finite real number, and an integer that float64 would round: scores are compared as floats."""
+    check_finite(function, name, value)
+    if type(value) is not float:
+        _core.as_number(function, name, value)
 
 
 def check_range(
@@ -63,8 +69,8 @@ def check_count(function: str, name: str, value: Any, low: int) -> None:
 
 def check_priority(function: str, urgency: Any, importance: Any) -> None:
     """Refuse an urgency and an importance that are not finite, or whose sum is not."""
-    check_finite(function, "urgency", urgency)
-    check_finite(function, "importance", importance)
+    check_score(function, "urgency", urgency)
+    check_score(function, "importance", importance)
     check_finite(function, "urgency + importance", float(urgency) + float(importance))
 
 

@@ -16,10 +16,10 @@ from foveal._scheduler.backlog import Backlog
 from foveal._scheduler.checks import (
     check_callable,
     check_count,
-    check_finite,
     check_hashable,
     check_priority,
     check_range,
+    check_score,
     check_synchronous,
     text_of,
 )
@@ -245,13 +245,13 @@ class Scheduler:
             A number is not finite, or the new score; nothing is changed then.
         """
         if urgency is not None and type(urgency) is not float:  # whether a float is finite comes out below
-            check_finite("Scheduler.update", "urgency", urgency)
+            check_score("Scheduler.update", "urgency", urgency)
             urgency = float(urgency)
         if importance is not None and type(importance) is not float:
-            check_finite("Scheduler.update", "importance", importance)
+            check_score("Scheduler.update", "importance", importance)
             importance = float(importance)
         if feedback is not None:
-            check_finite("Scheduler.update", "feedback", feedback)
+            check_score("Scheduler.update", "feedback", feedback)
             feedback = float(feedback)
         task = self._lookup("Scheduler.update", key)
         if task is None:
