@@ -54,16 +54,14 @@ def worst(rows: Sequence[Row]) -> Row:
 
 
 def ways(row: Row) -> list[str]:
-    """A line for each peer: the way that was its fastest, and what each took (the median of the processes)."""
+    """A line for each peer: what its ways took (the median of the processes), the fastest first."""
     lines = []
     for processes in row.tried.values():
-        chosen = Counter(min(seconds, key=seconds.__getitem__) for seconds in processes)
-        names = " and ".join(
-            f"{way}{f' ({n} of {len(processes)})' * (n < len(processes))}" for way, n in chosen.items()
-        )
+        best = Counter(min(seconds, key=seconds.__getitem__) for seconds in processes)
         medians = {way: statistics.median(seconds[way] for seconds in processes) for way in processes[0]}
-        each = ", ".join(f"{way} {_time(medians[way])}" for way in sorted(medians, key=medians.__getitem__))
-        lines.append(f"{names}; {each}" if len(medians) > 1 else f"{names} {_time(medians[names])}")
+        often = {way: f" (fastest in {n} of {len(processes)})" for way, n in best.items() if n < len(processes)}
+        ordered = sorted(medians, key=lambda way: (-best[way], medians[way]))
+        lines.append(", ".join(f"{way} {_time(medians[way])}{often.get(way, '')}" for way in ordered))
     return lines
 
 
