@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -28,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 import foveal
-from foveal._bench.compare import cache_nbytes, compare, fma_peak, read_bandwidth
+from foveal._bench.compare import cache_nbytes, compare, fma_peak, read_bandwidth, share_of_cores
 from foveal._bench.peers import PEERS, left_out
 from foveal._bench.show import Row, markdown, plot, ways, worst
 from foveal._bench.work import Work
@@ -158,9 +159,21 @@ def in_fresh_process(number: int, budget: float, progress: Progress) -> Row:
 
 def _measure(number: int, budget: float, pipe: Connection) -> None:
     try:
-        pipe.send(measurements()[number].measure(budget, lambda fraction: pipe.send(float(fraction))))
+        before = quiet_share()
+        row = measurements()[number].measure(budget, lambda fraction: pipe.send(float(fraction)))
+        free = min(before, share_of_cores(foveal.get_num_threads()))
+        left = f"other work left {free:.0%} of the cores" if free < 0.9 else ""
+        pipe.send(dataclasses.replace(row, detail="; ".join(filter(None, (row.detail, left)))))
     except Exception as error:  # as text: not every error can be sent
         pipe.send(f"{type(error).__name__}: {error}")
+
+
+def quiet_share(patience: float = 30.0) -> float:
+    """Waits until other work leaves nine tenths of the cores, but not for ever; returns what it leaves."""
+    until = time.monotonic() + patience
+    while (share := share_of_cores(foveal.get_num_threads())) < 0.9 and time.monotonic() < until:
+        time.sleep(0.5)
+    return share
 
 
 def machine() -> dict[str, object]:
