@@ -159,7 +159,7 @@ def in_fresh_process(number: int, budget: float, progress: Progress) -> Row:
 
 def _measure(number: int, budget: float, pipe: Connection) -> None:
     try:
-        before = quiet_share()
+        before = quiet_share(4 * budget)
         row = measurements()[number].measure(budget, lambda fraction: pipe.send(float(fraction)))
         free = min(before, share_of_cores(foveal.get_num_threads()))
         left = f"other work left {free:.0%} of the cores" if free < 0.9 else ""
@@ -168,8 +168,8 @@ def _measure(number: int, budget: float, pipe: Connection) -> None:
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def quiet_share(patience: float = 30.0) -> float:
-    """Waits until other work leaves nine tenths of the cores, but not for ever; returns what it leaves."""
+def quiet_share(patience: float) -> float:
+    """Waits until other work leaves nine tenths of the cores, at most `patience` seconds; returns what it leaves."""
     until = time.monotonic() + patience
     while (share := share_of_cores(foveal.get_num_threads())) < 0.9 and time.monotonic() < until:
         time.sleep(0.5)
