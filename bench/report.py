@@ -1,7 +1,8 @@
-"""Measures every row of docs/benchmarks.md: python bench/report.py [--rows TEXT ...] [--quick] [--out DIR].
+"""Measures every row of docs/benchmarks.md: python bench/report.py [--rows TEXT ...] [--processes N] [--out DIR].
 
 Each row first checks the results against each other and a float64 computation, then times foveal and its peers in turn
-within this process (foveal/_bench/measure.py). Prints the table, and with --out writes it there as report.md, with
+(foveal/_bench/measure.py), in a fresh process. With --processes, several of them one after another measure every row,
+and the worst of their medians is printed, with the range. With --out, the table is written there as report.md, with
 report.json and report.png.
 """
 
@@ -12,21 +13,25 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import foveal
-from foveal._bench.compare import cache_nbytes, compare, fma_peak, read_bandwidth
-from foveal._bench.show import Row, markdown, plot
+from foveal._bench.compare import cache_nbytes, compare, fma_peak, read_bandwidth, share_of_cores
+from foveal._bench.peers import PEERS, left_out
+from foveal._bench.show import Row, markdown, plot, ways, worst
 from foveal._bench.work import Work
 from process_rows import call_overhead, import_time, peak_memory, peak_training_memory, window_against_full
 from serving_rows import packed_sequences, paged_decode, paged_int8_decode
@@ -133,6 +138,44 @@ def measurements() -> list[Measurement]:
     ]
 
 
+def in_fresh_process(number: int, budget: float, progress: Progress) -> Row:
+    """The row of `measurements()[number]`: what one row left behind, pools of threads too, disturbs no other."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_measure, args=(number, budget, theirs))
+    process.start()
+    theirs.close()
+    try:
+        while isinstance(said := ours.recv(), float):
+            progress(said)
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the measuring process ended with {process.exitcode} before it had a result") from None
+    process.join()
+    if isinstance(said, str):
+        raise RuntimeError(said)
+    return said
+
+
+def _measure(number: int, budget: float, pipe: Connection) -> None:
+    try:
+        before = quiet_share(4 * budget)
+        row = measurements()[number].measure(budget, lambda fraction: pipe.send(float(fraction)))
+        free = min(before, share_of_cores(foveal.get_num_threads()))
+        left = f"other work left {free:.0%} of the cores" if free < 0.9 else ""
+        pipe.send(dataclasses.replace(row, detail="; ".join(filter(None, (row.detail, left)))))
+    except Exception as error:  # as text: not every error can be sent
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def quiet_share(patience: float) -> float:
+    """Waits until other work leaves nine tenths of the cores, at most `patience` seconds; returns what it leaves."""
+    until = time.monotonic() + patience
+    while (share := share_of_cores(foveal.get_num_threads())) < 0.9 and time.monotonic() < until:
+        time.sleep(0.5)
+    return share
+
+
 def machine() -> dict[str, object]:
     """Where and with what this was measured."""
     threads = foveal.get_num_threads()
@@ -146,7 +189,7 @@ def machine() -> dict[str, object]:
         **{f"FMA peak, {n} thread{'s' * (n > 1)}": f"{fma_peak(n) / 1e9:.0f} GF/s" for n in {1, threads}},
         **{f"read bandwidth, {n} thread{'s' * (n > 1)}": f"{read_bandwidth(n) / 1e9:.0f} GB/s" for n in {1, threads}},
         **{f"foveal {name}": value for name, value in foveal.info()._asdict().items()},
-        **{name: metadata.version(name) for name in ("numpy", "torch", "onnxruntime")},
+        **{module: metadata.version(module) for peer in PEERS.values() for module in peer.modules if not peer.missing},
         "python": platform.python_version(),
         "system": platform.platform(),
     }
@@ -159,7 +202,8 @@ def report(rows: Sequence[Row], missed: Sequence[str], described: dict[str, obje
             "",
             *(f"- {name}: {value}" for name, value in described.items()),
             "",
-            *(f"- {row.label}: {row.detail}" for row in rows if row.detail),
+            *(f"- {row.label}: {'; '.join([row.detail, *ways(row)])}" for row in rows if row.detail),
+            *(f"- {line}" for line in left_out()),
             "",
             *([f"Short of the aim:\n\n{''.join(f'- {line}{chr(10)}' for line in missed)}"] if missed else []),
         ]
@@ -172,33 +216,46 @@ def main() -> None:
         "--rows", nargs="+", metavar="TEXT", help="only rows whose group or label contains one of these"
     )
     parser.add_argument("--quick", action="store_true", help="a second for each peer of a row instead of eight")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="fresh processes for each row; 1")
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json, report.md and report.png there")
     options = parser.parse_args()
 
-    chosen = [m for m in measurements() if not options.rows or any(t in f"{m.group}: {m.label}" for t in options.rows)]
+    if options.processes < 1:
+        parser.error(f"--processes is {options.processes}, expected 1 or more")
+    chosen = {
+        number: m
+        for number, m in enumerate(measurements())
+        if not options.rows or any(text in f"{m.group}: {m.label}" for text in options.rows)
+    }
     if options.list:
-        print("\n".join(f"{m.group}: {m.label}" for m in chosen))
+        print("\n".join(f"{m.group}: {m.label}" for m in chosen.values()))
         return
     if not chosen:
         parser.error(f"no row contains any of {options.rows}; --list prints them")
     described = machine()
-    rows, missed, failed = [], [], []
-    with tqdm(total=len(chosen), bar_format="{l_bar}{bar}| {elapsed}<{remaining}", mininterval=1) as bar:
-        for place, m in enumerate(chosen):
-            bar.set_description_str(f"{m.group}: {m.label}")
+    found: dict[int, list[Row]] = {number: [] for number in chosen}
+    failed = []
+    turns = list(itertools.product(range(options.processes), chosen.items()))  # a row's processes lie far apart
+    with tqdm(total=len(turns), bar_format="{l_bar}{bar}| {elapsed}<{remaining}", mininterval=1) as bar:
+        for place, (process, (number, m)) in enumerate(turns):
+            bar.set_description_str(f"{m.group}: {m.label}{f', process {process + 1}' * (options.processes > 1)}")
 
             def progress(fraction: float, place: int = place) -> None:
                 bar.update(place + fraction - bar.n)
 
             try:
-                row = m.measure(1.0 if options.quick else 8.0, progress)
-            except Exception as error:  # the other rows are still worth having
-                failed.append(f"{m.group}: {m.label}: {type(error).__name__}: {error}")
-                continue
-            rows.append(row)
-            missed.extend(f"{m.group}: {row.label}: {text}" for text in m.missed(row))
-        bar.update(len(chosen) - bar.n)
+                found[number].append(in_fresh_process(number, 1.0 if options.quick else 8.0, progress))
+            except RuntimeError as error:  # the other rows are still worth having
+                failed.append(f"{m.group}: {m.label}: {error}")
+        bar.update(len(turns) - bar.n)
+    complete = {number: worst(some) for number, some in found.items() if len(some) == options.processes}
+    rows = list(complete.values())
+    missed = [
+        f"{chosen[number].group}: {row.label}: {text}"
+        for number, row in complete.items()
+        for text in chosen[number].missed(row)
+    ]
     text = report(rows, missed, described)
     print(text)
     if options.out:

@@ -1,12 +1,15 @@
 """foveal and its peers under pytest-benchmark: pytest bench --benchmark-group-by=param:work [--benchmark-autosave].
 
 For tracking one machine over time, and for a look at single cases. The ratios in docs/benchmarks.md come from
-report.py, whose contenders take turns; here each runs for itself.
+report.py, whose contenders take turns; here each runs for itself: of a peer,
+the way that is fastest in five seconds of turns, whose name is kept with the result.
 """
 
 import pytest
 
-from foveal._bench.compare import PEERS, check_ours, check_peer, cold_copies, installed, peers_of
+from foveal._bench.compare import check_ours, checked_ways, cold_copies
+from foveal._bench.measure import take_turns
+from foveal._bench.peers import PEERS, peers_of
 from foveal._bench.work import Work, foveal_numpy
 
 WORKS = [
@@ -30,17 +33,15 @@ WORKS = [
 def test_attention(benchmark, work, contender):
     if work.dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")
-    if contender in PEERS and not installed(contender):
-        pytest.skip(f"{contender} is not installed")
     if contender in PEERS and contender not in peers_of(work):
-        pytest.skip(f"{contender} does not do this")
+        pytest.skip(f"{contender} is not installed or does not do this")
     inputs = cold_copies(work)
     ours = foveal_numpy(work, inputs)
     check_ours(work, inputs[0], ours)
     timed = ours
     if contender in PEERS:
-        timed = PEERS[contender](work, inputs)
-        check_peer(work, ours, timed)
+        ways = checked_ways(contender, work, inputs, ours)
+        timed = take_turns(ways, budget=5.0).best(ways)
     with timed.within():
         benchmark(timed.call)
     benchmark.extra_info["GF/s"] = work.flops / benchmark.stats.stats.median / 1e9

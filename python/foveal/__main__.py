@@ -16,7 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m foveal", description="What this build of foveal can do here.")
     parser.add_argument("--version", action="version", version=f"foveal {foveal.__version__}")
     bench = parser.add_subparsers(dest="command", title="commands").add_parser(
-        "bench", help="compare foveal with NumPy, and with PyTorch and ONNX Runtime where they are installed"
+        "bench",
+        help="compare foveal with NumPy, and with PyTorch, OpenVINO, ONNX Runtime and JAX where they are installed",
     )
     bench.add_argument("--png", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
     bench.add_argument("--quick", action="store_true", help="0.7 seconds for each peer of a row instead of 4")
@@ -45,7 +46,8 @@ def print_info() -> None:
 
 def print_bench(*, quick: bool, png: Path | None) -> None:
     from foveal._bench.compare import can_hold, compare, fma_peak, share_of_cores
-    from foveal._bench.show import markdown, plot
+    from foveal._bench.peers import left_out
+    from foveal._bench.show import markdown, plot, ways
     from foveal._bench.work import Work
 
     works = [
@@ -58,8 +60,8 @@ def print_bench(*, quick: bool, png: Path | None) -> None:
     ]
     if not quick:
         works[2:2] = [Work(1, 8, 4096, 64), Work(1, 8, 4096, 64, causal=True), Work(1, 8, 4096, 128)]
-    left_out = {work.dtype for work in works if not can_hold(work.dtype)}
-    works = [work for work in works if work.dtype not in left_out]
+    not_held = {work.dtype for work in works if not can_hold(work.dtype)}
+    works = [work for work in works if work.dtype not in not_held]
     budget = 0.7 if quick else 4.0
     threads = foveal.get_num_threads()
     share = share_of_cores(threads)
@@ -73,8 +75,11 @@ def print_bench(*, quick: bool, png: Path | None) -> None:
         f"{fma_peak(threads) / 1e9:.0f} GF/s on {threads} thread{'s' * (threads != 1)}); where the\n"
         "figure is GB/s, of its read bandwidth, measured likewise."
     )
-    if left_out:
-        print(f"{', '.join(left_out)}: left out; NumPy has it with: pip install ml_dtypes")
+    print("\nThe ways of the peers, the fastest of each first:\n")
+    print("\n".join(f"- {row.label}: {'; '.join(ways(row))}" for row in rows))
+    print("".join(f"\n{line}" for line in left_out()))
+    if not_held:
+        print(f"{', '.join(not_held)}: left out; NumPy has it with: pip install ml_dtypes")
     if share < 0.8:
         print(
             f"THIS MACHINE IS BUSY: other work left {share:.0%} of {threads} core{'s' * (threads != 1)}, "

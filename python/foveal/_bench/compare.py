@@ -17,57 +17,18 @@ import numpy as np
 import foveal
 from foveal import _core
 
-from .measure import Contender, take_turns
+from .measure import Contender, accepted, take_turns
+from .peers import PEERS, peers_of
+from .peers.numpy import naive_attention
 from .show import Row
-from .work import (
-    TOLERANCE,
-    Array,
-    Inputs,
-    Work,
-    cycled,
-    foveal_numpy,
-    foveal_torch,
-    naive_attention,
-    numpy_in_place,
-    numpy_textbook,
-    onnxruntime_attention,
-    torch_sdpa,
-)
+from .work import TOLERANCE, Array, Inputs, Way, Work, cycled, foveal_numpy, foveal_torch
 
-PEERS: dict[str, Callable[[Work, Sequence[Inputs]], Contender]] = {
-    "torch": torch_sdpa,
-    "onnxruntime": onnxruntime_attention,
-    "numpy": numpy_in_place,
-    "numpy textbook": numpy_textbook,
-}
-MODULES = {
-    "torch": ("torch",),
-    "onnxruntime": ("onnxruntime", "onnx"),
-    "numpy": ("numpy",),
-    "numpy textbook": ("numpy",),
-}
 CACHE_NBYTES = 32 << 20  # when the machine does not say
-
-
-def installed(peer: str) -> bool:
-    return all(importlib.util.find_spec(module) for module in MODULES[peer])
 
 
 def can_hold(dtype: str) -> bool:
     """Whether NumPy has that dtype here: bfloat16 needs ml_dtypes."""
     return dtype != "bfloat16" or importlib.util.find_spec("ml_dtypes") is not None
-
-
-def peers_of(work: Work) -> list[str]:
-    """The installed peers that can do it, in a time and a memory that somebody would wait for."""
-    if work.window is not None:
-        return []
-    able = ["torch"]
-    if work.dtype == "float32" and work.num_kv_heads == work.heads:
-        able.append("onnxruntime")
-        if work.batch * work.heads * work.seqlen * work.num_keys <= 1 << 25:
-            able.append("numpy")
-    return [peer for peer in able if installed(peer)]
 
 
 def compare(
@@ -82,8 +43,9 @@ def compare(
 ) -> Row:
     """Checks, then times one piece of work against each peer; by default all that `peers_of` the work.
 
-    Peers come one after the other, so that one's pool of threads does not hold up another.
-    `tensors`: foveal is called with torch tensors. `budget`: seconds for each peer.
+    Every way of a peer takes its turn in every round; the one with the least median is the peer. Peers come one after
+    the other, so that one's pool of threads does not hold up another. `tensors`: foveal is called with torch tensors.
+    `budget`: seconds for each peer.
     """
     peers = peers_of(work) if peers is None else peers
     with num_threads(threads) as used:
@@ -91,52 +53,52 @@ def compare(
         ours = (foveal_torch if tensors else foveal_numpy)(work, inputs)
         check_ours(work, inputs[0], ours)
         bound = machine_bound(work, inputs, used)
-        seconds, limits, ratios, ways = [], [], {}, []
-        for number, peer in enumerate(peers):
-            other = PEERS[peer](work, inputs)
-            check_peer(work, ours, other)
+        seconds, limits, ratios, tried, rounds = [], [], {}, {}, []
+        for number, peer in enumerate(peers or [None]):
+            others = [] if peer is None else checked_ways(peer, work, inputs, ours)
             times = take_turns(
-                [ours, other, bound],
+                [ours, *others, bound],
                 budget=budget,
-                progress=lambda fraction, number=number: progress((number + fraction) / len(peers)),  # type: ignore[misc]
+                progress=lambda fraction, number=number: progress((number + fraction) / max(1, len(peers))),  # type: ignore[misc]
             )
             seconds.extend(times.seconds[ours.name])
             limits.append(times.ratio(bound.name, ours.name).median)
-            ratios[peer] = times.ratio(other.name, ours.name)
-            ways.append(f"{other.name} in {times.rounds} rounds")
-        if not peers:
-            times = take_turns([ours, bound], budget=budget, progress=progress)
-            seconds = times.seconds[ours.name]
-            limits.append(times.ratio(bound.name, ours.name).median)
+            rounds.append(times.rounds)
+            if peer is not None:
+                ratios[peer] = times.ratio(times.best(others).name, ours.name)
+                tried[peer] = [{way.name: times.median(way.name) for way in others}]
     median = statistics.median(seconds)
     amount, unit = (work.kv_nbytes, "GB/s") if work.seqlen == 1 else (work.flops, "GF/s")
-    copies = [f"{len(inputs)} copies in turn"] if len(inputs) > 1 else []
+    copies = f"{len(inputs)} copies in turn; " if len(inputs) > 1 else ""
     return Row(
         label=f"{work}{f', {used} thread' if threads else ''}{', tensors' * tensors}",
         value=median * 1e6 if in_microseconds else amount / median / 1e9,
         unit="us" if in_microseconds else unit,
         ratios=ratios,
         limit=None if in_microseconds else statistics.median(limits),
-        detail="; ".join(copies + ways),
+        detail=f"{copies}{min(rounds)} rounds or more",
+        tried=tried,
     )
+
+
+def checked_ways(peer: str, work: Work, inputs: Sequence[Inputs], ours: Way) -> list[Way]:
+    """Those of the peer's ways that accept the work, each found to do the same as ours."""
+    expected = ours.result(work)
+
+    def check(way: Way, result: Any) -> None:
+        assert_close(way.name, way.array(work, result), expected, 2 * TOLERANCE[work.dtype])
+
+    return accepted(PEERS[peer].ways(work, inputs), check)
 
 
 @contextlib.contextmanager
 def num_threads(threads: int | None) -> Iterator[int]:
-    """Everybody's thread count within; None leaves each its default. Yields foveal's."""
-    if threads is None:
-        yield foveal.get_num_threads()
-        return
-    import torch
-
-    before = torch.get_num_threads()
+    """The thread count of foveal within, which its peers follow; None is the default. Yields it."""
     foveal.set_num_threads(threads)
-    torch.set_num_threads(threads)
     try:
-        yield threads
+        yield foveal.get_num_threads()
     finally:
         foveal.set_num_threads(None)
-        torch.set_num_threads(before)
 
 
 def cold_copies(work: Work) -> list[Inputs]:
@@ -202,7 +164,7 @@ def _fewest_seconds(call: Callable[[], object], budget: float = 0.3) -> float:
     return min(seconds)
 
 
-def check_ours(work: Work, inputs: Inputs, ours: Contender) -> None:
+def check_ours(work: Work, inputs: Inputs, ours: Way) -> None:
     """Against a float64 computation of one head's last rows."""
     rows = slice(-64, None)
     q, k, v = (array[:1, :1].astype(np.float64) for array in inputs)
@@ -212,23 +174,7 @@ def check_ours(work: Work, inputs: Inputs, ours: Contender) -> None:
     if work.window is not None:
         hidden |= distance > work.window
     expected = naive_attention(q[:, :, rows], k, v, hidden)
-    assert_close(ours.name, as_numpy(work, ours)[:1, :1, rows], expected, TOLERANCE[work.dtype])
-
-
-def check_peer(work: Work, ours: Contender, other: Contender) -> None:
-    """A peer must do the same work: against ours, everywhere."""
-    assert_close(other.name, as_numpy(work, other), as_numpy(work, ours), 2 * TOLERANCE[work.dtype])
-
-
-def as_numpy(work: Work, contender: Contender) -> Array:
-    """One result as a float (B,Hq,Sq,D) array."""
-    with contender.within():
-        result: Any = contender.call()
-        if hasattr(result, "copy_outputs_to_cpu"):  # ONNX Runtime's (B,Sq,Hq*D)
-            flat: Array = result.copy_outputs_to_cpu()[0]
-            return np.swapaxes(flat.reshape(work.batch, work.seqlen, work.heads, work.head_dim), 1, 2)
-        out: Array = (result if isinstance(result, np.ndarray) else result.float().numpy()).astype(np.float32)
-        return out.reshape(work.batch, work.heads, work.seqlen, work.head_dim)
+    assert_close(ours.name, ours.result(work)[:1, :1, rows], expected, TOLERANCE[work.dtype])
 
 
 def assert_close(name: str, found: Array, expected: Array, tolerance: float) -> None:

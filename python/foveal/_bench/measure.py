@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SETTLE_SECONDS = 0.15  # before each slot, at most: OpenBLAS's threads spin for 0.1 s after their work
 WARM_SECONDS = 0.003  # then: refills the caches and wakes the threads
+LONG_SECONDS = 0.1  # a call as long as this is not warmed up: it would take as much time again and change nothing
 SLOT_SECONDS = 0.01  # calls shorter than this are repeated within a slot
 
 
@@ -28,6 +29,9 @@ class Contender:
     name: str
     call: Callable[[], Any]
     within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+C = TypeVar("C", bound=Contender)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Times:
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
 
+    def best(self, contenders: Iterable[Contender]) -> Contender:
+        """The one with the least median."""
+        return min(contenders, key=lambda contender: self.median(contender.name))
+
     def ratio(self, slower: str, faster: str) -> Spread:
         """How many times faster `faster` is than `slower`."""
         pairs = zip(self.seconds[slower], self.seconds[faster], strict=True)
@@ -74,7 +82,7 @@ def take_turns(
     progress: Callable[[float], object] = lambda fraction: None,
 ) -> Times:
     """Times the contenders in turn for about `budget` seconds; `progress` hears the fraction that is done."""
-    calls = {contender.name: _calls_per_slot(contender) for contender in contenders}
+    slots = {contender.name: _Slot.of(contender) for contender in contenders}
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     begin = time.perf_counter()
     for number in range(max_rounds):
@@ -83,39 +91,62 @@ def take_turns(
         if spent >= 1 and number >= min_rounds:
             break
         for contender in contenders if number % 2 == 0 else reversed(contenders):
-            seconds[contender.name].append(_slot(contender, calls[contender.name]))
+            seconds[contender.name].append(slots[contender.name].seconds())
     progress(1.0)
     return Times(seconds)
 
 
-def fastest(candidates: Iterable[Contender]) -> Contender:
-    """The quickest of one party's ways to do the work; ways that refuse it are left out."""
-    first: dict[Contender, float] = {}
-    for candidate in candidates:
-        with contextlib.suppress(RuntimeError, NotImplementedError), candidate.within():
-            candidate.call()  # the first use of a way may be slow, and is not its time
-            start = time.perf_counter()
-            candidate.call()
-            first[candidate] = time.perf_counter() - start
-    near = [candidate for candidate, seconds in first.items() if seconds <= 3 * min(first.values())]
-    if len(near) == 1:
-        return near[0]
-    times = take_turns(near, budget=0.5, min_rounds=3)
-    return min(near, key=lambda candidate: times.median(candidate.name))
+def accepted(ways: Iterable[C], check: Callable[[C, Any], object]) -> list[C]:
+    """Those that do not refuse the work; `check` is given each and what its first call returned, and raises."""
+    able = []
+    for way in ways:
+        with way.within():
+            try:
+                result = way.call()
+            except (RuntimeError, NotImplementedError):  # how PyTorch's backends say that they cannot do it
+                continue
+            check(way, result)
+        able.append(way)
+    if not able:
+        raise RuntimeError("bench: none of the peer's ways does this work")
+    return able
 
 
-def _slot(contender: Contender, calls: int) -> float:
-    call = contender.call
-    with contender.within():
-        _settle()
-        warm_until = time.perf_counter() + WARM_SECONDS
+@dataclass(frozen=True)
+class _Slot:
+    """A contender's part of a round."""
+
+    contender: Contender
+    calls: int  # that are timed
+    warm: bool
+
+    @staticmethod
+    def of(contender: Contender) -> _Slot:
+        with contender.within():
+            contender.call()
+            calls = 1
+            while True:
+                elapsed = _elapsed(contender.call, calls)
+                if elapsed >= SLOT_SECONDS:
+                    return _Slot(contender, calls, warm=elapsed < LONG_SECONDS)
+                calls = max(2 * calls, int(calls * SLOT_SECONDS / max(elapsed, 1e-9)))
+
+    def seconds(self) -> float:
+        """For one call."""
+        call = self.contender.call
+        with self.contender.within():
+            _settle()
+            warm_until = time.perf_counter() + WARM_SECONDS * self.warm
+            while time.perf_counter() < warm_until:
+                call()
+            return _elapsed(call, self.calls) / self.calls
+
+
+def _elapsed(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
         call()
-        while time.perf_counter() < warm_until:
-            call()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
+    return time.perf_counter() - start
 
 
 def _settle() -> None:
@@ -133,16 +164,3 @@ def _state(stat: Path) -> str:
         return stat.read_text().rpartition(")")[2].split()[0]
     except OSError:  # the thread has ended meanwhile
         return "X"
-
-
-def _calls_per_slot(contender: Contender) -> int:
-    with contender.within():
-        contender.call()
-        calls = 1
-        while True:
-            start = time.perf_counter()
-            for _ in range(calls):
-                contender.call()
-            if (elapsed := time.perf_counter() - start) >= SLOT_SECONDS:
-                return calls
-            calls = max(2 * calls, int(calls * SLOT_SECONDS / max(elapsed, 1e-9)))

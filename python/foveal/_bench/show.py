@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +20,54 @@ class Row:
     unit: str  # GF/s, GB/s, us, ms, MiB
     ratios: dict[str, Spread] = field(default_factory=dict)  # how many times faster than each peer
     limit: float | None = None  # fraction of what the machine can do
-    detail: str = ""  # rounds, the ways that the peers took
+    detail: str = ""  # rounds and the like
+    tried: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # for each peer, process, way: seconds
+    span: tuple[float, float] | None = None  # of the value, over several processes
 
     @property
     def figure(self) -> str:
-        return f"{self.value:.{1 if self.value >= 10 else 2}f} {self.unit}"
+        digits = 1 if self.value >= 10 else 2
+        span = "" if self.span is None else f" ({self.span[0]:.{digits}f}-{self.span[1]:.{digits}f})"
+        return f"{self.value:.{digits}f}{span} {self.unit}"
+
+
+def worst(rows: Sequence[Row]) -> Row:
+    """The same row from several processes as one: of each median the one that is worst for foveal, with the range."""
+    if len(rows) == 1:
+        return rows[0]
+    first = rows[0]
+    values = [row.value for row in rows]
+    ratios = {}
+    for peer in first.ratios:
+        medians = [row.ratios[peer].median for row in rows]
+        ratios[peer] = Spread(min(medians), min(medians), max(medians))
+    return Row(
+        first.label,
+        min(values) if first.unit.endswith("/s") else max(values),
+        first.unit,
+        ratios,
+        None if first.limit is None else min(row.limit for row in rows if row.limit is not None),
+        "; ".join(dict.fromkeys(row.detail for row in rows)),
+        {peer: [way for row in rows for way in row.tried[peer]] for peer in first.tried},
+        (min(values), max(values)),
+    )
+
+
+def ways(row: Row) -> list[str]:
+    """A line for each peer: what its ways took (the median of the processes), the fastest first."""
+    lines = []
+    for processes in row.tried.values():
+        best = Counter(min(seconds, key=seconds.__getitem__) for seconds in processes)
+        medians = {way: statistics.median(seconds[way] for seconds in processes) for way in processes[0]}
+        often = {way: f" (fastest in {n} of {len(processes)})" for way, n in best.items() if n < len(processes)}
+        ordered = sorted(medians, key=lambda way: (-best[way], medians[way]))
+        lines.append(", ".join(f"{way} {_time(medians[way])}{often.get(way, '')}" for way in ordered))
+    return lines
+
+
+def _time(seconds: float) -> str:
+    scaled, unit = (seconds * 1e6, "us") if seconds < 1e-3 else (seconds * 1e3, "ms")
+    return f"{scaled:.{1 if scaled >= 10 else 2}f} {unit}"
 
 
 def markdown(rows: Sequence[Row], work: str = "work (B,H,S,D)") -> str:
@@ -67,6 +112,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("times faster than the peer (median and quartiles of the ratio within a round)")
+    axes.set_xlabel("times faster than the peer")
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import foveal
 
-from .measure import Contender, fastest
+from .measure import Contender
 
 Array = NDArray[Any]
 Inputs = tuple[Array, Array, Array]  # q, k, v in layout bhsd
@@ -51,6 +51,10 @@ class Work:
     @property
     def num_kv_heads(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def num_scores(self) -> int:
+        return self.batch * self.heads * self.seqlen * self.num_keys
 
     @property
     def flops(self) -> float:
@@ -101,128 +105,66 @@ def cycled(function: Callable[..., Any], inputs: Sequence[Any]) -> Callable[[], 
     return lambda: function(*next(turn))
 
 
-def foveal_numpy(work: Work, inputs: Sequence[Inputs]) -> Contender:
+def without_groups(work: Work, inputs: Sequence[Inputs]) -> Iterator[tuple[str, list[Inputs]]]:
+    """The same work for those who know no groups of query heads, by name; results have the same elements in a row."""
+    group = work.heads // work.num_kv_heads
+    if group == 1:
+        yield "", list(inputs)
+        return
+    yield "keys and values expanded", [(q, k.repeat(group, 1), v.repeat(group, 1)) for q, k, v in inputs]
+    if work.seqlen == 1:  # the queries of a group as rows of one head: what a careful user would write
+        shape = (work.batch, work.num_kv_heads, group, work.head_dim)
+        yield "group folded into the queries", [(q.reshape(shape), k, v) for q, k, v in inputs]
+
+
+def thread_counts(work: Work) -> list[int]:
+    """As many threads as foveal may use; one, too, for work that may not be worth waking the others."""
+    threads = foveal.get_num_threads()
+    return [threads, 1] if threads > 1 and work.flops < 1e8 else [threads]
+
+
+def visible(work: Work) -> Array:
+    """The causal mask (Sq,Skv): True where a query sees a key."""
+    return np.tri(work.seqlen, work.num_keys, work.num_keys - work.seqlen, dtype=bool)
+
+
+def way_name(peer: str, *details: str, threads: int | None = None) -> str:
+    """As the report shows it; `threads` where it is a choice."""
+    count = "" if threads is None or threads == foveal.get_num_threads() else f"{threads} thread"
+    return f"{peer}[{', '.join(filter(None, (*details, count)))}]"
+
+
+def as_float32(result: Any) -> Array:
+    return np.asarray(result).astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class Way(Contender):
+    """One way to do one piece of work. `read` makes a float32 array of what `call` returned, in layout bhsd."""
+
+    read: Callable[[Any], Array] = as_float32
+
+    def array(self, work: Work, result: Any) -> Array:
+        """What a call returned, as (B,Hq,Sq,D)."""
+        return self.read(result).reshape(work.batch, work.heads, work.seqlen, work.head_dim)
+
+    def result(self, work: Work) -> Array:
+        with self.within():
+            return self.array(work, self.call())
+
+
+def foveal_numpy(work: Work, inputs: Sequence[Inputs]) -> Way:
     options: dict[str, Any] = {"causal": True} if work.causal else {}
     if work.window is not None:
         options["window"] = (work.window, None)
-    return Contender("foveal", cycled(lambda q, k, v: foveal.attention(q, k, v, **options), inputs))
+    return Way("foveal", cycled(lambda q, k, v: foveal.attention(q, k, v, **options), inputs))
 
 
-def foveal_torch(work: Work, inputs: Sequence[Inputs]) -> Contender:
+def foveal_torch(work: Work, inputs: Sequence[Inputs]) -> Way:
     """foveal.attention on tensors."""
     import torch
 
     options: dict[str, Any] = {"causal": True} if work.causal else {}
     tensors = [tuple(map(as_torch, triple)) for triple in inputs]
     call = cycled(lambda q, k, v: foveal.attention(q, k, v, **options), tensors)
-    return Contender("foveal", call, torch.inference_mode)
-
-
-def torch_sdpa(work: Work, inputs: Sequence[Inputs]) -> Contender:
-    """PyTorch's scaled_dot_product_attention, by the way that is fastest for this work."""
-    return fastest(_torch_ways(work, inputs))
-
-
-def _torch_ways(work: Work, inputs: Sequence[Inputs]) -> Iterator[Contender]:
-    import contextlib
-
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    tensors = [tuple(map(as_torch, triple)) for triple in inputs]
-    group = work.heads // work.num_kv_heads
-
-    @contextlib.contextmanager
-    def within(backend: SDPBackend | None) -> Iterator[None]:
-        with torch.inference_mode(), sdpa_kernel(backend) if backend else contextlib.nullcontext():
-            yield
-
-    for backend in (None, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
-        label = f"torch[{backend.name if backend else 'default'}"
-        context = lambda backend=backend: within(backend)  # noqa: E731
-        if group == 1:
-            call = cycled(lambda q, k, v: sdpa(q, k, v, is_causal=work.causal), tensors)
-            yield Contender(f"{label}]", call, context)
-            continue
-        call = cycled(lambda q, k, v: sdpa(q, k, v, is_causal=work.causal, enable_gqa=True), tensors)
-        yield Contender(f"{label}, enable_gqa]", call, context)
-        expanded = [(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)) for q, k, v in tensors]
-        call = cycled(lambda q, k, v: sdpa(q, k, v, is_causal=work.causal), expanded)
-        yield Contender(f"{label}, keys and values expanded beforehand]", call, context)
-        if work.seqlen == 1:  # the queries of a group as rows of one head: what a careful user would write
-            folded = [(q.unflatten(1, (-1, group)).squeeze(3), k, v) for q, k, v in tensors]
-            yield Contender(f"{label}, group folded into the queries]", cycled(sdpa, folded), context)
-
-
-def onnxruntime_attention(work: Work, inputs: Sequence[Inputs]) -> Contender:
-    """ONNX Runtime's CPU MultiHeadAttention: float32, as many key as query heads, q (B,S,H*D)."""
-    import onnx
-    import onnxruntime
-
-    names = ["q", "k", "v"]
-    hidden = work.heads * work.head_dim
-    tensor = onnx.TensorProto.FLOAT
-    node = onnx.helper.make_node(
-        "MultiHeadAttention", names, ["out"], domain="com.microsoft", num_heads=work.heads, unidirectional=work.causal
-    )
-    lengths = (work.seqlen, work.num_keys, work.num_keys)
-    graph = onnx.helper.make_graph(
-        [node],
-        "attention",
-        [onnx.helper.make_tensor_value_info(n, tensor, (work.batch, s, hidden)) for n, s in zip(names, lengths)],  # noqa: B905
-        [onnx.helper.make_tensor_value_info("out", tensor, (work.batch, work.seqlen, hidden))],
-    )
-    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
-    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    settings = onnxruntime.SessionOptions()
-    settings.add_session_config_entry("session.force_spinning_stop", "1")  # its threads spin within a run, not after it
-    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-
-    def bind(triple: Inputs) -> Any:
-        binding = session.io_binding()
-        for name, array in zip(names, triple, strict=True):
-            flat = np.ascontiguousarray(array.swapaxes(1, 2)).reshape(work.batch, -1, hidden)
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(flat))
-        binding.bind_output("out", "cpu")
-        return binding
-
-    turn = itertools.cycle([bind(triple) for triple in inputs])
-
-    def call() -> Any:
-        binding = next(turn)
-        session.run_with_iobinding(binding)
-        return binding
-
-    return Contender("onnxruntime", call)
-
-
-def numpy_textbook(work: Work, inputs: Sequence[Inputs]) -> Contender:
-    """softmax(q k^T) v as one would write it down, a new array for every step; not causal."""
-
-    def textbook(q: Array, k: Array, v: Array) -> Array:
-        scores = q @ k.swapaxes(-1, -2) * q.dtype.type(q.shape[-1] ** -0.5)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return np.asarray(weights / weights.sum(axis=-1, keepdims=True) @ v)
-
-    return Contender("numpy textbook", cycled(textbook, inputs))
-
-
-def numpy_in_place(work: Work, inputs: Sequence[Inputs]) -> Contender:
-    """softmax(q k^T) v in plain NumPy, with care."""
-    hidden = None
-    if work.causal:
-        hidden = ~np.tri(work.seqlen, work.num_keys, work.num_keys - work.seqlen, dtype=bool)
-    return Contender("numpy", cycled(lambda q, k, v: naive_attention(q, k, v, hidden), inputs))
-
-
-def naive_attention(q: Array, k: Array, v: Array, hidden: Array | None = None) -> Array:
-    """As few passes over the (Sq,Skv) scores as NumPy allows; in the inputs' dtype."""
-    scores = (q * q.dtype.type(q.shape[-1] ** -0.5)) @ k.swapaxes(-1, -2)
-    if hidden is not None:
-        np.copyto(scores, -np.inf, where=hidden)
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    out = scores @ v
-    out /= scores.sum(axis=-1, keepdims=True)
-    return np.asarray(out)
+    return Way("foveal", call, torch.inference_mode, lambda out: as_float32(out.float()))
