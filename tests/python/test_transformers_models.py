@@ -202,6 +202,18 @@ def test_a_sink_for_every_query():
     torch.testing.assert_close(found_weights, weights.detach())
 
 
+def test_weights_before_the_sink():
+    eager, foveal_model = pair_of(("GraniteSWAForCausalLM", "GraniteSWAConfig"), DECODER)
+    with torch.no_grad():
+        for model in (eager, foveal_model):
+            for layer in model.model.layers:
+                layer.self_attn.sinks.normal_(0, 3, generator=torch.Generator().manual_seed(2))
+        expected, found = (model(tokens(), output_attentions=True) for model in (eager, foveal_model))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    for ours_, theirs in zip(found.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_packed_by_lengths():
     q, k, v = (x[:1] for x in layer_inputs(9))
     begins = torch.tensor([0, 4, 9], dtype=torch.int32)

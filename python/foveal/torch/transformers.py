@@ -20,15 +20,22 @@ from foveal.torch._visibility import attention_options, make_mask
 IGNORED = {
     "cache_position": "the mask has the positions",
     "deterministic": "the result is always the same",
+    "labels": "of the loss",
+    "logits_to_keep": "of the model's head",
     "max_length_k": "follows from cu_seq_lens_k",
     "max_length_q": "follows from cu_seq_lens_q",
     "num_items_in_batch": "of the loss",
     "output_hidden_states": "of the model",
     "output_router_logits": "of the model",
     "position_ids": "the mask and the rotation have the positions",
+    "return_dict": "of the model",
     "seq_idx": "of state-space layers; the mask has the packed sequences",
     "use_cache": "of the model",
 }
+
+
+# Models whose "eager" attention returns the weights as they are before the sink takes its part.
+_SINK_AFTER_WEIGHTS = (".modeling_granite_swa", ".modeling_granitemoe_swa")
 
 
 def register_transformers(name: str = "foveal") -> None:
@@ -174,6 +181,9 @@ def attention_forward(
         options["bias"] = options["bias"] + position_bias if "bias" in options else position_bias
 
     return_weights = bool(output_attentions) or _weights_recorded()
+    sink_follows = return_weights and type(module).__module__.endswith(_SINK_AFTER_WEIGHTS)
+    if sink_follows and s_aux is not None:
+        sinks, s_aux = s_aux[None, :, None, None], None
     result: Any = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -190,7 +200,10 @@ def attention_forward(
     if sinks is None:
         return (result.out, result.weights) if return_weights else (result, None)
     kept = torch.sigmoid(result.lse - sinks[..., 0]).to(query.dtype)[..., None]  # the weight that no sink absorbs
-    return result.out * kept.transpose(1, 2), result.weights * kept if return_weights else None
+    weights = result.weights if return_weights else None
+    if weights is not None and not sink_follows:
+        weights = weights * kept
+    return result.out * kept.transpose(1, 2), weights
 
 
 def _refuse_guessing(is_causal: bool | None, sliding_window: int | None, num_queries: int, num_keys: int) -> None:
