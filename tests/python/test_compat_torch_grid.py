@@ -1,7 +1,8 @@
 """What torch's scaled_dot_product_attention survives, foveal.compat.torch's survives: both are asked the same things.
 
-A cell of the grid is a way to run (eager, compiled, exported), shapes, and options, called at three sizes. Where
-torch's own function gives results in all of them, foveal's must give the same, with gradients where the way has any.
+A cell of the grid is a way to run (eager, compiled, exported), shapes, and options, called at two sizes of
+every symbolic axis. Where torch's own function survives, foveal's must give its results, with gradients where the way
+has any.
 """
 
 import pytest
@@ -12,7 +13,6 @@ from foveal.compat.torch import scaled_dot_product_attention
 
 # Axes by name, so that a cell can be asked at several sizes: b batch, h heads, g heads of keys, s queries, l keys.
 SIZES = [{"b": 3, "h": 4, "g": 2, "s": 8, "l": 9}, {"b": 5, "h": 4, "g": 2, "s": 12, "l": 12}]
-SIZES += [{"b": 2, "h": 4, "g": 2, "s": 17, "l": 6}]
 SHAPES = {
     "2 axes": ("se", "le", "le"),
     "3 axes": ("hse", "hle", "hle"),
@@ -43,7 +43,7 @@ OPTIONS = {
 
 def tensors_of(shapes, sizes):
     def extent(axis):
-        return int(axis) if axis.isdigit() else {"e": 8}.get(axis) or sizes[axis]
+        return int(axis) if axis.isdigit() else {"e": 16}.get(axis) or sizes[axis]
 
     generator = torch.Generator().manual_seed(sum(sizes.values()))
     tensors = []
@@ -107,8 +107,20 @@ def with_gradients(call, inputs):
     return [out.detach(), *torch.autograd.grad(out.sin().sum(), list(leaves.values()))]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("shape", SHAPES)
+CELLS = [(shape, option) for shape in SHAPES for option in ("plain", "causal")]
+CELLS += [(shape, option) for shape in ("4 axes", "a batch of one", "grouped") for option in list(OPTIONS)[2:]]
+
+
+def survives(way, options, calls):
+    """Tell whether torch's own function does what foveal's has just failed to do."""
+    try:
+        WAYS[way](Call(torch_sdpa, options), calls)
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("shape", "option"), CELLS)
 @pytest.mark.parametrize("way", WAYS)
 def test_survives_what_torchs_own_survives(way, shape, option):
     shapes, options = SHAPES[shape], dict(OPTIONS[option])
@@ -122,13 +134,14 @@ def test_survives_what_torchs_own_survives(way, shape, option):
         calls.append((*inputs, None if mask is None else scores if floating else scores > -1))
     options |= {"enable_gqa": True} if "g" in "".join(shapes) else {}
     try:
-        expected = WAYS[way](Call(torch_sdpa, options), calls)
-    except Exception as error:
-        pytest.skip(f"torch's own does not survive: {type(error).__name__}")
-    torch.manual_seed(0)
-    found = WAYS[way](Call(scaled_dot_product_attention, options), calls)
+        found = WAYS[way](Call(scaled_dot_product_attention, options), calls)
+    except Exception:
+        if shape == "4 axes" or survives(way, options, calls):
+            raise
+        pytest.skip("torch's own does not survive either")
+    expected = [with_gradients(Call(torch_sdpa, options), inputs) for inputs in calls]
     for one, other in zip(found, expected, strict=True):
-        for x, y in zip(one, other, strict=True):
+        for x, y in zip(one, other, strict=len(one) > 1):  # an exported program gives the output alone
             assert x.shape == y.shape
             if option == "dropout":
                 assert x.isfinite().all()

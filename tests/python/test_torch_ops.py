@@ -5,6 +5,8 @@ import torch
 from torch_cases import DTYPES, OPTIONS, Options, ops, qkv
 
 import foveal
+from foveal.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func
+from foveal.compat.torch import scaled_dot_product_attention
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
@@ -144,6 +146,123 @@ def test_inductor(dynamic):
         found = compiled(*inputs, torch.empty(2, 6, 19, 16))
         for x, y in zip(found, block(*inputs, torch.empty(2, 6, 19, 16)), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+BEGINS = torch.tensor([0, 4, 9])
+TWICE = {
+    "self-attention": (lambda x: foveal.attention(x, x, x), [(1, 2, 4, 8)]),
+    "keys are values": (
+        lambda x, y: foveal.attention(x, y, y, causal=True, return_lse=True)[:2],
+        [(2, 4, 8), (2, 6, 8)],
+    ),
+    "bias too": (lambda x: foveal.attention(x, x, x, bias=x, sinks=x[0, :, 0, 0]), [(1, 2, 8, 8)]),
+    "dropout": (lambda x: foveal.attention(x, x, x, dropout_p=0.3, seed=3), [(4, 8)]),
+    "packed": (lambda x: foveal.attention_varlen(x, x, x, BEGINS, BEGINS, causal=True), [(9, 2, 8)]),
+    "offsets too": (lambda x: foveal.attention_varlen(x, x, x, BEGINS, BEGINS, q_offset=BEGINS[1:]), [(9, 2, 8)]),
+    "compat": (lambda x: scaled_dot_product_attention(x, x, x, is_causal=True), [(3, 1, 2, 4, 8)]),
+    "flash": (lambda x: flash_attn_func(x, x, x, causal=True, window_size=(2, 1)), [(1, 4, 2, 8)]),
+    "flash packed": (lambda x: flash_attn_qkvpacked_func(x, softcap=2.0), [(1, 4, 3, 2, 8)]),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", TWICE)
+def test_one_tensor_in_two_places_compiles_with_gradients(name, dynamic):
+    call, shapes = TWICE[name]
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def loss(*leaves):
+        results = call(*leaves)
+        return sum(x.sin().sum() for x in (results if isinstance(results, tuple) else (results,)))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for x, y in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_one_cache_of_keys_and_values_compiles():
+    def call(x, cache, lens):
+        latent = foveal.attention_kvcache(x, cache, cache[..., :4], cache_lens=lens)
+        return latent, foveal.attention_kvcache(x, cache, cache, cache_lens=lens, cache_batch_idx=lens)
+
+    inputs = (torch.randn(1, 2, 2, 8), torch.randn(1, 6, 2, 8), torch.tensor([0]))
+    torch._dynamo.reset()
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
+    for x, y in zip(found, call(*inputs), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_compiled_transforms_and_direct_ops_have_gradients():
+    x = torch.randn(3, 2, 4, 8)
+
+    def by_function(x):
+        return foveal.attention(x, x * 2, x).sin().sum()
+
+    def by_op(x):
+        return ops.attention_plain(x, x * 2, x).sin().sum()
+
+    (expected,) = torch.autograd.grad(by_function(leaf := x.clone().requires_grad_()), leaf)
+    for loss in (by_function, by_op):
+        for transform in (torch.func.grad(loss), torch.func.vmap(torch.func.grad(loss))):
+            torch._dynamo.reset()
+            for call in (transform, torch.compile(transform, fullgraph=True, backend="aot_eager")):
+                torch.testing.assert_close(call(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_calls_of_other_ranks_compile_again():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k: foveal.attention(q, k, k, causal=True), fullgraph=True, backend="aot_eager")
+    for lead in ((), (2,), (3, 2), (4, 2)):
+        for lens in ((5, 7), (7, 7), (1, 9)):
+            q, k = (torch.randn(*lead, n, 8) for n in lens)
+            assert torch.equal(compiled(q, k), foveal.attention(q, k, k, causal=True))
+
+
+class BySize(torch.nn.Module):
+    """Options that are computed from sizes, so symbols while the program is traced."""
+
+    def forward(self, q, k):
+        n, m = q.shape[2], k.shape[2]
+        decode = foveal.attention(q, k, k, causal=n > 1)
+        shifted = foveal.attention(q, k, k, causal=True, q_offset=m - n, window=(m, None))
+        return decode, shifted, scaled_dot_product_attention(q, k, k, is_causal=n > 1)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_options_may_be_symbols(strict):
+    seqlen_q, seqlen_kv = torch.export.Dim("seqlen_q", min=2, max=99), torch.export.Dim("seqlen_kv", min=2, max=99)
+    inputs = (torch.randn(1, 2, 8, 8), torch.randn(1, 2, 9, 8))
+    dims = ({2: seqlen_q}, {2: seqlen_kv})
+    program = torch.export.export(BySize(), inputs, dynamic_shapes=dims, strict=strict).module()
+    for lens in ((8, 9), (12, 12), (12, 30), (30, 5)):
+        q, k = (torch.randn(1, 2, n, 8) for n in lens)
+        for x, y in zip(program(q, k), BySize()(q, k), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"causal": 1}, "causal has type int, expected bool"),
+        ({"layout": "b"}, "layout is 'b', expected 'bhsd' or 'bshd'"),
+        ({"window": (True, None)}, r"window\[0\] has type bool, expected an integer or None"),
+        ({"window": 3}, r"window has type int, expected \(left, right\)"),
+        ({"q_offset": "a"}, "q_offset holds a str, expected integers"),
+        ({"seed": -3, "dropout_p": 0.5}, "seed is -3, expected 0 to 2"),
+    ],
+)
+def test_fake_tensors_hear_the_same_words(options, text):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q = torch.randn(1, 2, 3, 8)
+        with pytest.raises((TypeError, ValueError), match=f"^attention: {text}"):
+            foveal.attention(q, q, q, **options)
+        if "layout" not in options:
+            with pytest.raises((TypeError, ValueError), match=f"^attention_varlen: {text}"):
+                foveal.attention_varlen(q[0], q[0], q[0], torch.tensor([0, 2]), torch.tensor([0, 2]), **options)
 
 
 class Layer(torch.nn.Module):

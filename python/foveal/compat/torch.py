@@ -95,7 +95,9 @@ def scaled_dot_product_attention(
         if not isinstance(x, Tensor):
             raise TypeError(f"{_NAME}: {name} has type {type(x).__name__}, expected torch.Tensor")
     lead: tuple[int, ...] = query.shape[:-2]
-    if not (2 <= query.ndim <= 4 and lead == key.shape[:-2] == value.shape[:-2]):
+    # Shapes of other ranks are not compared: that would put a guard on the sizes that happen to stand side by side.
+    alike = 2 <= query.ndim <= 4 and query.ndim == key.ndim == value.ndim
+    if not (alike and lead == key.shape[:-2] == value.shape[:-2]):
         query, key, value, lead = _broadcast(query, key, value, enable_gqa)
         if len(lead) > 2:
             query, key, value = (x.flatten(0, -4) for x in (query, key, value))
