@@ -33,8 +33,8 @@ struct Shape {
 };
 
 constexpr Shape kLongForm[] = {
-    {4, 2, 6, 2000, true}, {4, 2, 8, 600, true},  {8, 2, 5, 400, true},
-    {8, 3, 3, 300, true},  {4, 3, 4, 400, false}, {8, 2, 7, 100, false},
+    {4, 2, 6, 2000, true}, {4, 2, 8, 600, true},  {8, 2, 5, 400, true},  {8, 3, 3, 40, true},
+    {4, 3, 4, 400, false}, {8, 2, 7, 100, false}, {8, 3, 3, 300, false},
 };
 
 class Arguments {
