@@ -127,7 +127,8 @@ foveal: without a mask, with padding on either side, packed, with a cache filled
 and a static cache, with `logits_to_keep`, with `output_attentions`, and backwards, wherever `"eager"` itself does.
 
 - Equal: no further from `"eager"` in float64 than 8 times what `"eager"` in float32 is, or than 8 units in the last
-  place of the largest value. Padding is not compared.
+  place of the largest value; where it does not run in float64, than 8 times what half a unit in the last place of its
+  parameters changes. Padding is not compared.
 - Refused: an error says why.
 - Computes its attention itself: the model never calls foveal, whatever `attn_implementation` says.
 """
