@@ -23,7 +23,7 @@
 #include "attention/threads.h"
 #include "foveal/attention.h"
 #include "isa/detect.h"
-#include "isa/kernel_table.h"
+#include "kernels/kernel_table.h"
 
 namespace foveal {
 namespace {

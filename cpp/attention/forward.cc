@@ -18,7 +18,7 @@
 #include "attention/threads.h"
 #include "foveal/attention.h"
 #include "isa/detect.h"
-#include "isa/kernel_table.h"
+#include "kernels/kernel_table.h"
 
 namespace foveal {
 namespace {
@@ -44,8 +44,7 @@ void finish_padding(const CanonicalProblem& p) {
   });
 }
 
-// ---- one call
-// --------------------------------------------------------------------------------------------------------------------
+// ---- one call -------------------------------------------------------------------------------------------------------
 
 class ForwardRun {
  public:

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "foveal/attention.h"
-#include "isa/kernel_table.h"
+#include "kernels/kernel_table.h"
 
 namespace foveal {
 

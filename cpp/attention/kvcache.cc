@@ -12,8 +12,8 @@
 
 #include "attention/element.h"
 #include "attention/heads.h"
-#include "attention/stored.h"
 #include "foveal/attention.h"
+#include "kernels/stored.h"
 
 namespace foveal {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "attention/heads.h"
 #include "foveal/attention.h"
-#include "isa/kernel_table.h"
+#include "kernels/kernel_table.h"
 
 namespace foveal {
 

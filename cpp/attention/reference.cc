@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "attention/element.h"
-#include "attention/philox.h"
 #include "foveal/attention.h"
+#include "kernels/philox.h"
 
 namespace foveal {
 namespace {

@@ -148,8 +148,7 @@ int64_t to_int64(const char* name, py::handle value) {
   return overflow == 0 ? result : overflow > 0 ? INT64_MAX : INT64_MIN;
 }
 
-// ---- kinds
-// ------------------------------------------------------------------------------------------------------------
+// ---- kinds ----------------------------------------------------------------------------------------------------------
 
 // Where the type of an object was defined; "" when somebody made that anything but a name.
 std::string module_of(py::handle object) {

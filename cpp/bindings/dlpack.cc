@@ -79,8 +79,7 @@ DLDataType element_of(DType dtype) {
   return {ElementCode::kOther, 0, 1};
 }
 
-// ---- borrowing
-// --------------------------------------------------------------------------------------------------------
+// ---- borrowing ------------------------------------------------------------------------------------------------------
 
 void require_cpu(const char* name, DLDevice device) {
   if (device.type == kDLCpu || device.type == kDLCudaHost) return;
@@ -136,8 +135,7 @@ void read(const char* name, const DLTensor& tensor, BorrowedArray& borrowed) {
   borrowed.set_element(tensor.dtype.lanes == 1 ? tensor.dtype.code : ElementCode::kOther, tensor.dtype.bits);
 }
 
-// ---- lending
-// ----------------------------------------------------------------------------------------------------------
+// ---- lending --------------------------------------------------------------------------------------------------------
 
 // What a capsule of ours points to.
 template <class Managed>

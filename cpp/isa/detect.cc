@@ -3,23 +3,14 @@
 #include <atomic>
 #include <cstdlib>
 
-#include "isa/kernel_table.h"
+#include "isa/isa_list.h"
+#include "kernels/kernel_table.h"
 
 namespace foveal {
 
-extern const KernelTable kTable_scalar;
-#ifdef FOVEAL_HAVE_avx2
-extern const KernelTable kTable_avx2;
-#endif
-#ifdef FOVEAL_HAVE_avx512
-extern const KernelTable kTable_avx512;
-#endif
-#ifdef FOVEAL_HAVE_avx512bf16
-extern const KernelTable kTable_avx512bf16;
-#endif
-#ifdef FOVEAL_HAVE_neon
-extern const KernelTable kTable_neon;
-#endif
+#define FOVEAL_DECLARE_TABLE(name, runs_here) extern const KernelTable kTable_##name;
+FOVEAL_ISAS(FOVEAL_DECLARE_TABLE)
+#undef FOVEAL_DECLARE_TABLE
 
 namespace {
 
@@ -30,30 +21,10 @@ const std::vector<const KernelTable*>& runnable_tables() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
 #endif
-#ifdef FOVEAL_EMULATE_AVX512
-    found.push_back(&kTable_avx512bf16);
-    found.push_back(&kTable_avx512);
-#else
-#ifdef FOVEAL_HAVE_avx512bf16
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-      found.push_back(&kTable_avx512bf16);
-#endif
-#ifdef FOVEAL_HAVE_avx512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-      found.push_back(&kTable_avx512);
-#endif
-#endif  // FOVEAL_EMULATE_AVX512
-#ifdef FOVEAL_HAVE_avx2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-      found.push_back(&kTable_avx2);
-#endif
-#ifdef FOVEAL_HAVE_neon
-    found.push_back(&kTable_neon);  // part of every 64-bit Arm
-#endif
-    found.push_back(&kTable_scalar);
+#define FOVEAL_ADD_TABLE(name, runs_here) \
+  if (runs_here) found.push_back(&kTable_##name);
+    FOVEAL_ISAS(FOVEAL_ADD_TABLE)
+#undef FOVEAL_ADD_TABLE
     return found;
   }();
   return tables;

@@ -19,7 +19,7 @@
 #include "attention_case.h"
 #include "check.h"
 #include "isa/detect.h"
-#include "isa/kernel_table.h"
+#include "kernels/kernel_table.h"
 
 namespace foveal_test {
 

@@ -1,0 +1,71 @@
+// exp2 and tanh over vectors.
+//
+// 2^x = 2^n * 2^f with n = round(x), f = x - n in [-1/2, 1/2], and 2^f = 1 + f*q(f), q a minimax polynomial (Remez,
+// relative error of 2^f): degree 5 for float (2.6e-9, below rounding), 10 for double (1.8e-17). 2^0 is exactly 1, so a
+// row whose maximum did not move is rescaled without error. tanh goes through expm1, whose leading 1 never enters the
+// polynomial, and so keeps its relative accuracy down to zero.
+#pragma once
+
+#include "simd/vectors.h"
+
+namespace foveal {
+namespace {
+
+template <class T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {
+  static constexpr int kTerms = 6;
+  static constexpr float kQ[kTerms] = {0.6931472149680279f,   0.2402265278288774f,   0.05550310551013797f,
+                                       0.009617692972993062f, 0.001340664390235176f, 0.00015594678161326619f};
+  static constexpr float kLowest = -200.0f;  // 2^kLowest is 0 in float
+  static constexpr float kTanhLimit = 10.0f;
+};
+
+template <>
+struct Exp2<double> {
+  static constexpr int kTerms = 11;
+  static constexpr double kQ[kTerms] = {0.69314718055994569675,     0.24022650695910098007,   0.055504108664790394552,
+                                        0.0096181291076070023796,   0.0013333558153439964747, 0.0001540353044157213033,
+                                        0.000015252727385193868197, 1.3215442675329822143e-6, 1.0180647659234138888e-7,
+                                        7.0725704128144235096e-9,   4.078071929588336665e-10};
+  static constexpr double kLowest = -1500.0;
+  static constexpr double kTanhLimit = 22.0;
+};
+
+// q(f) = (2^f - 1) / f for |f| <= 1/2.
+template <class V>
+FOVEAL_INLINE V exp2_quotient(V f) {
+  using E = Exp2<typename V::T>;
+  V q = broadcast<V>(E::kQ[E::kTerms - 1]);
+#pragma GCC unroll 16
+  for (int i = E::kTerms - 2; i >= 0; --i) q = fma(q, f, broadcast<V>(E::kQ[i]));
+  return q;
+}
+
+// 2^x for x <= 0; -inf gives 0, NaN gives NaN.
+template <class V>
+FOVEAL_INLINE V exp2_nonpositive(V x) {
+  x = max(broadcast<V>(Exp2<typename V::T>::kLowest), x);
+  const V n = round(x);
+  const V f = x - n;
+  return exp2_scale(fma(exp2_quotient<V>(f), f, broadcast<V>(1)), n);
+}
+
+template <class V>
+FOVEAL_INLINE V tanh(V x) {
+  using T = typename V::T;
+  const V limit = broadcast<V>(Exp2<T>::kTanhLimit);
+  x = max(zero<V>() - limit, min(limit, x));
+  // e = exp(2x) - 1 = 2^n (2^f - 1) + (2^n - 1), then tanh = e / (e + 2).
+  const V t = x * broadcast<V>(static_cast<T>(2.885390081777926815));
+  const V n = round(t);
+  const V pow = exp2_scale(broadcast<V>(1), n);
+  const V f = t - n;
+  const V e = fma(pow, exp2_quotient<V>(f) * f, pow - broadcast<V>(1));
+  return e / (e + broadcast<V>(2));
+}
+
+}  // namespace
+}  // namespace foveal
