@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from foveal import _core as _core  # first: it refuses a subinterpreter before NumPy is loaded into it for good
-from foveal._attention import Attention, attention
+from foveal._attention.dense import Attention, attention
+from foveal._attention.sequences import attention_kvcache, attention_varlen
 from foveal._runtime import Info, get_num_threads, info, set_num_threads
-from foveal._serving import attention_kvcache, attention_varlen
 from foveal.queues import AsyncPriorityQueue, Empty, IndexedHeap, PriorityMap, PriorityQueue, ShutDown, SumTree
 
 if TYPE_CHECKING:

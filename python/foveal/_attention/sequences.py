@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from numpy import ndarray
 
 from foveal import _core
-from foveal._attention import Attention
+from foveal._attention.dense import Attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

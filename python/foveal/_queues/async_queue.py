@@ -1,4 +1,4 @@
-"""AsyncPriorityQueue: the rules of ``_queue_rules`` for the tasks of one event loop, who wait on futures.
+"""AsyncPriorityQueue: the rules of ``rules`` for the tasks of one event loop, who wait on futures.
 
 One thread uses it, and nothing is awaited in the middle of a change: no mutex is needed, and a call that need not wait
 is no dearer than one of asyncio.PriorityQueue.
@@ -13,7 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from foveal._core import Empty
-from foveal._queue_rules import ItemT, Queue, to_timeout
+from foveal._queues.rules import ItemT, Queue, to_timeout
 
 if TYPE_CHECKING:
     import asyncio

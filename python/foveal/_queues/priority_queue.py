@@ -1,7 +1,6 @@
-"""Priority queues: a heap, a mapping that pops in order, queues for threads and for asyncio, a tree to sample from.
+"""PriorityQueue: the rules of ``rules`` for threads, which wait as ``waiting`` says.
 
-The two queues have their rules in common (``_queue_rules``); how threads wait is in ``_waiting``, how tasks do in
-``_async_queue``. What is promised to a waiting get is *an* item: which one is decided when it is handed out, so that
+What is promised to a waiting get is *an* item: which one is decided when it is handed out, so that
 priorities can change, and items be cancelled, up to then.
 """
 
@@ -14,14 +13,9 @@ import time
 from collections.abc import Generator, Hashable
 from typing import Final, Literal, TypeVar
 
-from foveal._async_queue import AsyncPriorityQueue
-from foveal._core import Empty, IndexedHeap
-from foveal._priority_map import PriorityMap
-from foveal._queue_rules import ItemT, Queue, ShutDown, to_timeout
-from foveal._sum_tree import SumTree
-from foveal._waiting import Line, Waiter, course
-
-__all__ = ["AsyncPriorityQueue", "Empty", "IndexedHeap", "PriorityMap", "PriorityQueue", "ShutDown", "SumTree"]
+from foveal._core import Empty
+from foveal._queues.rules import ItemT, Queue, to_timeout
+from foveal._queues.waiting import Line, Waiter, course
 
 ResultT = TypeVar("ResultT")
 

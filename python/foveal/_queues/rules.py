@@ -1,6 +1,6 @@
 """What both priority queues do: their items, names and counts, and who of those who wait gets what.
 
-How somebody waits is left to them: a thread in ``queues`` by ``_waiting``, a task in ``_async_queue``.
+How somebody waits is left to them: a thread in ``priority_queue`` by ``waiting``, a task in ``async_queue``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from foveal import _core
-from foveal._priority_map import PriorityMap
+from foveal._queues.priority_map import PriorityMap
 
 if TYPE_CHECKING:
     from collections.abc import Sized

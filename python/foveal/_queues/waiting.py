@@ -1,4 +1,4 @@
-"""How threads wait, first come, first served; what a line of waiting threads keeps is in ``_queue_rules``."""
+"""How threads wait, first come, first served; what a line of waiting threads keeps is in ``rules``."""
 
 from __future__ import annotations
 

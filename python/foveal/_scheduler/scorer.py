@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from foveal._attention import attention
+from foveal._attention.dense import attention
 from foveal._scheduler.checks import check_count
 from foveal._scheduler.shares import Floats
 

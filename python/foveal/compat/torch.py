@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from foveal._attention import attention
+from foveal._attention.dense import attention
 
 __all__ = ["scaled_dot_product_attention"]
 

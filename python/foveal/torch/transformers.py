@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal._attention import attention
+from foveal._attention.dense import attention
 from foveal.torch._visibility import attention_options, make_mask
 
 # Keywords that layers pass on and that change nothing here, with the reason.

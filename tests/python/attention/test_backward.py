@@ -585,7 +585,7 @@ DISTRIBUTED = """
 
 def test_data_parallel_training(tmp_path):
     script = tmp_path / "train.py"  # a file, which spawned processes can import
-    script.write_text(textwrap.dedent(DISTRIBUTED.format(directory=os.path.dirname(__file__))))
+    script.write_text(textwrap.dedent(DISTRIBUTED.format(directory=os.path.dirname(os.path.dirname(__file__)))))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["done"]

@@ -669,7 +669,7 @@ def test_what_has_no_rule_is_refused() -> None:
 
 def test_kernels_in_python_do_the_same() -> None:
     torch = pytest.importorskip("torch")
-    from foveal.torch import _serving_fallback
+    from foveal.torch.ops import serving_fallback as _serving_fallback
 
     names = ("q", "k_cache", "v_cache", "cache_lens", "k", "v", "block_table")
     once, twice = ([torch_call()[n] for n in names] for _ in range(2))

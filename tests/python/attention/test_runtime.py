@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import foveal
-from foveal import _attention, _core, _cuda, _runtime
+from foveal import _core, _cuda, _runtime
+from foveal._attention import dense as _attention
 
 CALL = "import numpy as np, foveal; x = np.ones((1, 1, 2, 8), np.float32); foveal.attention(x, x, x); "
 

@@ -444,7 +444,7 @@ def test_what_has_no_rule_is_refused() -> None:
 
 def test_kernels_in_python_do_the_same() -> None:
     torch = pytest.importorskip("torch")
-    from foveal.torch import _serving_fallback
+    from foveal.torch.ops import serving_fallback as _serving_fallback
 
     inputs = tensors()
     options = (None, None, None, torch.randn(4), None, torch.tensor(7), True, None, 30, None, None, 0.0, 0.3)

@@ -11,7 +11,7 @@ foveal = pytest.importorskip("foveal")
 pytest.importorskip("foveal.torch")
 
 from foveal import _cuda  # noqa: E402
-from foveal.torch import _cuda_ops  # noqa: E402
+from foveal.torch.ops import cuda_ops as _cuda_ops  # noqa: E402
 
 
 def on_the_gpu(op: Any) -> Any:

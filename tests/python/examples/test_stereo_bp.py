@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 RUNS = [("synchronous", 1), ("synchronous", 3), ("fifo", 1), ("residual", 1), ("residual", 3), ("relaxed", 3)]
 
 pytestmark = pytest.mark.skipif(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "train_char_lm.py"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "train_char_lm.py"
 
 SMALL = [
     *("--steps", "12", "--batch-size", "2", "--context", "64", "--layers", "2", "--width", "32", "--heads", "2"),

@@ -117,7 +117,7 @@ def test_of_several_processes_the_worst_is_shown_with_the_range():
 def test_the_report_measures_in_fresh_processes():
     pytest.importorskip("tqdm")
     pytest.importorskip("torch")
-    script = Path(__file__).parents[2] / "bench" / "report.py"
+    script = Path(__file__).parents[3] / "bench" / "report.py"
     if not script.exists():
         pytest.skip("the source distribution has no bench/")
     command = [sys.executable, script, "--quick", "--processes", "2", "--rows", "call: numpy call"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TORCH, SCHEDULER = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("torch.md", "scheduler.md"))
 EXAMPLES = re.findall(r"```python\n(.*?)```", README + TORCH + SCHEDULER, flags=re.DOTALL)

@@ -17,9 +17,9 @@ from foveal import _core
 
 def test_which_kernels_run():
     if FALLBACK:
-        assert "foveal.torch._fallback" in sys.modules
+        assert "foveal.torch.ops.fallback" in sys.modules
     else:  # in a process of its own: other tests import it for themselves
-        program = "import sys, foveal.torch; sys.exit('foveal.torch._fallback' in sys.modules)"
+        program = "import sys, foveal.torch; sys.exit('foveal.torch.ops.fallback' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

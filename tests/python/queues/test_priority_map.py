@@ -16,7 +16,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from foveal import Empty, PriorityMap, _priority_map
+from foveal import Empty, PriorityMap
+from foveal._queues import priority_map as _priority_map
 
 
 class Clash:

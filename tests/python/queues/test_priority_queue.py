@@ -22,8 +22,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-import foveal._async_queue
-import foveal._queue_rules
+import foveal._queues.async_queue
+import foveal._queues.rules
 import foveal.queues
 from foveal import AsyncPriorityQueue, Empty, PriorityQueue, ShutDown
 
@@ -285,7 +285,7 @@ def test_a_waiting_put_whose_key_is_taken_meanwhile_gives_its_room_to_the_next()
     second = Call(jobs.put, "b", 2.0)
     with jobs._mutex:  # room for the first, but somebody takes its key
         assert jobs._take() == "x"
-        other = foveal._queue_rules.Entry("other", "k")
+        other = foveal._queues.rules.Entry("other", "k")
         jobs._by_key["k"] = other
     assert first.result() is ValueError
     assert second.result() is None
@@ -556,7 +556,7 @@ def test_the_interpreter_ends_while_threads_wait():
 
 
 def test_docstrings():
-    results = [doctest.testmod(module) for module in (foveal.queues, foveal._async_queue)]
+    results = [doctest.testmod(module) for module in (foveal.queues, foveal._queues.async_queue)]
     assert sum(tried for _, tried in results) > 10
     assert not any(failed for failed, _ in results)
 
@@ -810,7 +810,7 @@ async def test_async_a_putter_whose_key_is_taken_meanwhile_gives_its_room_to_the
     first = await begun(jobs.put("a", 1.0, key="k"))
     second = await begun(jobs.put("b", 2.0))
     assert await jobs.get() == "x"
-    jobs._by_key["k"] = foveal._queue_rules.Entry("other", "k")
+    jobs._by_key["k"] = foveal._queues.rules.Entry("other", "k")
     with pytest.raises(ValueError, match="key 'k' is waiting already"):
         await first
     await second

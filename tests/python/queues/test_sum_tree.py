@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from foveal import SumTree, _sum_tree
+from foveal import SumTree
+from foveal._queues import sum_tree as _sum_tree
 
 CAPACITIES = [1, 2, 15, 16, 17, 255, 256, 257, 1000, 4097]
 

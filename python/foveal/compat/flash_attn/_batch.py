@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from foveal._attention import attention
+from foveal._attention.dense import attention
 from foveal.compat.flash_attn._arguments import check_rank, refuse_dropped_weights, softcap_of, unpack, window_of
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal._serving import attention_kvcache
+from foveal._attention.sequences import attention_kvcache
 from foveal.compat.flash_attn._arguments import check_rank, integers_of_batch, softcap_of, window_of
 from foveal.compat.flash_attn._pages import check_pages
 from foveal.compat.flash_attn._rotary import rotate

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal._serving import attention_varlen
+from foveal._attention.sequences import attention_varlen
 from foveal.compat.flash_attn._arguments import (
     boundaries,
     check_rank,

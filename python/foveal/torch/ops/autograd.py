@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
-from foveal.torch._ops import Options, _library
+from foveal.torch.ops.ops import Options, _library
 
 _plain = torch.ops.foveal.attention_plain.default
 _forward_out = torch.ops.foveal.attention_forward_out.default

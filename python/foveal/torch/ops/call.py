@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
 from foveal import _core
-from foveal._attention import attention
-from foveal.torch import _ops as _ops  # registers the ops
-from foveal.torch._autograd import OUT_HAS_NO_GRADIENT, differentiable_attention
+from foveal._attention.dense import attention
+from foveal.torch.ops.autograd import OUT_HAS_NO_GRADIENT, differentiable_attention
 
 _plain = torch.ops.foveal.attention_plain.default
 _forward = torch.ops.foveal.attention_forward.default

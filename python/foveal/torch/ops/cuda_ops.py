@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foveal import _cuda
-from foveal.torch._ops import Options, Problem, _autocast, _new_lse_and_weights, _new_out
+from foveal.torch.ops.ops import Options, Problem, _autocast, _new_lse_and_weights, _new_out
 
 _TENSOR_OPTIONS = (
     "mask",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveal import _core
-from foveal.torch._ops import Options, Problem
+from foveal.torch.ops.ops import Options, Problem
 
 
 def _arguments(

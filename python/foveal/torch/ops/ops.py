@@ -367,7 +367,7 @@ def _register() -> None:
     for name, schema in _SCHEMAS.items():
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     if _shim_is_missing:
-        from foveal.torch import _fallback
+        from foveal.torch.ops import fallback as _fallback
 
         _fallback.register(_library)
 
@@ -393,7 +393,7 @@ def _register() -> None:
     register_flop_formula(ops.attention_forward_out)(_forward_out_flops)
     register_flop_formula(ops.attention_backward)(_backward_flops)
 
-    from foveal.torch import _cuda_ops
+    from foveal.torch.ops import cuda_ops as _cuda_ops
 
     _cuda_ops.register(_library, *_SCHEMAS)
 

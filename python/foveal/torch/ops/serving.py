@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from foveal import _core
-from foveal.torch._autograd import below_autograd
-from foveal.torch._call import _INTEGER, _explained, _flag, _integers, _offset, _seed, _side
-from foveal.torch._serving_ops import refuse_gradient
-from foveal.torch._varlen_autograd import differentiable_varlen
+from foveal.torch.ops.autograd import below_autograd
+from foveal.torch.ops.call import _INTEGER, _explained, _flag, _integers, _offset, _seed, _side
+from foveal.torch.ops.serving_ops import refuse_gradient
+from foveal.torch.ops.varlen_autograd import differentiable_varlen
 
 _varlen_forward = torch.ops.foveal.attention_varlen_forward.default
 _kvcache = torch.ops.foveal.attention_kvcache.default

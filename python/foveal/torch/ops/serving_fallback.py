@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from foveal import _core
-from foveal.torch._fallback import _arguments
-from foveal.torch._ops import Options
-from foveal.torch._serving_ops import Scores, Update
+from foveal.torch.ops.fallback import _arguments
+from foveal.torch.ops.ops import Options
+from foveal.torch.ops.serving_ops import Scores, Update
 
 
 def _options(values: tuple[Any, ...], kv_lens: Tensor | None = None) -> Options:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from foveal.torch import _cuda_ops
-from foveal.torch._autograd import is_differentiated
-from foveal.torch._ops import Options, _autocast, _check, _library, _new_lse_and_weights, _new_out, _shim_is_missing
+from foveal.torch.ops import cuda_ops as _cuda_ops
+from foveal.torch.ops.autograd import is_differentiated
+from foveal.torch.ops.ops import Options, _autocast, _check, _library, _new_lse_and_weights, _new_out, _shim_is_missing
 
 _SCORES = (
     "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? q_offsets=None, "
@@ -143,7 +143,7 @@ def _register() -> None:
     for op_name, schema in _SCHEMAS.items():
         _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     if _shim_is_missing:
-        from foveal.torch import _serving_fallback
+        from foveal.torch.ops import serving_fallback as _serving_fallback
 
         _serving_fallback.register(_library)
     for name, op_name, fake in (

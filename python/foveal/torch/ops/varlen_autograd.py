@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.torch._autograd import apply, below_autograd, is_differentiated
-from foveal.torch._ops import _library
-from foveal.torch._serving_ops import Scores
+from foveal.torch.ops.autograd import apply, below_autograd, is_differentiated
+from foveal.torch.ops.ops import _library
+from foveal.torch.ops.serving_ops import Scores
 
 _forward = torch.ops.foveal.attention_varlen_forward.default
 _backward = torch.ops.foveal.attention_varlen_backward.default
