@@ -152,9 +152,13 @@ class BackwardRun {
     const int64_t head_sums = parts_ == 1 ? 0 : block * row_blocks_;
     key_sums_nbytes_ = rounded(longest_part_ * kernels_.key_sums_width(h) * size);
     dq_sums_nbytes_ = rounded(parts_ == 1 ? block : 0);
-    thread_nbytes_ = key_sums_nbytes_ + dq_sums_nbytes_ + rounded(kernels_.backward_scratch_nbytes(h, rows_a_block_));
-    const int64_t total = num_heads * (2 * rows * size + head_sums) + threads * thread_nbytes_;
-    rows_memory_ = allocate_scratch(num_heads * 2 * rows * size);
+    HeadTask longest = h;
+    for (const Sequence& s : sequences_) longest.kv_len = std::max(longest.kv_len, s.kv_len);
+    thread_nbytes_ =
+        key_sums_nbytes_ + dq_sums_nbytes_ +
+        rounded(std::max(kernels_.backward_scratch_nbytes(h, rows_a_block_), kernels_.terms_scratch_nbytes(longest)));
+    const int64_t total = num_heads * (kTerms * rows * size + head_sums) + threads * thread_nbytes_;
+    rows_memory_ = allocate_scratch(num_heads * kTerms * rows * size);
     dq_memory_ = allocate_scratch(num_heads * head_sums);
     thread_memory_ = allocate_scratch(threads * thread_nbytes_);
     if (rows_memory_ == nullptr || dq_memory_ == nullptr || thread_memory_ == nullptr) {
@@ -165,9 +169,16 @@ class BackwardRun {
     return {};
   }
 
-  // lse, then delta, of the rows of a head.
-  T* rows_memory(int64_t b, int64_t kv_head) const {
-    return reinterpret_cast<T*>(rows_memory_.get()) + (b * kv_heads() + kv_head) * 2 * p_.q.shape[2] * group();
+  static constexpr int64_t kTerms = 3;  // shift, threshold, delta
+
+  // A term of the rows of a head.
+  T* rows_memory(int64_t b, int64_t kv_head, int64_t term) const {
+    return reinterpret_cast<T*>(rows_memory_.get()) +
+           ((b * kv_heads() + kv_head) * kTerms + term) * p_.q.shape[2] * group();
+  }
+
+  std::byte* scratch(int thread) const {
+    return thread_memory_.get() + thread * thread_nbytes_ + key_sums_nbytes_ + dq_sums_nbytes_;
   }
 
   GradientHead gradient_head(const HeadTask& h, int64_t b, int64_t kv_head) const {
@@ -182,8 +193,9 @@ class BackwardRun {
     g.dout_stride_s = g_.dout.stride[2];
     g.dout_stride_g = g_.dout.stride[1];
     g.dout_stride_d = g_.dout.stride[3];
-    g.lse = rows_memory(b, kv_head);
-    g.delta = rows_memory(b, kv_head) + p_.q.shape[2] * group();
+    g.shift = rows_memory(b, kv_head, 0);
+    g.threshold = rows_memory(b, kv_head, 1);
+    g.delta = rows_memory(b, kv_head, 2);
     g.dq = at(g_.dq, q_head, s.q_begin);
     g.dq_stride_s = g_.dq.stride[2];
     g.dq_stride_g = g_.dq.stride[1];
@@ -211,19 +223,21 @@ class BackwardRun {
     for (;;) {
       const int64_t index = next_head_.fetch_add(1, std::memory_order_relaxed);
       if (index >= num_heads || team_->stopped()) return;
-      prepare_rows(index / kv_heads(), index % kv_heads());
+      prepare_rows(index / kv_heads(), index % kv_heads(), scratch(thread));
       team_->poll(thread);
     }
   }
 
-  void prepare_rows(int64_t b, int64_t kv_head) {
+  void prepare_rows(int64_t b, int64_t kv_head, std::byte* scratch) {
     const HeadTask h = heads_.task(b, kv_head);
     const GradientHead g = gradient_head(h, b, kv_head);
     GradientTask task = {};
     task.grads = &g;
     task.row_end = rows_of(b);
-    kernels_.backward_delta(task);
-    T* lse = static_cast<T*>(g.lse);
+    task.scratch = scratch;
+    kernels_.backward_terms(task);
+    if (has_threshold(p_.normalizer) || is_pointwise(p_.normalizer)) return;  // nothing was saved of the rows
+    T* lse = static_cast<T*>(g.shift);
     T* delta = static_cast<T*>(g.delta);
     for (int64_t r = 0; r < task.row_end; ++r) {
       const int64_t i = sequences_[static_cast<size_t>(b)].q_begin + r / group(),
@@ -268,7 +282,7 @@ class BackwardRun {
   }
 
   void run(int64_t b, int64_t kv_head, int64_t part, std::byte* memory, int thread) {
-    if (parts_ == 1) prepare_rows(b, kv_head);
+    if (parts_ == 1) prepare_rows(b, kv_head, scratch(thread));
     const HeadTask h = heads_.task(b, kv_head);
     const GradientHead g = gradient_head(h, b, kv_head);
     const int64_t length = part_length(h.kv_len), rows = rows_of(b), head_index = b * kv_heads() + kv_head;
@@ -277,7 +291,7 @@ class BackwardRun {
     task.key_begin = std::min(part * length, h.kv_len);
     task.key_end = std::min(task.key_begin + length, h.kv_len);
     task.key_sums = memory;
-    task.scratch = memory + key_sums_nbytes_ + dq_sums_nbytes_;
+    task.scratch = scratch(thread);
     std::memset(task.key_sums, 0,
                 static_cast<size_t>((task.key_end - task.key_begin) * kernels_.key_sums_width(h)) * sizeof(T));
     for (int64_t block = 0; block * rows_a_block_ < rows; ++block) {

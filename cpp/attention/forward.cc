@@ -74,10 +74,11 @@ class ForwardRun {
 
  private:
   void measure_scratch() {
-    const HeadTask h = heads_.task(0, 0);
+    HeadTask h = heads_.task(0, 0);
     int64_t kernel = 0;
     rows_max_ = 0;
     for (const SequencePlan& s : plan_.sequences) {
+      h.kv_len = s.kv_len;
       const int64_t rows = std::min(s.rows_per_block, s.rows);
       rows_max_ = std::max(rows_max_, rows);
       heads_max_ = std::max(heads_max_, s.heads_together);

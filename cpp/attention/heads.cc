@@ -114,6 +114,7 @@ HeadTask Heads::task(int64_t b, int64_t kv_head) const {
   h.window_right = p.causal ? 0 : limit(p.window_right);
   h.scale = p.scale;
   h.softcap = p.softcap;
+  h.normalizer = p.normalizer;
   if (!slopes_.empty()) h.slopes = slopes_.data() + b * p.q.shape[1] + q_head;
   if (!sinks_.empty()) h.sinks = sinks_.data() + q_head;
   h.dropout_threshold = static_cast<uint64_t>(std::llround(p.dropout_p * 0x1p32));

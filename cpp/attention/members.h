@@ -62,8 +62,8 @@ struct Members<AttentionProblem> {
         FOVEAL_MEMBER(q_offset), FOVEAL_MEMBER(cu_seqlens_q), FOVEAL_MEMBER(cu_seqlens_kv), FOVEAL_MEMBER(block_table),
         FOVEAL_MEMBER(k_scale), FOVEAL_MEMBER(v_scale), FOVEAL_MEMBER(out), FOVEAL_MEMBER(lse), FOVEAL_MEMBER(weights),
         FOVEAL_MEMBER(layout), FOVEAL_MEMBER(causal), FOVEAL_MEMBER(window_left), FOVEAL_MEMBER(window_right),
-        FOVEAL_MEMBER(has_scale), FOVEAL_MEMBER(scale), FOVEAL_MEMBER(softcap), FOVEAL_MEMBER(dropout_p),
-        FOVEAL_MEMBER(seed);
+        FOVEAL_MEMBER(has_scale), FOVEAL_MEMBER(scale), FOVEAL_MEMBER(softcap), FOVEAL_MEMBER(normalizer),
+        FOVEAL_MEMBER(dropout_p), FOVEAL_MEMBER(seed);
   }
 };
 

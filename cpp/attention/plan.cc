@@ -13,6 +13,8 @@ constexpr int64_t kForwardPartKeys = 2048;
 // A key block, packed or not, is read once for so many rows: packing becomes a few percent of the work, and K and V
 // stay in the second-level cache. Fewer rows where that would leave too few items to share out.
 constexpr int64_t kRowsSharingKeys = 192;
+// With a threshold every row may keep a list of all its keys.
+constexpr int64_t kRowsKeepingKeys = 96;
 constexpr int64_t kItemsEnough = 32;
 
 // Heads go together in a few-rows item as long as the keys and values of their block fit in the second-level cache, and
@@ -57,7 +59,8 @@ Plan make_plan(const CanonicalProblem& p, const KernelTable& table, int threads)
   // batch.
   const int64_t tile = plan.kernels->rows_per_tile;
   const int64_t most_rows = p.q.shape[2] * plan.group;
-  int64_t rows_per_item = divide_up(kRowsSharingKeys, tile) * tile;
+  const bool lists = has_threshold(p.normalizer);
+  int64_t rows_per_item = divide_up(lists ? kRowsKeepingKeys : kRowsSharingKeys, tile) * tile;
   while (rows_per_item > tile && batch * plan.kv_heads * divide_up(most_rows, rows_per_item) < kItemsEnough)
     rows_per_item = std::max(divide_up(rows_per_item / 2, tile) * tile, tile);
   plan.sequences.reserve(static_cast<size_t>(batch));
@@ -66,13 +69,13 @@ Plan make_plan(const CanonicalProblem& p, const KernelTable& table, int threads)
     SequencePlan s;
     static_cast<Sequence&>(s) = sequence_at(p, b);
     s.rows = s.q_len * plan.group;
-    s.decode = s.rows <= plan.kernels->decode_rows && !p.weights.present() && p.dropout_p == 0.0;
+    s.decode = s.rows <= plan.kernels->decode_rows && !p.weights.present() && p.dropout_p == 0.0 && !lists;
     s.rows_per_block = s.decode ? std::max<int64_t>(s.rows, 1) : rows_per_item;
     s.row_blocks = divide_up(s.rows, s.rows_per_block);
     // Where keys are cut does enter the arithmetic: by this sequence's own rows and keys only.
     s.keys_per_part = s.decode ? kDecodePartKeys : kForwardPartKeys;
     s.parts = divide_up(s.kv_len, s.keys_per_part);
-    if (s.rows > tile || s.parts < 2 || p.weights.present()) {
+    if (s.rows > tile || s.parts < 2 || p.weights.present() || lists) {
       s.parts = 1;
       s.keys_per_part = s.kv_len;
     }

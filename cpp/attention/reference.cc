@@ -8,8 +8,13 @@
 // hides its key too: whatever v holds there adds nothing. Any other NaN or infinity takes the way of the formula, so a
 // NaN score or a score of +inf makes its row NaN. A row that sees nothing gives out 0, weights 0 and lse -inf (the
 // sink's value when there is one); so does a row past q_len, whose lse is -inf even with a sink.
+//
+// Other normalisers weigh by their own formula (weigh, below), from the same scores. Thresholds come from sorting, as
+// in the papers. What takes the place of lse is what the row saves: the threshold, or log n of a pointwise one.
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <new>
 #include <vector>
@@ -37,10 +42,15 @@ struct Row {
   bool inside;  // i < q_len
 };
 
-bool sees(const CanonicalProblem& p, const Row& row, int64_t j) {
+// By position alone.
+bool in_reach(const CanonicalProblem& p, const Row& row, int64_t j) {
   if (p.causal && j > row.position) return false;
   if (p.window_left != kUnlimited && j < row.position - p.window_left) return false;
-  if (p.window_right != kUnlimited && j > row.position + p.window_right) return false;
+  return p.window_right == kUnlimited || j <= row.position + p.window_right;
+}
+
+bool sees(const CanonicalProblem& p, const Row& row, int64_t j) {
+  if (!in_reach(p, row, j)) return false;
   return !p.mask.present() || static_cast<const uint8_t*>(p.mask.data)[offset_of(p.mask, row.b, row.h, row.i, j)] != 0;
 }
 
@@ -71,29 +81,96 @@ double kept(const CanonicalProblem& p, const Row& row, int64_t j) {
   return word < std::round(p.dropout_p * 0x1p32) ? 0.0 : 1.0 / (1.0 - p.dropout_p);
 }
 
-// One query row; `scores` is scratch of kv_len elements.
-void attend(const CanonicalProblem& p, const Row& row, std::vector<double>& scores) {
-  const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
+// The threshold of a row whose arguments, -inf where hidden, sum to more than enough: over the k largest, for the
+// largest k whose smallest is above the threshold of these k (Martins & Astudillo 2016, algorithm 1; Peters et al.
+// 2019, algorithm 2). Arguments are less the largest, so that sums lose nothing.
+double threshold_of(Normalizer normalizer, std::vector<double> arguments) {
+  std::sort(arguments.begin(), arguments.end(), std::greater<>());
+  double sum = 0, squares = 0, threshold = 0;
+  for (size_t x = 0; x < arguments.size() && arguments[x] > -kInfinity; ++x) {
+    sum += arguments[x];
+    squares += arguments[x] * arguments[x];
+    const auto k = static_cast<double>(x + 1);
+    const double mean = sum / k;
+    const double spread = (1.0 - (squares - k * mean * mean)) / k;
+    const double solved =
+        normalizer == Normalizer::kSparsemax ? (sum - 1.0) / k : mean - std::sqrt(std::max(spread, 0.0));
+    if (solved >= arguments[x]) break;
+    threshold = solved;
+  }
+  return threshold;
+}
 
-  // Pass 1: the scores, -inf where hidden, and their maximum. A NaN becomes the maximum and remains it.
+// How many keys position and length leave to a row.
+double count_of(const CanonicalProblem& p, const Row& row) {
+  double n = 0;
+  for (int64_t j = 0; j < row.kv_len; ++j) n += in_reach(p, row, j) ? 1.0 : 0.0;
+  return n;
+}
+
+double sigmoid(double x) { return x >= 0.0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
+double log_sigmoid(double x) { return std::min(x, 0.0) - std::log1p(std::exp(-std::fabs(x))); }
+
+// The weights of a row from its scores, -inf where hidden; returns what the row saves.
+double weigh(const CanonicalProblem& p, const Row& row, const std::vector<double>& scores, double sink,
+             std::vector<double>& weights) {
+  const Normalizer normalizer = p.normalizer;
+  weights.assign(scores.size(), 0.0);
+  if (is_pointwise(normalizer)) {
+    const double n = count_of(p, row);
+    for (size_t j = 0; j < scores.size(); ++j) {
+      if (scores[j] == -kInfinity) continue;
+      weights[j] = normalizer == Normalizer::kSigmoid ? sigmoid(scores[j] - std::log(n))
+                   : std::isnan(scores[j])            ? scores[j]
+                                                      : std::max(scores[j], 0.0) / n;
+    }
+    return n > 0.0 ? std::log(n) : -kInfinity;
+  }
+  // A NaN becomes the maximum and remains it.
+  std::vector<double> arguments = scores;
+  if (normalizer == Normalizer::kNormalizedSigmoid)
+    for (double& s : arguments) s = s == -kInfinity ? s : log_sigmoid(s);
   double max = sink;
-  for (size_t j = 0; j < scores.size(); ++j) {
-    scores[j] = sees(p, row, j) ? score(p, row, j) : -kInfinity;
-    if (scores[j] > max || std::isnan(scores[j])) max = scores[j];
+  for (const double s : arguments)
+    if (s > max || std::isnan(s)) max = s;
+  if (has_threshold(normalizer)) {
+    if (max == -kInfinity) return -kInfinity;
+    const double unit = normalizer == Normalizer::kSparsemax ? 1.0 : 0.5;
+    bool whole = std::isfinite(max);
+    for (double& s : arguments) s = s == -kInfinity ? s : unit * (s - max);
+    const double threshold = whole ? threshold_of(normalizer, arguments) : std::nan("");
+    for (size_t j = 0; j < scores.size(); ++j) {
+      if (scores[j] == -kInfinity) continue;
+      const double above = whole ? std::max(arguments[j] - threshold, 0.0) : std::nan("");
+      weights[j] = normalizer == Normalizer::kSparsemax ? above : above * above;
+    }
+    return unit * max + threshold;
   }
-
-  // Pass 2: the denominator. With nothing to attend to it is 0, and exp(-inf - -inf) must not make it NaN.
+  // With nothing to attend to the denominator is 0, and exp(-inf - -inf) must not make it NaN.
   double sum = sink == -kInfinity ? 0.0 : std::exp(sink - max);
-  for (const double s : scores) sum += s == -kInfinity ? 0.0 : std::exp(s - max);
-  if (p.lse.present()) {
-    store_element(p.lse, offset_of(p.lse, row.b, row.h, row.i), sum == 0.0 ? -kInfinity : max + std::log(sum));
-  }
+  for (const double s : arguments) sum += s == -kInfinity ? 0.0 : std::exp(s - max);
+  for (size_t j = 0; j < scores.size(); ++j)
+    if (scores[j] != -kInfinity) weights[j] = std::exp(arguments[j] - max) / sum;
+  return sum == 0.0 ? -kInfinity : max + std::log(sum);
+}
 
-  // Pass 3: the weights and the average of v. A hidden key is stepped over: 0 * v would be NaN for an infinite v.
+// Whether a key can add anything to the output.
+bool counts(Normalizer normalizer, double score, double weight) {
+  return score != -kInfinity && !(weight == 0.0 && hides_zero_weights(normalizer));
+}
+
+// One query row; `scores` and `weights` are scratch, of kv_len elements.
+void attend(const CanonicalProblem& p, const Row& row, std::vector<double>& scores, std::vector<double>& weights) {
+  const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
+  for (size_t j = 0; j < scores.size(); ++j) scores[j] = sees(p, row, j) ? score(p, row, j) : -kInfinity;
+  const double saved = weigh(p, row, scores, sink, weights);
+  if (p.lse.present()) store_element(p.lse, offset_of(p.lse, row.b, row.h, row.i), saved);
+
+  // The sum of weighted values. A hidden key is stepped over: 0 * v would be NaN for an infinite v.
   std::vector<double> out(static_cast<size_t>(p.v.shape[3]), 0.0);
   for (size_t j = 0; j < scores.size(); ++j) {
-    if (scores[j] == -kInfinity) continue;
-    const double weight = kept(p, row, static_cast<int64_t>(j)) * std::exp(scores[j] - max) / sum;
+    if (!counts(p.normalizer, scores[j], weights[j])) continue;
+    const double weight = kept(p, row, static_cast<int64_t>(j)) * weights[j];
     if (p.weights.present()) store_element(p.weights, offset_of(p.weights, row.b, row.h, row.i, j), weight);
     for (size_t d = 0; d < out.size(); ++d) {
       out[d] += weight * load_element(p.v, offset_of(p.v, row.b, row.kv_head, j, d));
@@ -116,58 +193,70 @@ void add(const TensorView& view, int64_t offset, double value) {
   store_element(view, offset, load_element(view, offset) + value);
 }
 
-// What one query row adds to the gradients. With p_j = exp(s_j - lse), dp_j = dout.v_j and dlse the gradient of lse,
+// What one query row adds to the gradients. With w_j the weights, dp_j = dout.v_j and dlse the gradient of lse, the
+// gradient of score j, and of bias j, is
 //
-//   ds_j = p_j (dp_j - sum_i p_i dp_i + dlse)
+//   softmax              ds_j = w_j (dp_j - sum_i w_i dp_i + dlse); the sink is a score whose dp is 0
+//   sparsemax, entmax15  ds_j = g_j (dp_j - sum_i g_i dp_i / sum_i g_i), g = 1 where w > 0, and sqrt(w)
+//   sigmoid              ds_j = w_j (1 - w_j) dp_j
+//   relu                 ds_j = dp_j / n where w_j > 0
+//   normalized_sigmoid   that of softmax, times 1 - sigmoid(s_j)
 //
-// is the gradient of score j, and of bias j; the sink is a score whose dp is 0. Dropout is a factor of dp_j, and of p_j
-// where it meets dout.
+// Dropout is a factor of dp_j, and of w_j where it meets dout.
 void differentiate(const CanonicalGradients& g, const Row& row) {
   const CanonicalProblem& p = g.problem;
+  const Normalizer normalizer = p.normalizer;
   const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
   const double dlse = g.dlse.present() ? load_element(g.dlse, offset_of(g.dlse, row.b, row.h, row.i)) : 0.0;
+  const auto size = static_cast<size_t>(row.kv_len);
+  std::vector<double> scores(size, -kInfinity), slopes(size, 0.0), weights;
+  for (size_t j = 0; j < size; ++j)
+    if (sees(p, row, static_cast<int64_t>(j))) scores[j] = score(p, row, static_cast<int64_t>(j), &slopes[j]);
+  const double saved = weigh(p, row, scores, sink, weights);
+  const double n = is_pointwise(normalizer) ? count_of(p, row) : 0.0;
+
   struct Key {
     int64_t j;
-    double score, slope, factor, p, dp;
+    double factor, w, g, dp;
   };
   std::vector<Key> keys;
-  double max = sink;
-  for (int64_t j = 0; j < row.kv_len; ++j) {
-    if (!sees(p, row, j)) continue;
-    Key key = {j, 0, 0, kept(p, row, j), 0, 0};
-    key.score = score(p, row, j, &key.slope);
-    if (key.score == -kInfinity) continue;
-    if (key.score > max || std::isnan(key.score)) max = key.score;
-    keys.push_back(key);
-  }
-  double sum = sink == -kInfinity ? 0.0 : std::exp(sink - max);
-  for (const Key& key : keys) sum += std::exp(key.score - max);
-  double delta = -dlse;
-  for (Key& key : keys) {
-    key.p = std::exp(key.score - max) / sum;
+  double slope_sum = 0.0, delta = 0.0;
+  for (size_t x = 0; x < size; ++x) {
+    if (!counts(normalizer, scores[x], weights[x])) continue;
+    const auto j = static_cast<int64_t>(x);
+    Key key = {j, kept(p, row, j), weights[x], weights[x], 0.0};
+    if (normalizer == Normalizer::kSparsemax) key.g = std::isnan(key.w) ? key.w : 1.0;
+    if (normalizer == Normalizer::kEntmax15) key.g = std::sqrt(key.w);
     for (int64_t d = 0; d < p.v.shape[3]; ++d) {
       key.dp += load_element(g.dout, offset_of(g.dout, row.b, row.h, row.i, d)) *
-                load_element(p.v, offset_of(p.v, row.b, row.kv_head, key.j, d));
+                load_element(p.v, offset_of(p.v, row.b, row.kv_head, j, d));
     }
     key.dp *= key.factor;
-    delta += key.p * key.dp;
+    slope_sum += key.g;
+    delta += key.g * key.dp;
+    keys.push_back(key);
   }
+  if (has_threshold(normalizer)) delta /= slope_sum;
+  delta -= dlse;
   for (const Key& key : keys) {
     for (int64_t d = 0; d < p.v.shape[3]; ++d) {
       add(g.dv, offset_of(g.dv, row.b, row.kv_head, key.j, d),
-          key.factor * key.p * load_element(g.dout, offset_of(g.dout, row.b, row.h, row.i, d)));
+          key.factor * key.w * load_element(g.dout, offset_of(g.dout, row.b, row.h, row.i, d)));
     }
-    const double ds = key.p * (key.dp - delta);
+    const auto x = static_cast<size_t>(key.j);
+    double ds = key.g * (key.dp - delta);
+    if (normalizer == Normalizer::kSigmoid) ds = key.w * (1.0 - key.w) * key.dp;
+    if (normalizer == Normalizer::kRelu) ds = key.dp / n;
+    if (normalizer == Normalizer::kNormalizedSigmoid) ds *= sigmoid(-scores[x]);
     if (g.dbias.present()) add(g.dbias, offset_of(g.dbias, row.b, row.h, row.i, key.j), ds);
     for (int64_t d = 0; d < p.q.shape[3]; ++d) {
       const int64_t q = offset_of(p.q, row.b, row.h, row.i, d), k = offset_of(p.k, row.b, row.kv_head, key.j, d);
-      add(g.dq, offset_of(g.dq, row.b, row.h, row.i, d), p.scale * ds * key.slope * load_element(p.k, k));
-      add(g.dk, offset_of(g.dk, row.b, row.kv_head, key.j, d), p.scale * ds * key.slope * load_element(p.q, q));
+      add(g.dq, offset_of(g.dq, row.b, row.h, row.i, d), p.scale * ds * slopes[x] * load_element(p.k, k));
+      add(g.dk, offset_of(g.dk, row.b, row.kv_head, key.j, d), p.scale * ds * slopes[x] * load_element(p.q, q));
     }
   }
-  if (g.dsinks.present() && sink != -kInfinity) {
-    add(g.dsinks, offset_of(g.dsinks, row.h), -std::exp(sink - max) / sum * delta);
-  }
+  if (g.dsinks.present() && sink != -kInfinity)
+    add(g.dsinks, offset_of(g.dsinks, row.h), -std::exp(sink - saved) * delta);
 }
 
 void fill(const TensorView& view, double value) {
@@ -198,11 +287,11 @@ void for_each_row(const CanonicalProblem& p, Visit visit) {
 Status attention_reference(const CanonicalProblem& problem) try {
   if (problem.packed() || problem.paged())
     return {ErrorKind::kNotImplemented, "attention: the oracle reads neither packed sequences nor pages"};
-  std::vector<double> scores;
+  std::vector<double> scores, weights;
   for_each_row(problem, [&](const Row& row) {
     clear(problem, row);
     scores.resize(static_cast<size_t>(row.kv_len));
-    if (row.inside) attend(problem, row, scores);
+    if (row.inside) attend(problem, row, scores, weights);
   });
   return {};
 } catch (const std::bad_alloc&) {

@@ -7,6 +7,7 @@ namespace foveal {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
 
 // The largest finite score (in base 2): so little below the largest number that scores of an ordinary size may still be
 // added to it.

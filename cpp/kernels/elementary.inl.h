@@ -1,4 +1,4 @@
-// exp2 and tanh over vectors.
+// exp2, tanh and log1p over vectors.
 //
 // 2^x = 2^n * 2^f with n = round(x), f = x - n in [-1/2, 1/2], and 2^f = 1 + f*q(f), q a minimax polynomial (Remez,
 // relative error of 2^f): degree 5 for float (2.6e-9, below rounding), 10 for double (1.8e-17). 2^0 is exactly 1, so a
@@ -51,6 +51,18 @@ FOVEAL_INLINE V exp2_nonpositive(V x) {
   const V n = round(x);
   const V f = x - n;
   return exp2_scale(fma(exp2_quotient<V>(f), f, broadcast<V>(1)), n);
+}
+
+// log(1 + t) for 0 <= t <= 1, to rounding of itself: 2 atanh(z) with z = t / (2 + t) at most 1/3, by its series.
+template <class V>
+FOVEAL_INLINE V log1p(V t) {
+  constexpr int kTerms = sizeof(typename V::T) == 4 ? 8 : 17;
+  const V z = t / (t + broadcast<V>(2)), square = z * z;
+  V sum = broadcast<V>(static_cast<typename V::T>(1.0 / (2 * kTerms - 1)));
+#pragma GCC unroll 32
+  for (int k = kTerms - 2; k >= 1; --k)
+    sum = fma(sum, square, broadcast<V>(static_cast<typename V::T>(1.0 / (2 * k + 1))));
+  return (z + z) * fma(sum, square, broadcast<V>(1));
 }
 
 template <class V>

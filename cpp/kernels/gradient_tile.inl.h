@@ -10,6 +10,7 @@
 #include "kernels/gradient_pairs.inl.h"
 #include "kernels/kernel_table.h"
 #include "kernels/mask.inl.h"
+#include "kernels/row_state.inl.h"
 #include "kernels/rows.inl.h"
 #include "kernels/storage.inl.h"
 #include "simd/vectors.h"
@@ -23,11 +24,15 @@ struct GradientTile {
   int64_t row_begin, rows;
   int vectors;
   T *qt, *dot;
-  Rows<T> q, dout;  // steps of rows, padded to whole vectors with anything finite, in place: by nothing
-  T *lse, *delta;   // a lane a row; +inf and 0 beyond the last
+  Rows<T> q, dout;               // steps of rows, padded to whole vectors with anything finite, in place: by nothing
+  T *shift, *threshold, *delta;  // RowTerms, a lane a row; +inf, 0 and 0 beyond the last
   T* dq;
   bool untouched;  // dq is undefined and counts as 0
-  bool finite;     // lse, delta, q and dout are
+  bool finite;     // the terms, q and dout are
+
+  FOVEAL_INLINE RowTerms<V> terms(int r) const {
+    return {load(shift + r * V::kLanes), load(threshold + r * V::kLanes), load(delta + r * V::kLanes)};
+  }
 };
 
 template <class V>
@@ -80,7 +85,8 @@ static void begin_gradient_tile(const GradientTask& task, GradientTile<V>& tile,
     load_transposed<V, S, Dot>(pointers, g.dout_stride_d, h.value_dim, broadcast<V>(1), tile.dot + done, width);
     for (int lane = 0; lane < V::kLanes; ++lane) {
       const bool inside = lane < rows;
-      tile.lse[done + lane] = inside ? static_cast<const T*>(g.lse)[first + lane] : static_cast<T>(__builtin_inf());
+      tile.shift[done + lane] = inside ? static_cast<const T*>(g.shift)[first + lane] : static_cast<T>(__builtin_inf());
+      tile.threshold[done + lane] = inside ? static_cast<const T*>(g.threshold)[first + lane] : T{0};
       tile.delta[done + lane] = inside ? static_cast<const T*>(g.delta)[first + lane] : T{0};
     }
   }
@@ -91,8 +97,9 @@ static void begin_gradient_tile(const GradientTask& task, GradientTile<V>& tile,
     const int64_t steps = (dim + Dot::kStep - 1) / Dot::kStep;
     return all_finite<V>(reinterpret_cast<const typename Dot::Key*>(transposed), 0, 1, steps * width * Dot::kStep);
   };
-  tile.finite = all_finite<V>(tile.lse, 0, 1, tile.rows) && all_finite<V>(tile.delta, 0, 1, tile.rows) &&
-                finite(tile.qt, h.head_dim) && finite(tile.dot, h.value_dim);
+  tile.finite = all_finite<V>(tile.shift, 0, 1, tile.rows) && all_finite<V>(tile.threshold, 0, 1, tile.rows) &&
+                all_finite<V>(tile.delta, 0, 1, tile.rows) && finite(tile.qt, h.head_dim) &&
+                finite(tile.dot, h.value_dim);
 }
 
 }  // namespace

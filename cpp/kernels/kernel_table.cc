@@ -17,18 +17,34 @@
 namespace foveal {
 namespace {
 
+template <class V>
+static int64_t rows_scratch_nbytes(const HeadTask& h, int64_t rows) {
+  return has_threshold(h.normalizer) ? threshold_scratch_nbytes<V>(h, rows) : forward_scratch_nbytes<V>(h, rows);
+}
+
+template <class V, class S>
+static void forward_rows(const RowTask& task) {
+  return has_threshold(task.head->normalizer) ? forward_threshold<V, S>(task) : forward<V, S>(task);
+}
+
+template <class V>
+static int64_t terms_scratch_nbytes(const HeadTask& h) {
+  return has_threshold(h.normalizer) ? threshold_terms_scratch_nbytes<V>(h) : 0;
+}
+
 template <class V, class S>
 constexpr RowKernels kRowKernels = {kTileRows<V>,
                                     kDecodeRows<V>,
                                     Products<V, S>::kRoundingRows,
-                                    forward_scratch_nbytes<V>,
-                                    forward<V, S>,
+                                    rows_scratch_nbytes<V>,
+                                    forward_rows<V, S>,
                                     decode_scratch_nbytes<V>,
                                     decode<V, S>,
                                     merge<V, S>,
                                     backward_scratch_nbytes<V, ScoreDot<V, S>>,
                                     key_sums_width<V>,
-                                    backward_delta<V, S>,
+                                    terms_scratch_nbytes<V>,
+                                    backward_terms<V, S>,
                                     backward<V, S>,
                                     backward_keys<V, S>,
                                     ScoreDot<V, S>::kStep == 2};

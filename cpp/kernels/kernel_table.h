@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "foveal/normalizer.h"
 #include "foveal/tensor_view.h"
 
 namespace foveal {
@@ -35,7 +36,8 @@ struct HeadTask {
   int64_t q_offset, window_left, window_right;
 
   double scale;
-  double softcap;        // 0: none
+  double softcap;  // 0: none
+  Normalizer normalizer;
   const double* slopes;  // ALiBi, one per head in the group; null: none
   const double* sinks;   // one per head in the group; null: none
 
@@ -86,9 +88,10 @@ struct GradientHead {
   const HeadTask* head;
   const void* dout;  // (Sq, group, Dv), q's dtype
   int64_t dout_stride_s, dout_stride_g, dout_stride_d;
-  void* lse;    // T, one a row: the log-sum-exp in base 2, 0 for a row that sees nothing
-  void* delta;  // T, one a row: dout . out, less the gradient of the lse
-  void* dq;     // (Sq, group, D), q's dtype
+  // T, one a row each: what the normaliser's gradient reads (RowTerms in kernels/normalizer.inl.h). Of softmax, shift
+  // is the log-sum-exp in base 2 (0 for a row that sees nothing) and delta is dout . out, less the gradient of the lse.
+  void *shift, *threshold, *delta;
+  void* dq;  // (Sq, group, D), q's dtype
   int64_t dq_stride_s, dq_stride_g, dq_stride_d;
   void* dk;  // (Skv, D), q's dtype
   int64_t dk_stride_s, dk_stride_d;
@@ -123,11 +126,13 @@ struct RowKernels {
   // state to row_state (whose members hold parts * rows values on entry, rows on return).
   void (*merge)(const RowTask&, int64_t parts);
 
-  // The backward pass: delta of the rows, from `out` and `dout`; then, for ascending blocks of rows, their share of all
+  // The backward pass: the terms of the rows that the forward pass did not save, from `out` and `dout`, with scratch of
+  // terms_scratch_nbytes; then, for ascending blocks of rows, their share of all
   // sums; then dk and dv of the keys.
   int64_t (*backward_scratch_nbytes)(const HeadTask&, int64_t rows);
   int64_t (*key_sums_width)(const HeadTask&);
-  void (*backward_delta)(const GradientTask&);
+  int64_t (*terms_scratch_nbytes)(const HeadTask&);
+  void (*backward_terms)(const GradientTask&);
   void (*backward)(const GradientTask&);
   void (*backward_keys)(const GradientTask&);
   bool rounds_gradients;  // weights and gradients of scores, to the stored type before they are summed

@@ -1,176 +1,59 @@
-// How a row's scores become weights. A normaliser is a struct of static functions over vectors; the kernels know no
-// other formula of it. It says
+// How a row's scores become weights: the dispatch over all normalisers (foveal/normalizer.h). There are two kinds.
 //
+// A normaliser of one pass weighs a block of scores as soon as it is there. It is a struct of static functions:
 //   begin         the state of a row before its first key
 //   step          a block of scores -> weights, and what the sums so far are worth from now on
 //   scale         what the sums of weighted values are multiplied by at the end
 //   final_weight  a score -> the row's weight, once its state is final (weights that are returned)
 //   join          the states of a row over different keys -> one, and what the sums of each are worth
-//   gradient_weight, score_gradient   the same weights in the backward pass, from what the forward pass saved of a row
-//
 // The state of a row is kRowMembers numbers (kernels/kernel_table.h), which lie member by member in tiles, in partial
 // results and in what the host reads: a statistic of a row is one more member.
+//
+// A normaliser with a threshold needs all scores of a row before it knows a weight (threshold.inl.h):
+//   kReach        a key this far below the largest score has weight 0, in units of the formula's argument
+//   argument      a score, less the row's largest -> the formula's argument
+//   weight        what is above the threshold -> the weight
+//   next          a better threshold from the sums over what is above this one
+//
+// Both have the same weights again for the backward pass, where the terms of a row (RowTerms) are known:
+//   gradient_weight   a score -> the weight
+//   score_gradient    the gradient of a weight -> that of the score
+//
+// Normalised sigmoid is softmax of log sigmoid(score): a policy of the scores (score_policy.inl.h), no struct here.
 #pragma once
 
-#include "kernels/base2.inl.h"
-#include "kernels/elementary.inl.h"
+#include "kernels/entmax15.inl.h"
 #include "kernels/kernel_table.h"
+#include "kernels/relu.inl.h"
+#include "kernels/row_state.inl.h"
+#include "kernels/sigmoid.inl.h"
+#include "kernels/softmax.inl.h"
+#include "kernels/sparsemax.inl.h"
 #include "simd/vectors.h"
 
 namespace foveal {
 namespace {
 
-// The state of NV vectors of rows.
-template <class V, int NV>
-struct RowState {
-  V of[kRowMembers][NV];
-
-  // Member m of the first row is at p[m * stride].
-  FOVEAL_INLINE static RowState read(const typename V::T* p, int64_t stride) {
-    RowState state;
-#pragma GCC unroll 4
-    for (int m = 0; m < kRowMembers; ++m)
-#pragma GCC unroll 4
-      for (int r = 0; r < NV; ++r) state.of[m][r] = load(p + m * stride + r * V::kLanes);
-    return state;
-  }
-  FOVEAL_INLINE void write(typename V::T* p, int64_t stride) const {
-#pragma GCC unroll 4
-    for (int m = 0; m < kRowMembers; ++m)
-#pragma GCC unroll 4
-      for (int r = 0; r < NV; ++r) store(p + m * stride + r * V::kLanes, of[m][r]);
-  }
-};
-
-// Online softmax in base 2 (Milakov & Gimelshein 2018). Members: the largest score so far, and the sum of
-// 2^(score - max). A row begins at (-inf, 0), or at (sink, 1) with a sink, a key without a value that every row sees
-// first. A row whose max is still -inf has seen nothing: its weights are 0, and so is its output.
-struct Softmax {
-  // Where several lanes share a row (few rows): whether each has a part of a member, or all have the same.
-  static constexpr bool kSumsOverLanes[kRowMembers] = {false, true};
-
-  template <class T>
-  FOVEAL_INLINE static void begin(const HeadTask& h, int64_t row, bool with_sink, T* state, int64_t stride) {
-    const double sink = with_sink && h.sinks != nullptr ? h.sinks[row % h.group] * kLog2E : -__builtin_inf();
-    T& max = state[kRowMax * stride];
-    max = static_cast<T>(sink);
-    state[kRowSum * stride] = max == -static_cast<T>(__builtin_inf()) ? T{0} : T{1};
-  }
-
-  // `s` holds `steps` steps of NV vectors, `highest` their maxima. With `mark_masked` the weight of a score of -inf is
-  // -0, which its sign tells from a weight that is too small.
-  template <class V, int NV>
-  FOVEAL_INLINE static void step(RowState<V, NV>& state, typename V::T* s, int64_t steps, const V (&highest)[NV],
-                                 V (&rescale)[NV], bool mark_masked) {
-    V base[NV], sum[NV];
-#pragma GCC unroll 4
-    for (int r = 0; r < NV; ++r) {
-      V& max_so_far = state.of[kRowMax][r];
-      const V before = max_so_far;
-      max_so_far = max(before, highest[r]);
-      base[r] = or_zero_if_unseen(max_so_far);
-      rescale[r] = exp2_nonpositive(before - base[r]);
-      sum[r] = zero<V>();
-    }
-    if (mark_masked) {
-      const V masked = zero<V>() * broadcast<V>(-1);
-      for (int64_t j = 0; j < steps; ++j)
-        for (int r = 0; r < NV; ++r) {
-          typename V::T* x = s + (j * NV + r) * V::kLanes;
-          const V score = load(x);
-          const V w = exp2_nonpositive(score - base[r]);
-          sum[r] = sum[r] + w;
-          store(x, select(equal(score, negative_infinity<V>()), masked, w));
-        }
-    } else {
-      for (int64_t j = 0; j < steps; ++j)
-#pragma GCC unroll 4
-        for (int r = 0; r < NV; ++r) {
-          typename V::T* x = s + (j * NV + r) * V::kLanes;
-          const V w = exp2_nonpositive(load(x) - base[r]);
-          sum[r] = sum[r] + w;
-          store(x, w);
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < NV; ++r) state.of[kRowSum][r] = fma(state.of[kRowSum][r], rescale[r], sum[r]);
-  }
-
-  template <class V, int NV>
-  FOVEAL_INLINE static V scale(const RowState<V, NV>& state, int r) {
-    const V sum = state.of[kRowSum][r];
-    return select(equal(sum, zero<V>()), zero<V>(), broadcast<V>(1) / sum);
-  }
-
-  template <class V, int NV>
-  FOVEAL_INLINE static V final_weight(const RowState<V, NV>& state, int r, V score) {
-    return exp2_nonpositive(score - or_zero_if_unseen(state.of[kRowMax][r])) * scale(state, r);
-  }
-
-  // Member m of part p is at state[m * stride + p * part_stride]. In base 2, with m the largest max (the sink's too),
-  //   sum = sum_p 2^(max_p - m) sum_p  +  2^(sink - m)
-  // Part p's sums are worth 2^(max_p - m) then, which takes the place of its max. Returns the joined state.
-  template <class V>
-  static RowState<V, 1> join(const HeadTask& h, int64_t row, typename V::T* state, int64_t stride, int64_t part_stride,
-                             int64_t parts) {
-    using T = typename V::T;
-    T joined[kRowMembers];
-    begin(h, row, true, joined, 1);
-    const T sink = joined[kRowMax];
-    T highest = sink, total = joined[kRowSum];
-    T* max = state + kRowMax * stride;
-    const T* sum = state + kRowSum * stride;
-    for (int64_t p = 0; p < parts; ++p) {
-      const T x = max[p * part_stride];
-      if (x > highest || x != x) highest = x;
-    }
-    const V shift = or_zero_if_unseen(broadcast<V>(highest));
-    alignas(64) T lanes[V::kLanes];
-    const auto worth = [&](T x) {
-      store(lanes, exp2_nonpositive(broadcast<V>(x) - shift));
-      return lanes[0];
-    };
-    total *= worth(sink);
-    for (int64_t p = 0; p < parts; ++p) {
-      max[p * part_stride] = worth(max[p * part_stride]);
-      total += sum[p * part_stride] * max[p * part_stride];
-    }
-    RowState<V, 1> result;
-    result.of[kRowMax][0] = broadcast<V>(highest);
-    result.of[kRowSum][0] = broadcast<V>(total);
-    return result;
-  }
-
-  // The lse of a row is what the backward pass has of it.
-  template <class V>
-  FOVEAL_INLINE static V gradient_weight(V score, V lse) {
-    return exp2_nonpositive(score - lse);
-  }
-  // The same where scores may be of the size of finfo.min, and the rounding of the lse alone could make a weight
-  // infinite.
-  template <class V>
-  FOVEAL_INLINE static V bounded_gradient_weight(V score, V lse) {
-    return exp2_nonpositive(min(zero<V>(), score - lse));
-  }
-  // `delta`, the row's term, is dout . out (Dao et al. 2022, appendix B.2), less the gradient of the lse.
-  template <class V>
-  FOVEAL_INLINE static V score_gradient(V w, V dp, V delta) {
-    return w * (dp - delta);
-  }
-
- private:
-  // What to subtract from the scores of a row: its max, or 0 where that would be -inf - -inf.
-  template <class V>
-  FOVEAL_INLINE static V or_zero_if_unseen(V highest) {
-    return select(equal(highest, negative_infinity<V>()), zero<V>(), highest);
-  }
-};
-
-// Calls visit(N{}) with the normaliser of a head. It is chosen anew for every block of keys, which costs nothing beside
-// the block's products, and lets all normalisers share their code.
+// Calls visit(N{}) with the one-pass normaliser of a head. It is chosen anew for every block of keys, which costs
+// nothing beside the block's products, and lets all normalisers share their code. A row with a threshold begins as one
+// of softmax.
 template <class Visit>
-FOVEAL_INLINE auto with_normalizer(const HeadTask&, const Visit& visit) {
+FOVEAL_INLINE auto with_normalizer(const HeadTask& h, const Visit& visit) {
+  if (h.normalizer == Normalizer::kSigmoid) return visit(Sigmoid{});
+  if (h.normalizer == Normalizer::kRelu) return visit(Relu{});
   return visit(Softmax{});
+}
+
+template <class Visit>
+FOVEAL_INLINE auto with_threshold(const HeadTask& h, const Visit& visit) {
+  if (h.normalizer == Normalizer::kSparsemax) return visit(Sparsemax{});
+  return visit(Entmax15{});
+}
+
+template <class Visit>
+FOVEAL_INLINE auto with_gradient(const HeadTask& h, const Visit& visit) {
+  if (has_threshold(h.normalizer)) return with_threshold(h, visit);
+  return with_normalizer(h, visit);
 }
 
 }  // namespace

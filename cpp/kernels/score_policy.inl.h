@@ -14,12 +14,15 @@
 namespace foveal {
 namespace {
 
+// Whether a policy after the bias bends the scores: of normalised sigmoid, log sigmoid.
+FOVEAL_INLINE bool bends_biased_scores(const HeadTask& h) { return h.normalizer == Normalizer::kNormalizedSigmoid; }
+
 // Whether any policy but the mask changes the scores of this head.
 FOVEAL_INLINE bool changes_scores(const HeadTask& h) {
-  return h.softcap > 0 || h.slopes != nullptr || h.bias != nullptr;
+  return h.softcap > 0 || h.slopes != nullptr || h.bias != nullptr || bends_biased_scores(h);
 }
 
-// Whether a score's gradient is not that of what the policies make of it.
+// Whether a policy before the bias bends the scores, so that a score's gradient is not that of what becomes of it.
 FOVEAL_INLINE bool bends_scores(const HeadTask& h) { return h.softcap > 0; }
 
 // `size` scores; their slopes too where `slope` is not null.
@@ -79,15 +82,26 @@ static void add_bias(const HeadTask& h, const Lanes& lanes, int64_t key_begin, i
   });
 }
 
-// Every policy but the mask, to the scores of keys [key_begin, key_begin + n); a bent score's slope too, where `slope`
-// is not null.
+// s -> log sigmoid(s), so that softmax makes sigmoid(s) / sum sigmoid(s) of it; and its slope, 1 - sigmoid(s).
+template <class V>
+static void apply_log_sigmoid(int64_t size, typename V::T* s, typename V::T* slope) {
+  for (int64_t x = 0; x < size; x += V::kLanes) {
+    const V score = load(s + x), t = exp2_nonpositive(zero<V>() - abs(score)), one = broadcast<V>(1);
+    store(s + x, min(zero<V>(), score) - log1p(t) * broadcast<V>(static_cast<typename V::T>(kLog2E)));
+    if (slope != nullptr) store(slope + x, select(sign_mask(score), one, t) / (one + t));
+  }
+}
+
+// Every policy but the mask, to the scores of keys [key_begin, key_begin + n). Where `slope` is not null, it gets the
+// slopes of what bends scores before the bias, `late_slope` of what bends them after it.
 template <class V, class Lanes>
 static void apply_policies(const HeadTask& h, const Lanes& lanes, int64_t key_begin, int64_t n, typename V::T* s,
-                           typename V::T* slope = nullptr) {
+                           typename V::T* slope = nullptr, typename V::T* late_slope = nullptr) {
   const int64_t steps = lanes.steps(n);
   if (h.softcap > 0) apply_softcap<V>(h.softcap, steps * Lanes::kVectors * V::kLanes, s, slope);
   if (h.slopes != nullptr) apply_alibi<V>(h, lanes, key_begin, steps, s);
   if (h.bias != nullptr) add_bias<V>(h, lanes, key_begin, n, s);
+  if (bends_biased_scores(h)) apply_log_sigmoid<V>(steps * Lanes::kVectors * V::kLanes, s, late_slope);
 }
 
 // The mask, last: scores of pairs that are not seen become -inf. `bits` null: all are seen. visit(x, r, score) gets

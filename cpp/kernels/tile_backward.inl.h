@@ -35,6 +35,7 @@
 #include "kernels/rows.inl.h"
 #include "kernels/score_policy.inl.h"
 #include "kernels/storage.inl.h"
+#include "kernels/tile_threshold.inl.h"
 #include "simd/vectors.h"
 
 namespace foveal {
@@ -46,7 +47,7 @@ constexpr int64_t kGradientKeys = 64;  // p and ds of a tile stay in the first-l
 template <class V, class Dot>
 struct GradientScratch {
   using T = typename V::T;
-  T *p, *ds, *slope;
+  T *p, *ds, *slope;                       // slope: of the policies before the bias; then of those after it
   typename Dot::Key *packed_k, *packed_v;  // where they cannot be read in place
   // Of pairs: ds by keys, the keys; and q, dout and k as guarded sums read them.
   T *ds_pairs = nullptr, *k_pairs = nullptr, *wide_q = nullptr, *wide_dout = nullptr, *wide_k = nullptr;
@@ -55,7 +56,7 @@ struct GradientScratch {
     using Key = typename Dot::Key;
     p = arena.take(kGradientKeys * kTileRows<V>);
     ds = arena.take(kGradientKeys * kTileRows<V>);
-    slope = arena.take(kGradientKeys * kTileRows<V>);
+    slope = arena.take(2 * kGradientKeys * kTileRows<V>);
     packed_k = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.head_dim));
     packed_v = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.value_dim));
     if constexpr (Dot::kStep == 2) {
@@ -104,10 +105,11 @@ static void keep_seen(const uint64_t* seen, int64_t n, typename V::T* ds) {
     }
 }
 
-// p = exp(s - lse) with every policy of the scores, and their slope where one bends them.
-template <class V, class N, class Dot, int NV>
+// The weights with every policy of the scores, and the slopes of those that bend them.
+template <class V, class Dot, int NV>
 static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
-                                  const uint64_t* seen, typename V::T* p, typename V::T* slope) {
+                                  const uint64_t* seen, typename V::T* p, typename V::T* slope,
+                                  typename V::T* late_slope) {
   const int64_t n = keys.end - keys.begin;
   const V scale = score_scale<V>(h);
   key_products<V, Dot, NV>(tile.qt, h.head_dim, keys.k.p, keys.k.stride, n,
@@ -115,10 +117,15 @@ static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile
                              store(p + (j * NV + r) * V::kLanes, Dot::finish(dot, scale));
                            });
   const RowLanes<V, NV> lanes{tile.row_begin, tile.rows};
-  apply_policies<V>(h, lanes, keys.begin, n, p, slope);
+  apply_policies<V>(h, lanes, keys.begin, n, p, slope, late_slope);
   if (bends_scores(h) && seen != nullptr) keep_seen<V, NV>(seen, n, slope);
-  apply_mask<V>(lanes, seen, n, p, [&](int64_t x, int r, V score) __attribute__((always_inline)) {
-    store(p + x, N::bounded_gradient_weight(score, load(tile.lse + r * V::kLanes)));
+  if (bends_biased_scores(h) && seen != nullptr) keep_seen<V, NV>(seen, n, late_slope);
+  RowTerms<V> terms[NV];
+  for (int r = 0; r < NV; ++r) terms[r] = tile.terms(r);
+  with_gradient(h, [&]<class N>(N) {
+    apply_mask<V>(lanes, seen, n, p, [&](int64_t x, int r, V score) __attribute__((always_inline)) {
+      store(p + x, N::gradient_weight(score, terms[r]));
+    });
   });
 }
 
@@ -171,40 +178,99 @@ static void add_sums_guarded(const HeadTask& h, const GradientTile<V>& tile, con
                             [seen](int64_t j, int r) { return mask_from_bits<V>(~seen[j] >> (r * V::kLanes)); });
 }
 
-template <class V, class N, class Dot, int NV>
-static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
-                          const GradientScratch<V, Dot>& scratch) {
-  const HeadTask& h = *g.head;
+// The gradients of softmax's scores: p times what dp is more than the row's term, and p as the values meet it.
+template <class V, class Dot, int NV>
+static void softmax_gradients(const HeadTask& h, const GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
+                              typename V::T* p, typename V::T* ds) {
   constexpr int64_t width = int64_t{NV} * V::kLanes;
   const int64_t n = keys.end - keys.begin;
-  typename V::T *p = scratch.p, *ds = scratch.ds, *slope = scratch.slope;
-  uint64_t bits[kGradientKeys];
-  const Visibility visibility = visible_bits(h, tile.row_begin, tile.rows, keys.begin, n, bits);
-  if (visibility == Visibility::kNone) return;
-  const uint64_t* seen = visibility == Visibility::kPartial ? bits : nullptr;
-
-  if (changes_scores(h) || seen != nullptr) {
-    weights_with_policies<V, N, Dot, NV>(h, tile, keys, seen, p, slope);
-  } else {
-    const V scale = score_scale<V>(h);
-    key_products<V, Dot, NV>(
-        tile.qt, h.head_dim, keys.k.p, keys.k.stride, n, [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
-          const V score = Dot::finish(dot, scale);
-          store(p + j * width + r * V::kLanes, N::gradient_weight(score, load(tile.lse + r * V::kLanes)));
-        });
-  }
-  key_products<V, Dot, NV>(
-      tile.dot, h.value_dim, keys.v.p, keys.v.stride, n, [&](int64_t j, int r, V dp) __attribute__((always_inline)) {
-        const V w = load(p + j * width + r * V::kLanes);
-        store(ds + j * width + r * V::kLanes, N::score_gradient(w, dp, load(tile.delta + r * V::kLanes)));
-      });
+  key_products<V, Dot, NV>(tile.dot, h.value_dim, keys.v.p, keys.v.stride, n,
+                           [&](int64_t j, int r, V dp) __attribute__((always_inline)) {
+                             const V w = load(p + j * width + r * V::kLanes);
+                             store(ds + j * width + r * V::kLanes, Softmax::score_gradient(w, dp, tile.terms(r)));
+                           });
   if (drops(h))  // p and dp times f, so ds = p (f dp - delta)
     for_each_dropout<V, NV>(h, tile.row_begin, keys.begin, n, [&](int64_t x, V f) {
       const V w = load(p + x), delta = load(tile.delta + x % width);
       store(ds + x, fma(f, load(ds + x), (f - broadcast<V>(1)) * w * delta));
       store(p + x, f * w);
     });
+}
+
+// The same of any other normaliser.
+template <class V, class Dot, int NV>
+static void other_gradients(const HeadTask& h, const GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
+                            typename V::T* p, typename V::T* ds) {
+  constexpr int64_t width = int64_t{NV} * V::kLanes;
+  const int64_t n = keys.end - keys.begin;
+  key_products<V, Dot, NV>(tile.dot, h.value_dim, keys.v.p, keys.v.stride, n,
+                           [&](int64_t j, int r, V dp)
+                               __attribute__((always_inline)) { store(ds + j * width + r * V::kLanes, dp); });
+  if (drops(h))
+    for_each_dropout<V, NV>(h, tile.row_begin, keys.begin, n, [&](int64_t x, V f) { store(ds + x, f * load(ds + x)); });
+  RowTerms<V> terms[NV];
+  for (int r = 0; r < NV; ++r) terms[r] = tile.terms(r);
+  with_gradient(h, [&]<class N>(N) {
+    for (int64_t j = 0; j < n; ++j)
+      for (int r = 0; r < NV; ++r) {
+        const int64_t x = j * width + r * V::kLanes;
+        store(ds + x, N::score_gradient(load(p + x), load(ds + x), terms[r]));
+      }
+  });
+  if (drops(h)) apply_dropout<V, NV>(h, tile.row_begin, keys.begin, n, p);
+}
+
+// Takes the pairs whose weight is 0 out of bits[n]; whether any are left of some, and none of others.
+template <class V, int NV>
+static void drop_zero_weights(const typename V::T* p, int64_t n, uint64_t* bits) {
+  for (int64_t j = 0; j < n; ++j) {
+    uint64_t zeros = 0;
+    for (int r = 0; r < NV; ++r)
+      zeros |= lane_bits(equal(load(p + (j * NV + r) * V::kLanes), zero<V>())) << (r * V::kLanes);
+    bits[j] &= ~zeros;
+  }
+}
+
+template <class V, class Dot, int NV>
+static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
+                          const GradientScratch<V, Dot>& scratch) {
+  const HeadTask& h = *g.head;
+  constexpr int64_t width = int64_t{NV} * V::kLanes;
+  const int64_t n = keys.end - keys.begin;
+  typename V::T *p = scratch.p, *ds = scratch.ds, *slope = scratch.slope,
+                *late_slope = scratch.slope + kGradientKeys * kTileRows<V>;
+  uint64_t bits[kGradientKeys];
+  const Visibility visibility = visible_bits(h, tile.row_begin, tile.rows, keys.begin, n, bits);
+  if (visibility == Visibility::kNone) return;
+  const uint64_t* seen = visibility == Visibility::kPartial ? bits : nullptr;
+  const bool softmax = h.normalizer == Normalizer::kSoftmax || h.normalizer == Normalizer::kNormalizedSigmoid;
+
+  if (changes_scores(h) || seen != nullptr || !softmax) {
+    weights_with_policies<V, Dot, NV>(h, tile, keys, seen, p, slope, late_slope);
+  } else {
+    const V scale = score_scale<V>(h);
+    key_products<V, Dot, NV>(
+        tile.qt, h.head_dim, keys.k.p, keys.k.stride, n, [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
+          const V score = Dot::finish(dot, scale);
+          store(p + j * width + r * V::kLanes, Softmax::plain_gradient_weight(score, load(tile.shift + r * V::kLanes)));
+        });
+  }
+  if (hides_zero_weights(h.normalizer)) {
+    if (seen == nullptr)
+      for (int64_t j = 0; j < n; ++j) bits[j] = low_bits(tile.rows);
+    drop_zero_weights<V, NV>(p, n, bits);
+    seen = bits;
+    uint64_t any = 0;
+    for (int64_t j = 0; j < n; ++j) any |= bits[j];
+    if (any == 0) return;
+  }
+  if (softmax)
+    softmax_gradients<V, Dot, NV>(h, tile, keys, p, ds);
+  else
+    other_gradients<V, Dot, NV>(h, tile, keys, p, ds);
   if (seen != nullptr) keep_seen<V, NV>(seen, n, ds);
+  if (bends_biased_scores(h))
+    for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, load(ds + x) * load(late_slope + x));
   if (g.dbias != nullptr) add_to_bias<V, NV>(g, tile.row_begin, tile.rows, keys.begin, n, ds);
   if (bends_scores(h))
     for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, load(ds + x) * load(slope + x));
@@ -227,11 +293,11 @@ template <class V, class Dot>
 static int64_t backward_scratch_nbytes(const HeadTask& h, int64_t rows) {
   const int64_t tiles = (rows + kTileRows<V> - 1) / kTileRows<V>;
   const int64_t dims = padded<V>(h.head_dim) + padded<V>(h.value_dim);
-  const int64_t per_tile = kTileRows<V> * (2 * dims + 2) + static_cast<int64_t>(sizeof(GradientTile<V>));
-  int64_t shared = kGradientKeys * (3 * kTileRows<V> + h.head_dim + h.value_dim);
+  const int64_t per_tile = kTileRows<V> * (2 * dims + 3) + static_cast<int64_t>(sizeof(GradientTile<V>));
+  int64_t shared = kGradientKeys * (4 * kTileRows<V> + h.head_dim + h.value_dim);
   if constexpr (Dot::kStep == 2)
     shared += kGradientKeys * (kTileRows<V> + 2 * padded<V>(h.head_dim)) + kTileRows<V> * dims;
-  return round_up((tiles * per_tile + shared) * static_cast<int64_t>(sizeof(typename V::T)) + 16 * 64, 64);
+  return round_up((tiles * per_tile + shared) * static_cast<int64_t>(sizeof(typename V::T)) + 16 * 64 + tiles * 64, 64);
 }
 
 // The keys that some of the rows see, and those that share a step with one.
@@ -242,8 +308,9 @@ FOVEAL_INLINE KeyRange keys_in_steps(const HeadTask& h, int64_t row_begin, int64
   return {range.begin / Dot::kStep * Dot::kStep, min64(round_up(range.end, Dot::kStep), h.kv_len)};
 }
 
+// delta of the rows, dout . out.
 template <class V, class S>
-static void backward_delta(const GradientTask& task) {
+static void softmax_terms(const GradientTask& task) {
   using T = typename V::T;
   const GradientHead& g = *task.grads;
   const HeadTask& h = *g.head;
@@ -265,6 +332,25 @@ static void backward_delta(const GradientTask& task) {
   }
 }
 
+// What the gradient reads of the rows, all but what the forward pass saved of them.
+template <class V, class S>
+static void backward_terms(const GradientTask& task) {
+  using T = typename V::T;
+  const GradientHead& g = *task.grads;
+  const HeadTask& h = *g.head;
+  if (has_threshold(h.normalizer)) return threshold_terms<V, S>(task);
+  for (int64_t row = task.row_begin; row < task.row_end; ++row) static_cast<T*>(g.threshold)[row] = 0;
+  if (!is_pointwise(h.normalizer)) return softmax_terms<V, S>(task);
+  with_normalizer(h, [&]<class N>(N) {
+    for (int64_t row = task.row_begin; row < task.row_end; ++row) {
+      static_cast<T*>(g.shift)[row] = 0;
+      T state[kRowMembers];
+      N::begin(h, row, false, state, 1);
+      if constexpr (requires { N::row_term(T{}); }) static_cast<T*>(g.delta)[row] = N::row_term(state[kRowSum]);
+    }
+  });
+}
+
 template <class V, class S>
 static void backward(const GradientTask& task) {
   using T = typename V::T;
@@ -284,7 +370,8 @@ static void backward(const GradientTask& task) {
     x.vectors = static_cast<int>((x.rows + V::kLanes - 1) / V::kLanes);
     x.qt = arena.take(kTileRows<V> * padded<V>(h.head_dim));
     x.dot = arena.take(kTileRows<V> * padded<V>(h.value_dim));
-    x.lse = arena.take(kTileRows<V>);
+    x.shift = arena.take(kTileRows<V>);
+    x.threshold = arena.take(kTileRows<V>);
     x.delta = arena.take(kTileRows<V>);
     x.dq = static_cast<T*>(task.dq_sums) + t * kTileRows<V> * h.head_dim;
     x.untouched = task.first;
@@ -321,14 +408,12 @@ static void backward(const GradientTask& task) {
       const int64_t begin = max64(keys.begin, own.begin), end = min64(keys.end, own.end);
       if (begin >= end) continue;
       const GradientKeys<V, Dot> part = keys.part(begin, end);
-      with_normalizer(h, [&]<class N>(N) {
-        if (tile[t].vectors == 1)
-          add_gradients<V, N, Dot, 1>(g, tile[t], part, scratch);
-        else if (tile[t].vectors == 2)
-          add_gradients<V, N, Dot, 2>(g, tile[t], part, scratch);
-        else
-          add_gradients<V, N, Dot, 3>(g, tile[t], part, scratch);
-      });
+      if (tile[t].vectors == 1)
+        add_gradients<V, Dot, 1>(g, tile[t], part, scratch);
+      else if (tile[t].vectors == 2)
+        add_gradients<V, Dot, 2>(g, tile[t], part, scratch);
+      else
+        add_gradients<V, Dot, 3>(g, tile[t], part, scratch);
     }
   }
 

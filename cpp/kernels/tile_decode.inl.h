@@ -48,6 +48,11 @@ struct DecodeState {
   Visibility seen;
 };
 
+// Whether some weights of a block are those of keys that must not reach the output.
+FOVEAL_INLINE bool hides_keys(const HeadTask& h, Visibility seen) {
+  return seen == Visibility::kPartial || hides_zero_weights(h.normalizer);
+}
+
 // The scores of keys [begin, begin + n), all policies applied, their per-lane maxima in `highest`.
 template <class V, class S, int R, class C>
 static Visibility decode_block_scores(const HeadTask& h, const DecodeState<V, R>& state, int64_t begin, int64_t n,
@@ -87,9 +92,8 @@ static void decode_weights(const HeadTask& h, DecodeState<V, R>& state, int64_t 
   const V highest_of[1] = {over_keys<V, R>(highest, [](auto x, auto y) { return x > y ? x : y; })};
   const int64_t steps = KeyLanes<V, R>::steps(n);
   V rescale[1];
-  with_normalizer(h, [&]<class N>(N) {
-    N::step(state.row_state, state.s, steps, highest_of, rescale, state.seen == Visibility::kPartial);
-  });
+  with_normalizer(
+      h, [&]<class N>(N) { N::step(state.row_state, state.s, steps, highest_of, rescale, hides_keys(h, state.seen)); });
   state.rescale = rescale[0];
   if constexpr (Stored<C>::kScaled) multiply_by_page<V, R>(h, h.v_scales, begin, n, state.s);
 }
@@ -101,7 +105,7 @@ static void decode_add_values(const HeadTask& h, const DecodeState<V, R>& state,
   alignas(64) typename V::T rescale[V::kLanes];
   store(rescale, state.rescale);
   if constexpr (!Stored<C>::kFinite) {
-    if (state.seen == Visibility::kPartial && !all_finite<V>(v, n, h.value_dim))
+    if (hides_keys(h, state.seen) && !all_finite<V>(v, n, h.value_dim))
       return decode_values_guarded<V, R>(state.s, n, v, h.value_dim, state.o, state.o_stride, rescale);
   }
   using Pairs = typename Products<V, S>::template FewRowsValue<C, R>;

@@ -86,7 +86,8 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
   const int64_t n = block.end - block.begin;
   const Visibility seen = block_scores<V, Dot, NV>(h, tile, block, s, highest);
   if (seen == Visibility::kNone) return;
-  const bool guarded = seen == Visibility::kPartial && !all_finite<V>(block.v, block.v_stride, n, h.value_dim);
+  const bool hides = seen == Visibility::kPartial || hides_zero_weights(h.normalizer);
+  const bool guarded = hides && !all_finite<V>(block.v, block.v_stride, n, h.value_dim);
   auto state = RowState<V, NV>::read(tile.state, kTileRows<V>);
   with_normalizer(h, [&]<class N>(N) { N::step(state, s, n, highest, rescale, guarded); });
   state.write(tile.state, kTileRows<V>);
@@ -202,12 +203,13 @@ struct KeyReader {
   Key* packed_k;
   T* packed_v;
 
-  KeyBlock<Key, T> read(int64_t begin, int64_t end) const {
+  // Without values, those of the block are undefined.
+  KeyBlock<Key, T> read(int64_t begin, int64_t end, bool with_values) const {
     Rows<Key> k = {};
     Rows<T> v = {};
     with_stored<V, S>(h->kv_dtype, [&]<class C>(const C*) {
       k = key_rows<V, Key, C>(*h, keys_of(*h), begin, end - begin, packed_k, nullptr);
-      v = key_rows<V, T, C>(*h, values_of(*h), begin, end - begin, packed_v, nullptr);
+      if (with_values) v = key_rows<V, T, C>(*h, values_of(*h), begin, end - begin, packed_v, nullptr);
     });
     return {begin, end, k.p, v.p, k.stride, v.stride};
   }
@@ -233,59 +235,81 @@ static int64_t forward_scratch_nbytes(const HeadTask& h, int64_t rows) {
   return round_up((tiles * per_tile + shared) * static_cast<int64_t>(sizeof(typename V::T)) + 4 * 64, 64);
 }
 
+// The tiles of a task, begun, and what they share.
 template <class V, class S>
-static void forward(const RowTask& task) {
+struct ForwardWork {
   using T = typename V::T;
-  const HeadTask& h = *task.head;
-  Arena<T> arena{static_cast<T*>(task.scratch)};
-  const int64_t tiles = (task.row_end - task.row_begin + kTileRows<V> - 1) / kTileRows<V>;
-  T* s = arena.take(kKeyBlock * kTileRows<V>);
   using Dot = ScoreDot<V, S>;
   using Block = KeyBlock<typename Dot::Key, T>;
-  const KeyReader<V, S, Dot> reader{&h, reinterpret_cast<typename Dot::Key*>(arena.take(kKeyBlock * h.head_dim)),
-                                    arena.take(kKeyBlock * h.value_dim)};
-  Tile<V>* tile = reinterpret_cast<Tile<V>*>(arena.take(tiles * static_cast<int64_t>(sizeof(Tile<V>) / sizeof(T))));
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row_begin = task.row_begin + t * kTileRows<V>;
-    const int64_t rows = min64(kTileRows<V>, task.row_end - row_begin);
-    tile[t] = {row_begin,
-               rows,
-               static_cast<int>((rows + V::kLanes - 1) / V::kLanes),
-               true,
-               arena.take(kTileRows<V> * h.head_dim),
-               arena.take(kTileRows<V> * h.value_dim),
-               arena.take(kRowMembers * kTileRows<V>)};
-    begin_tile<V, S, Dot>(task, tile[t]);
+  const RowTask& task;
+  T* s;
+  KeyReader<V, S, Dot> reader;
+  int64_t tiles;
+  Tile<V>* tile;
+
+  ForwardWork(const RowTask& t, Arena<T>& arena) : task(t) {
+    const HeadTask& h = *task.head;
+    s = arena.take(kKeyBlock * kTileRows<V>);
+    reader.h = &h;
+    reader.packed_k = reinterpret_cast<typename Dot::Key*>(arena.take(kKeyBlock * h.head_dim));
+    reader.packed_v = arena.take(kKeyBlock * h.value_dim);
+    tiles = (task.row_end - task.row_begin + kTileRows<V> - 1) / kTileRows<V>;
+    tile = reinterpret_cast<Tile<V>*>(arena.take(tiles * static_cast<int64_t>(sizeof(Tile<V>) / sizeof(T))));
+    for (int64_t x = 0; x < tiles; ++x) {
+      const int64_t row_begin = task.row_begin + x * kTileRows<V>;
+      const int64_t rows = min64(kTileRows<V>, task.row_end - row_begin);
+      tile[x] = {row_begin,
+                 rows,
+                 static_cast<int>((rows + V::kLanes - 1) / V::kLanes),
+                 true,
+                 arena.take(kTileRows<V> * h.head_dim),
+                 arena.take(kTileRows<V> * h.value_dim),
+                 arena.take(kRowMembers * kTileRows<V>)};
+      begin_tile<V, S, Dot>(task, tile[x]);
+    }
   }
 
-  const auto for_each_block = [&](const auto& visit) {
+  // visit(t, block) for every tile and block of keys that it sees something of.
+  template <class Visit>
+  FOVEAL_INLINE void for_each_block(bool with_values, const Visit& visit) const {
+    const HeadTask& h = *task.head;
     KeyRange range = visible_keys(h, task.row_begin, task.row_end);
     range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
     for (int64_t begin = range.begin / kKeyBlock * kKeyBlock; begin < range.end; begin += kKeyBlock) {
-      const Block all = reader.read(max64(begin, range.begin), min64(begin + kKeyBlock, range.end));
+      const Block all = reader.read(max64(begin, range.begin), min64(begin + kKeyBlock, range.end), with_values);
       for (int64_t t = 0; t < tiles; ++t) {
         const Block block = intersect(all, visible_keys(h, tile[t].row_begin, tile[t].row_begin + tile[t].rows));
-        if (block.begin < block.end) visit(tile[t], block);
+        if (block.begin < block.end) visit(t, block);
       }
     }
-  };
-  for_each_block([&](Tile<V>& t, const Block& block) {
+  }
+};
+
+template <class V, class S>
+static void forward(const RowTask& task) {
+  using Dot = ScoreDot<V, S>;
+  const HeadTask& h = *task.head;
+  Arena<typename V::T> arena{static_cast<typename V::T*>(task.scratch)};
+  const ForwardWork<V, S> work(task, arena);
+  work.for_each_block(true, [&](int64_t x, const auto& block) {
+    Tile<V>& t = work.tile[x];
     if (t.vectors == 1)
-      accumulate<V, Dot, 1>(h, t, block, s);
+      accumulate<V, Dot, 1>(h, t, block, work.s);
     else if (t.vectors == 2)
-      accumulate<V, Dot, 2>(h, t, block, s);
+      accumulate<V, Dot, 2>(h, t, block, work.s);
     else
-      accumulate<V, Dot, 3>(h, t, block, s);
+      accumulate<V, Dot, 3>(h, t, block, work.s);
   });
-  for (int64_t t = 0; t < tiles; ++t) finish_tile<V, S>(task, tile[t]);
+  for (int64_t t = 0; t < work.tiles; ++t) finish_tile<V, S>(task, work.tile[t]);
   if (h.weights == nullptr) return;
-  for_each_block([&](Tile<V>& t, const Block& block) {
+  work.for_each_block(false, [&](int64_t x, const auto& block) {
+    const Tile<V>& t = work.tile[x];
     if (t.vectors == 1)
-      write_weights<V, S, Dot, 1>(task, t, block, s);
+      write_weights<V, S, Dot, 1>(task, t, block, work.s);
     else if (t.vectors == 2)
-      write_weights<V, S, Dot, 2>(task, t, block, s);
+      write_weights<V, S, Dot, 2>(task, t, block, work.s);
     else
-      write_weights<V, S, Dot, 3>(task, t, block, s);
+      write_weights<V, S, Dot, 3>(task, t, block, work.s);
   });
 }
 

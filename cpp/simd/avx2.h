@@ -91,6 +91,16 @@ FOVEAL_INLINE Mask64 mask_from_bits<F64>(uint64_t bits) {
 }
 FOVEAL_INLINE Mask32 equal(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 FOVEAL_INLINE Mask64 equal(F64 a, F64 b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ)}; }
+FOVEAL_INLINE Mask32 greater(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+FOVEAL_INLINE Mask64 greater(F64 a, F64 b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)}; }
+FOVEAL_INLINE uint64_t lane_bits(Mask32 m) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(m.v)));
+}
+FOVEAL_INLINE uint64_t lane_bits(Mask64 m) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_pd(m.v)));
+}
+FOVEAL_INLINE F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
+FOVEAL_INLINE F64 sqrt(F64 a) { return {_mm256_sqrt_pd(a.v)}; }
 FOVEAL_INLINE F32 select(Mask32 m, F32 yes, F32 no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
 FOVEAL_INLINE F64 select(Mask64 m, F64 yes, F64 no) { return {_mm256_blendv_pd(no.v, yes.v, m.v)}; }
 FOVEAL_INLINE Mask32 sign_mask(F32 a) { return {a.v}; }

@@ -75,6 +75,12 @@ FOVEAL_INLINE __mmask8 mask_from_bits<F64>(uint64_t bits) {
 }
 FOVEAL_INLINE __mmask16 equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 FOVEAL_INLINE __mmask8 equal(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
+FOVEAL_INLINE __mmask16 greater(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+FOVEAL_INLINE __mmask8 greater(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
+FOVEAL_INLINE uint64_t lane_bits(__mmask16 m) { return m; }
+FOVEAL_INLINE uint64_t lane_bits(__mmask8 m) { return m; }
+FOVEAL_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
+FOVEAL_INLINE F64 sqrt(F64 a) { return {_mm512_sqrt_pd(a.v)}; }
 FOVEAL_INLINE F32 select(__mmask16 m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 FOVEAL_INLINE F64 select(__mmask8 m, F64 yes, F64 no) { return {_mm512_mask_blend_pd(m, no.v, yes.v)}; }
 

@@ -9,6 +9,9 @@
 //   round(a)          to the nearest integer, ties to even, for |a| < 2^22
 //   exp2_scale(p, n)  p * 2^n for 1/2 <= p <= 2 (or NaN) and integral n <= 64, however negative;
 //                     results below the smallest normal number may be 0, those far below are
+//   greater(a, b)     a > b; false where either is NaN
+//   sqrt(a)           rounded once
+//   lane_bits(m)      bit l = lane l of a mask
 //   sign_mask(a)      lanes whose sign bit is set, -0 and -NaN included
 //   reduce_add(a)     the sum of the lanes in a fixed order
 //   widen, widen_n    contiguous storage -> F32 or F64: all lanes, or the first n and 0 in the others

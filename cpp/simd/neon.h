@@ -88,6 +88,15 @@ FOVEAL_INLINE Mask64 mask_from_bits<F64>(uint64_t bits) {
 }
 FOVEAL_INLINE Mask32 equal(F32 a, F32 b) { return {vceqq_f32(a.v, b.v)}; }
 FOVEAL_INLINE Mask64 equal(F64 a, F64 b) { return {vceqq_f64(a.v, b.v)}; }
+FOVEAL_INLINE Mask32 greater(F32 a, F32 b) { return {vcgtq_f32(a.v, b.v)}; }
+FOVEAL_INLINE Mask64 greater(F64 a, F64 b) { return {vcgtq_f64(a.v, b.v)}; }
+FOVEAL_INLINE uint64_t lane_bits(Mask32 m) {
+  constexpr uint32_t kBits[4] = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(m.v, vld1q_u32(kBits)));
+}
+FOVEAL_INLINE uint64_t lane_bits(Mask64 m) { return (vgetq_lane_u64(m.v, 0) & 1) | (vgetq_lane_u64(m.v, 1) & 2); }
+FOVEAL_INLINE F32 sqrt(F32 a) { return {vsqrtq_f32(a.v)}; }
+FOVEAL_INLINE F64 sqrt(F64 a) { return {vsqrtq_f64(a.v)}; }
 FOVEAL_INLINE F32 select(Mask32 m, F32 yes, F32 no) { return {vbslq_f32(m.v, yes.v, no.v)}; }
 FOVEAL_INLINE F64 select(Mask64 m, F64 yes, F64 no) { return {vbslq_f64(m.v, yes.v, no.v)}; }
 FOVEAL_INLINE Mask32 sign_mask(F32 a) { return {vcltzq_s32(vreinterpretq_s32_f32(a.v))}; }

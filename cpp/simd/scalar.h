@@ -126,6 +126,25 @@ FOVEAL_INLINE Mask<Vec<A...>> equal(Vec<A...> a, Vec<A...> b) {
   return {a.v == b.v};
 }
 template <class... A>
+FOVEAL_INLINE Mask<Vec<A...>> greater(Vec<A...> a, Vec<A...> b) {
+  return {a.v > b.v};
+}
+template <class Integer>
+FOVEAL_INLINE uint64_t lane_bits(LaneMask<Integer> m) {
+  uint64_t bits = 0;
+  for (int lane = 0; lane < static_cast<int>(16 / sizeof(Integer)); ++lane)
+    bits |= static_cast<uint64_t>(m.v[lane] & 1) << lane;
+  return bits;
+}
+FOVEAL_INLINE F32 sqrt(F32 a) {
+  for (int lane = 0; lane < F32::kLanes; ++lane) a.v[lane] = __builtin_sqrtf(a.v[lane]);
+  return a;
+}
+FOVEAL_INLINE F64 sqrt(F64 a) {
+  for (int lane = 0; lane < F64::kLanes; ++lane) a.v[lane] = __builtin_sqrt(a.v[lane]);
+  return a;
+}
+template <class... A>
 FOVEAL_INLINE Vec<A...> select(Mask<Vec<A...>> m, Vec<A...> yes, Vec<A...> no) {
   return {m.v ? yes.v : no.v};
 }

@@ -164,6 +164,7 @@ struct Case {
   std::vector<int64_t> q_offset, q_lens, kv_lens;  // empty: not given; q_offset may be one value for all
   double scale = 0;                                // 0: the default
   double softcap = 0, dropout_p = 0;
+  foveal::Normalizer normalizer = foveal::Normalizer::kSoftmax;
   int mask = -1, bias = -1;   // bit a set: axis a of (B,Hq,Sq,Skv) has its full extent, else 1; negative: none
   double mask_density = 0.7;  // of true
   DType bias_dtype = DType::kFloat32;
@@ -189,6 +190,7 @@ inline std::string text_of(const Case& c) {
   list("q_lens", c.q_lens);
   list("kv_lens", c.kv_lens);
   if (c.scale != 0) s << " scale " << c.scale;
+  if (c.normalizer != foveal::Normalizer::kSoftmax) s << ' ' << foveal::name_of(c.normalizer);
   if (c.softcap != 0) s << " softcap " << c.softcap;
   if (c.dropout_p != 0) s << " dropout " << c.dropout_p;
   if (c.mask >= 0) s << " mask " << c.mask;
@@ -267,6 +269,7 @@ class Problem {
     p.has_scale = asked.scale != 0;
     p.scale = asked.scale;
     p.softcap = asked.softcap;
+    p.normalizer = asked.normalizer;
     p.dropout_p = asked.dropout_p;
     p.seed = asked.seed * 0x9E3779B97F4A7C15;
     return p;

@@ -52,8 +52,22 @@ struct Answer {
 // u times the sum of their magnitudes, but for a probability of 2 exp(-lambda^2 / 2) (Higham & Mary 2019, theorem 2.4;
 // 7 in 10^4 for kLambda = 4, and only where all terms conspire). By Cauchy and Schwarz sum |q_d k_d| <= |q| |k|. Eight
 // more roundings stand for the scale, exp2, tanh, and the steps between.
+//
+// Other normalisers do not change a weight by a factor. With e the error of a score, theirs is off by (RowErrors)
+//
+//   sparsemax            2 e               a threshold is off by no more than the scores, and has two more roundings
+//   entmax15             2 e sqrt(w)       d w = 2 sqrt(w) d(s/2 - tau)
+//   sigmoid              e w               and relu by e / n
+//   normalized_sigmoid   as softmax, with the error of log sigmoid, which is no more than that of the score
+//
+// and what they save of a row by e + s.
 class ErrorBound {
  public:
+  // Of a normaliser other than softmax, at most: the sum of a row's weights, the error of one, and of their sum.
+  struct RowErrors {
+    double weights, weight, sum;
+  };
+
   ErrorBound(const Problem& problem, bool rounds_weights) {
     const Case& c = problem.asked;
     const double u = c.dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
@@ -67,8 +81,29 @@ class ErrorBound {
     const double score = u * ((kLambda * std::sqrt(static_cast<double>(c.head_dim)) + 8) * product + 8 * (1 + added));
     const double sums = u * (kLambda * std::sqrt(static_cast<double>(c.seqlen_kv)) + 8);
     unit_ = u;
+    score_ = score;
+    const double n = std::max(static_cast<double>(c.seqlen_kv), 1.0), eight = 8 * u, largest = product + added;
+    switch (c.normalizer) {
+      case foveal::Normalizer::kSparsemax:
+        others_ = {1, 2 * score + eight, n * (2 * score + eight)};
+        break;
+      case foveal::Normalizer::kEntmax15:
+        others_ = {1, 2 * score + eight, std::sqrt(n) * (2 * score + eight)};
+        break;
+      case foveal::Normalizer::kSigmoid:
+        others_ = {std::min(n, std::exp(largest)), score + eight, std::min(n, std::exp(largest)) * (score + eight)};
+        break;
+      case foveal::Normalizer::kRelu:
+        others_ = {largest, score + eight * largest, score + eight * largest};
+        break;
+      default:
+        break;
+    }
     lse_ = score + sums;
     weight_ = 2 * score + sums;
+    if (c.normalizer == foveal::Normalizer::kNormalizedSigmoid) weight_ += 2 * eight;
+    sums_ = sums;
+    value_scale_ = c.dropout_p > 0 && c.dropout_p < 1 ? 1 / (1 - c.dropout_p) : 1;
     value_ = problem.v.max_abs_finite() * (c.dropout_p > 0 && c.dropout_p < 1 ? 1 / (1 - c.dropout_p) : 1);
     switch (c.dtype) {
       case DType::kFloat16:
@@ -90,13 +125,26 @@ class ErrorBound {
     weight_rounding_ = rounds_weights ? rounding_ : 0;
   }
 
+  // Whether a weight is off by a factor, as that of softmax.
+  static bool by_factor(const Case& c) {
+    return c.normalizer == foveal::Normalizer::kSoftmax || c.normalizer == foveal::Normalizer::kNormalizedSigmoid;
+  }
+
   double out(double x) const {
+    if (others_.weights > 0)
+      return (others_.sum + (sums_ + weight_rounding_) * others_.weights) * value_ * (1 + rounding_) +
+             rounding_ * std::fabs(x) + smallest_;
     return (weight_ + weight_rounding_) * value_ * (1 + rounding_) + rounding_ * std::fabs(x) + smallest_;
   }
-  double weights(double x) const { return weight_ * x * (1 + rounding_) + rounding_ * x + smallest_; }
+  double weights(double x) const {
+    if (others_.weights > 0) return others_.weight * value_scale_ + rounding_ * x + smallest_;
+    return weight_ * x * (1 + rounding_) + rounding_ * x + smallest_;
+  }
   double lse(double x) const { return lse_ + 4 * unit_ * std::fabs(x); }
 
   double weight() const { return weight_; }  // relative, of a weight
+  double score() const { return score_; }
+  const RowErrors& others() const { return others_; }
   double unit() const { return unit_; }
   double sum(double terms) const { return unit_ * (kLambda * std::sqrt(terms) + 8); }  // relative to the magnitudes
   double rounding(double x) const { return rounding_ * std::fabs(x) + smallest_; }     // to the result's dtype
@@ -118,6 +166,8 @@ class ErrorBound {
 
   static constexpr double kLambda = 4;
 
+  RowErrors others_ = {};
+  double score_ = 0, sums_ = 0, value_scale_ = 1;
   double unit_, lse_, weight_, value_, rounding_, weight_rounding_, smallest_;
 };
 

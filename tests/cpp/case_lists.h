@@ -14,6 +14,11 @@ namespace foveal_test {
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
 
+using foveal::Normalizer;
+
+constexpr Normalizer kOtherNormalizers[] = {Normalizer::kSparsemax, Normalizer::kEntmax15, Normalizer::kSigmoid,
+                                            Normalizer::kRelu, Normalizer::kNormalizedSigmoid};
+
 // x - 1, x, x + 1 for each x given.
 inline std::set<int64_t> around(std::initializer_list<int64_t> values) {
   std::set<int64_t> result;
@@ -48,6 +53,7 @@ class Variations {
   void add(Change change) {
     Case c = base_;
     change(c);
+    if (c.normalizer != Normalizer::kSoftmax) c.sinks = false;  // which are softmax's alone
     c.seed = cases.size() + 1;
     cases.push_back(c);
   }
@@ -143,6 +149,9 @@ class RandomCases {
     c.alibi = chance(4);
     c.alibi_by_batch = chance(2);
     c.sinks = chance(4);
+    if (chance(2)) return c;
+    c.normalizer = kOtherNormalizers[random_() % std::size(kOtherNormalizers)];
+    c.sinks = false;
     return c;
   }
 

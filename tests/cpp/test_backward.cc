@@ -163,11 +163,28 @@ class GradientBound {
     dq_ = scale * x.problem.k.max_abs_finite() * (score_error + (bound_.sum(keys) + rounded) * mean);
     dk_ = scale * x.problem.q.max_abs_finite() * column_ * (score_error + (bound_.sum(rows) + rounded) * mean);
     dv_ = kept * x.dout.max_abs_finite() * column_ * (weight_ + bound_.sum(rows) + rounded);
+    if (!ErrorBound::by_factor(c)) {
+      // ds = g (dp - delta), g the slope of the weight: at most 1, off by at most `slope`, the slopes of a row by
+      // `slopes` and their sum at most `sum`. delta is off as dp is, and by the slopes once more.
+      const double n = std::max(keys, 1.0), e = 2 * bound_.score() + 8 * bound_.unit();
+      const bool sparse = c.normalizer == foveal::Normalizer::kSparsemax;
+      const double slope = sparse ? 0 : e;
+      const double sum = c.normalizer == foveal::Normalizer::kEntmax15 ? std::sqrt(n) : n;
+      const double of_dp = 4 * bound_.sum(terms) * product + (2 * bound_.sum(keys) + 8 * bound_.unit()) * mean;
+      const double row = 2 * n * slope * mean + sum * (of_dp + rounded * mean);
+      const double one = 2 * n * slope * mean + of_dp + (bound_.sum(rows) + rounded) * mean;
+      const double largest = std::max(1.0, bound_.others().weights);
+      dq_ = scale * x.problem.k.max_abs_finite() * row;
+      dk_ = scale * x.problem.q.max_abs_finite() * rows * one;
+      dv_ = kept * x.dout.max_abs_finite() * rows * (bound_.others().weight + (bound_.sum(rows) + rounded) * largest);
+      column_ = rows;
+      if (x.dbias.view.present()) dbias_ = static_cast<double>(c.batch * c.heads) * (n * rows) * (one + of_dp);
+    }
     if (c.softcap > 0) {  // the slope 1 - t^2 is off by as much as t, whose argument is the score
       dq_ *= 4;
       dk_ *= 4;
     }
-    if (x.dbias.view.present()) {
+    if (x.dbias.view.present() && ErrorBound::by_factor(c)) {
       const int64_t* own = x.dbias.view.shape;
       double weights = 1;
       if (own[3] < c.seqlen_kv)
@@ -296,6 +313,22 @@ void test_options() {
       list.add([](Case& c) { c.seqlen_kv = 0, c.bias = 4, c.sinks = true; });
       for (const Case& c : list.cases) check(c, c.seed % 3 == 0);
     }
+}
+
+// Every option under every other normaliser, for the few-rows and the many-rows kernel of the forward pass.
+void test_normalizers() {
+  for (const Normalizer normalizer : kOtherNormalizers)
+    for (const DType dtype : kDTypes)
+      for (const int64_t rows : {2, 29}) {
+        Case base = with_options(dtype, rows);
+        base.normalizer = normalizer;
+        base.scale = 1.5;
+        Variations list = each_option(base, kGradientKeys);
+        for (const double dropout_p : {0.1, 1.0})
+          list.add([&](Case& c) { c.dropout_p = dropout_p, c.causal = true, c.bias = 15, c.softcap = 4; });
+        for (const Case& c : list.cases)
+          if (dtype == DType::kFloat64 || c.seed % 2 == 0) check(c);
+      }
 }
 
 void test_storage() {
@@ -496,6 +529,7 @@ int main(int argc, char** argv) {
                     {{"lengths", test_lengths},
                      {"head_dims", test_head_dims},
                      {"options", test_options},
+                     {"normalizers", test_normalizers},
                      {"storage", test_storage},
                      {"mixtures", test_mixtures},
                      {"masked_garbage", test_masked_garbage},

@@ -185,6 +185,38 @@ void test_options() {
     }
 }
 
+// Every option under every other normaliser; rows of few and of many weights, of one key and of several key blocks.
+void test_normalizers() {
+  for (const Normalizer normalizer : kOtherNormalizers)
+    for (const DType dtype : kDTypes) {
+      for (const int64_t rows : {1, 2, 37}) {
+        Case base = with_options(dtype, rows);
+        base.normalizer = normalizer;
+        Variations list = each_option(base, kKeyBlock);
+        for (const double scale : {0.0, 0.01, 10.0})
+          list.add([&](Case& c) { c.scale = scale, c.weights = true, c.causal = rows == 37; });
+        for (const double dropout_p : {0.1, 1.0})
+          list.add([&](Case& c) { c.dropout_p = dropout_p, c.weights = true, c.bias = 15, c.bias_hides = true; });
+        for (const Case& c : list.cases)
+          if (rows != 2 || c.seed % 3 == 0) check(c);
+      }
+      Case c;
+      c.dtype = dtype;
+      c.normalizer = normalizer;
+      c.head_dim = 9;
+      c.value_dim = 5;
+      c.scale = 2;
+      for (const int64_t rows : row_counts(dtype))
+        for (const int64_t keys : {int64_t{1}, int64_t{2}, kKeyBlock + 1, kDecodePart + 30, kForwardPart + 30}) {
+          c.seqlen_q = rows;
+          c.seqlen_kv = keys;
+          c.causal = (rows + keys) % 2 == 0;
+          ++c.seed;
+          if (keys < kDecodePart || rows < 10) check(c);
+        }
+    }
+}
+
 // Layouts: every one for every array, inputs and output mixed.
 void test_storage() {
   for (const DType dtype : kDTypes)
@@ -435,6 +467,7 @@ int main(int argc, char** argv) {
                      {"head_dims", test_head_dims},
                      {"parts", test_parts},
                      {"options", test_options},
+                     {"normalizers", test_normalizers},
                      {"storage", test_storage},
                      {"mixtures", test_mixtures},
                      {"moving_maximum", test_moving_maximum},

@@ -73,6 +73,7 @@ void Canonicalizer::judge() {
   broadcast_to_scores("mask", p_.mask);
   broadcast_to_scores("bias", p_.bias);
   rewrite_alibi_slopes();
+  check_normalizer();
   check_sinks();
   check_lens("q_lens", p_.q_lens, scores_[2], "q");
   check_lens(names_.kv_lens, p_.kv_lens, scores_[3], names_.k);

@@ -58,6 +58,7 @@ class Canonicalizer {
   // scores.cc: what scores and weights go through
   void broadcast_to_scores(const char* name, TensorView& view) const;
   void rewrite_alibi_slopes();
+  void check_normalizer() const;
   void check_sinks() const;
   void rewrite_numbers();
 

@@ -52,6 +52,14 @@ void Canonicalizer::rewrite_alibi_slopes() {
   slopes.shape[1] = scores_[1];
 }
 
+void Canonicalizer::check_normalizer() const {
+  if (static_cast<int>(p_.normalizer) >= kNormalizers)
+    reject_value("normalizer is " + std::to_string(static_cast<int>(p_.normalizer)) + ", expected a Normalizer");
+  if (p_.sinks.present() && p_.normalizer != Normalizer::kSoftmax)
+    throw Rejection{ErrorKind::kNotImplemented, std::string("attention: sinks with normalizer='") +
+                                                    name_of(p_.normalizer) + "' are not implemented"};
+}
+
 void Canonicalizer::check_sinks() const {
   if (!p_.sinks.present() || (p_.sinks.rank == 1 && p_.sinks.shape[0] == scores_[1])) return;
   reject_shape("sinks", p_.sinks, "(Hq,) = " + text_of(scores_ + 1, 1));

@@ -14,6 +14,7 @@
 #include <memory>
 #include <string>
 
+#include "foveal/normalizer.h"
 #include "foveal/tensor_view.h"
 
 namespace foveal {
@@ -62,7 +63,8 @@ struct AttentionProblem {
   int64_t window_right = kUnlimited;
   bool has_scale = false;  // false: 1/sqrt(D)
   double scale = 0.0;
-  double softcap = 0.0;    // 0: none
+  double softcap = 0.0;  // 0: none
+  Normalizer normalizer = Normalizer::kSoftmax;
   double dropout_p = 0.0;  // the chance of a weight to be 0; the others are multiplied by 1 / (1 - dropout_p)
   uint64_t seed = 0;       // of dropout: with the places of a pair (b, h, i, j), all that decides about it
 
