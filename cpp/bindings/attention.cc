@@ -36,6 +36,7 @@ enum Argument {
   kSoftcap,
   kAlibiSlopes,
   kSinks,
+  kNormalizer,
   kQLens,
   kKvLens,
   kDropoutP,
@@ -141,6 +142,16 @@ void read_window(py::handle window, AttentionProblem& problem) {
   problem.window_right = to_window_side("window[1]", sides[1]);
 }
 
+Normalizer to_normalizer(py::handle name) {
+  if (!PyUnicode_Check(name.ptr())) reject_type("normalizer has type " + type_text(name) + ", expected a string");
+  std::string choices;
+  for (int n = 0; n < kNormalizers; ++n) {
+    if (PyUnicode_CompareWithASCIIString(name.ptr(), kNormalizerNames[n]) == 0) return static_cast<Normalizer>(n);
+    choices += std::string(n == 0 ? "'" : n + 1 < kNormalizers ? ", '" : " or '") + kNormalizerNames[n] + "'";
+  }
+  reject_value("normalizer is " + py::repr(name).cast<std::string>() + ", expected " + choices);
+}
+
 Layout to_layout(py::handle layout) {
   if (!PyUnicode_Check(layout.ptr()))
     reject_type("layout has type " + type_text(layout) + ", expected 'bhsd' or 'bshd'");
@@ -176,6 +187,7 @@ AttentionProblem read_problem(const Function& function, PyObject* const* argumen
   problem.has_scale = !argument(kScale).is_none();
   if (problem.has_scale) problem.scale = to_double("scale", argument(kScale));
   problem.softcap = to_double("softcap", argument(kSoftcap));
+  problem.normalizer = to_normalizer(argument(kNormalizer));
   problem.dropout_p = to_double("dropout_p", argument(kDropoutP));
   problem.seed = to_seed(argument(kSeed), problem.dropout_p);
 
@@ -364,8 +376,8 @@ PyObject* backward_entry(PyObject*, PyObject* const* arguments, Py_ssize_t count
 }
 
 #define FOVEAL_SIGNATURE                                                                                            \
-  "($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lens, kv_lens, " \
-  "dropout_p, seed, layout, out, return_lse, return_weights"
+  "($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, normalizer, q_lens, " \
+  "kv_lens, dropout_p, seed, layout, out, return_lse, return_weights"
 #define FOVEAL_VARLEN ", cu_seqlens_q, cu_seqlens_kv"
 #define FOVEAL_GRADIENTS ", lse, dout, dlse, bias_grad, sinks_grad"
 #define FOVEAL_CACHE \
@@ -407,6 +419,9 @@ PyMethodDef methods[] = {
 
 void bind_attention(py::module_& module) {
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
+  py::tuple names(kNormalizers);
+  for (int n = 0; n < kNormalizers; ++n) names[static_cast<size_t>(n)] = kNormalizerNames[n];
+  module.attr("NORMALIZERS") = names;
 }
 
 }  // namespace foveal

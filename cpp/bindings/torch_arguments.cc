@@ -130,6 +130,10 @@ AttentionProblem problem_of(ProblemArguments& arguments) {
   problem.has_scale = arguments.scale.has_value();
   problem.scale = arguments.scale.value_or(0.0);
   problem.softcap = arguments.softcap;
+  if (arguments.normalizer < 0 || arguments.normalizer >= kNormalizers)
+    fail({ErrorKind::kValue, "attention: normalizer is " + std::to_string(arguments.normalizer) + ", expected 0 to " +
+                                 std::to_string(kNormalizers - 1)});
+  problem.normalizer = static_cast<Normalizer>(arguments.normalizer);
   problem.dropout_p = arguments.dropout_p;
   problem.seed = seed_of(arguments.seed, arguments.dropout_p);
   return problem;

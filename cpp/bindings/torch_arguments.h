@@ -67,6 +67,7 @@ class ArgumentReader {
     return value ? Tensor(reinterpret_cast<AtenTensorHandle>(*value)) : Tensor();
   }
   bool boolean() { return (*next_++ & 0xff) != 0; }
+  int64_t integer() { return static_cast<int64_t>(*next_++); }
   double real() { return real_of(*next_++); }
   std::optional<double> optional_real() {
     const std::optional<StableIValue> value = optional();
@@ -105,6 +106,7 @@ struct ProblemArguments {
   std::optional<int64_t> q_offset, window_left, window_right;
   std::optional<double> scale;
   double softcap = 0.0, dropout_p = 0.0;
+  int64_t normalizer = 0;  // place in kNormalizerNames
   bool bshd = false;
 
   void read_qkv(ArgumentReader& read) {
@@ -128,6 +130,7 @@ struct ProblemArguments {
     scale = read.optional_real();
     softcap = read.real();
     dropout_p = read.real();
+    normalizer = read.integer();
   }
   void read_all(ArgumentReader& read) {
     read_qkv(read);

@@ -16,9 +16,9 @@ struct Sigmoid : Pointwise<Sigmoid> {
   template <class V>
   FOVEAL_INLINE static V weight(V score, V n) {
     const V one = broadcast<V>(1), t = exp2_nonpositive(zero<V>() - abs(score));
-    const auto negative = sign_mask(score);
-    n = max(one, n);
-    return select(negative, t, one) / select(negative, t + n, fma(n, t, one));
+    // As a fraction, (1 or t) / (1 or t + n times the other).
+    const V above = select(sign_mask(score), t, one);
+    return above * reciprocal(fma(max(one, n), one + t - above, above));
   }
   template <class V>
   FOVEAL_INLINE static V factor(V) {

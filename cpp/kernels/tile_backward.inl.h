@@ -50,6 +50,7 @@ struct GradientScratch {
   T *p, *ds, *slope;                       // slope: of the policies before the bias; then of those after it
   typename Dot::Key *packed_k, *packed_v;  // where they cannot be read in place
   // Of pairs: ds by keys, the keys; and q, dout and k as guarded sums read them.
+  T *listed_k = nullptr, *listed_v = nullptr, *listed_sums = nullptr;  // of the keys that some row weighs
   T *ds_pairs = nullptr, *k_pairs = nullptr, *wide_q = nullptr, *wide_dout = nullptr, *wide_k = nullptr;
 
   GradientScratch(Arena<T>& arena, const HeadTask& h) {
@@ -59,7 +60,12 @@ struct GradientScratch {
     slope = arena.take(2 * kGradientKeys * kTileRows<V>);
     packed_k = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.head_dim));
     packed_v = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.value_dim));
-    if constexpr (Dot::kStep == 2) {
+    if constexpr (Dot::kStep == 1) {
+      if (!hides_zero_weights(h.normalizer)) return;
+      listed_k = arena.take(kGradientKeys * h.head_dim);
+      listed_v = arena.take(kGradientKeys * h.value_dim);
+      listed_sums = arena.take(kGradientKeys * (padded<V>(h.head_dim) + padded<V>(h.value_dim)));
+    } else {
       ds_pairs = arena.take(kGradientKeys / 2 * kTileRows<V>);
       k_pairs = arena.take(kGradientKeys / 2 * padded<V>(h.head_dim));
       wide_q = arena.take(kTileRows<V> * padded<V>(h.head_dim));
@@ -178,6 +184,11 @@ static void add_sums_guarded(const HeadTask& h, const GradientTile<V>& tile, con
                             [seen](int64_t j, int r) { return mask_from_bits<V>(~seen[j] >> (r * V::kLanes)); });
 }
 
+// Whether the weights are those of softmax, of whatever became of the scores.
+FOVEAL_INLINE bool is_softmax(const HeadTask& h) {
+  return !has_threshold(h.normalizer) && !is_pointwise(h.normalizer);
+}
+
 // The gradients of softmax's scores: p times what dp is more than the row's term, and p as the values meet it.
 template <class V, class Dot, int NV>
 static void softmax_gradients(const HeadTask& h, const GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
@@ -231,40 +242,67 @@ static void drop_zero_weights(const typename V::T* p, int64_t n, uint64_t* bits)
   }
 }
 
+// The keys of a block that some row weighs, alone: what is done to a block is done to these in their place. Sums of keys
+// are taken along and brought back, so their order stays.
 template <class V, class Dot, int NV>
-static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
-                          const GradientScratch<V, Dot>& scratch) {
+struct ListedKeys {
+  using T = typename V::T;
+  int64_t n = 0;
+  uint8_t at[kGradientKeys];
+
+  ListedKeys(const uint64_t* bits, int64_t size) {
+    for (int64_t j = 0; j < size; ++j)
+      if (bits[j] != 0) at[n++] = static_cast<uint8_t>(j);
+  }
+
+  void compact(uint64_t* bits) const {
+    for (int64_t e = 0; e < n; ++e) bits[e] = bits[at[e]];
+  }
+  // An array [key][rows].
+  void compact(T* x) const {
+    constexpr int64_t width = int64_t{NV} * V::kLanes;
+    for (int64_t e = 0; e < n; ++e)
+      for (int r = 0; r < NV; ++r)
+        store(x + e * width + r * V::kLanes, load(x + at[e] * width + r * V::kLanes));
+  }
+  static void copy(const T* from, int64_t from_stride, const uint8_t* index, int64_t n, int64_t width, T* to) {
+    for (int64_t e = 0; e < n; ++e)
+      for (int64_t c = 0; c < width; c += V::kLanes)
+        narrow_n(to + e * width + c, widen_n(from + index[e] * from_stride + c, width - c), width - c);
+  }
+
+  GradientKeys<V, Dot> gather(const HeadTask& h, const GradientKeys<V, Dot>& keys,
+                              const GradientScratch<V, Dot>& scratch) const {
+    GradientKeys<V, Dot> listed = keys;
+    const int64_t width = padded<V>(h.head_dim) + padded<V>(h.value_dim);
+    listed.end = keys.begin + n;
+    copy(keys.k.p, keys.k.stride, at, n, h.head_dim, scratch.listed_k);
+    copy(keys.v.p, keys.v.stride, at, n, h.value_dim, scratch.listed_v);
+    copy(keys.dk, keys.sums_stride, at, n, width, scratch.listed_sums);
+    listed.k = listed.k_value = {scratch.listed_k, h.head_dim};
+    listed.v = {scratch.listed_v, h.value_dim};
+    listed.dk = scratch.listed_sums;
+    listed.dv = listed.dk + padded<V>(h.head_dim);
+    listed.sums_stride = width;
+    return listed;
+  }
+  void bring_back(const GradientKeys<V, Dot>& listed, const GradientKeys<V, Dot>& keys) const {
+    for (int64_t e = 0; e < n; ++e)
+      for (int64_t c = 0; c < listed.sums_stride; c += V::kLanes)
+        store(keys.dk + at[e] * keys.sums_stride + c, load(listed.dk + e * listed.sums_stride + c));
+  }
+};
+
+// From the weights of a tile and keys to their share of all sums.
+template <class V, class Dot, int NV>
+static void finish_gradients(const GradientHead& g, GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
+                             const GradientScratch<V, Dot>& scratch, const uint64_t* seen) {
   const HeadTask& h = *g.head;
   constexpr int64_t width = int64_t{NV} * V::kLanes;
   const int64_t n = keys.end - keys.begin;
   typename V::T *p = scratch.p, *ds = scratch.ds, *slope = scratch.slope,
                 *late_slope = scratch.slope + kGradientKeys * kTileRows<V>;
-  uint64_t bits[kGradientKeys];
-  const Visibility visibility = visible_bits(h, tile.row_begin, tile.rows, keys.begin, n, bits);
-  if (visibility == Visibility::kNone) return;
-  const uint64_t* seen = visibility == Visibility::kPartial ? bits : nullptr;
-  const bool softmax = h.normalizer == Normalizer::kSoftmax || h.normalizer == Normalizer::kNormalizedSigmoid;
-
-  if (changes_scores(h) || seen != nullptr || !softmax) {
-    weights_with_policies<V, Dot, NV>(h, tile, keys, seen, p, slope, late_slope);
-  } else {
-    const V scale = score_scale<V>(h);
-    key_products<V, Dot, NV>(
-        tile.qt, h.head_dim, keys.k.p, keys.k.stride, n, [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
-          const V score = Dot::finish(dot, scale);
-          store(p + j * width + r * V::kLanes, Softmax::plain_gradient_weight(score, load(tile.shift + r * V::kLanes)));
-        });
-  }
-  if (hides_zero_weights(h.normalizer)) {
-    if (seen == nullptr)
-      for (int64_t j = 0; j < n; ++j) bits[j] = low_bits(tile.rows);
-    drop_zero_weights<V, NV>(p, n, bits);
-    seen = bits;
-    uint64_t any = 0;
-    for (int64_t j = 0; j < n; ++j) any |= bits[j];
-    if (any == 0) return;
-  }
-  if (softmax)
+  if (is_softmax(h))
     softmax_gradients<V, Dot, NV>(h, tile, keys, p, ds);
   else
     other_gradients<V, Dot, NV>(h, tile, keys, p, ds);
@@ -282,6 +320,49 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
   tile.untouched = false;
 }
 
+template <class V, class Dot, int NV>
+static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
+                          const GradientScratch<V, Dot>& scratch) {
+  const HeadTask& h = *g.head;
+  constexpr int64_t width = int64_t{NV} * V::kLanes;
+  const int64_t n = keys.end - keys.begin;
+  typename V::T *p = scratch.p, *slope = scratch.slope,
+                *late_slope = scratch.slope + kGradientKeys * kTileRows<V>;
+  uint64_t bits[kGradientKeys];
+  const Visibility visibility = visible_bits(h, tile.row_begin, tile.rows, keys.begin, n, bits);
+  if (visibility == Visibility::kNone) return;
+  const uint64_t* seen = visibility == Visibility::kPartial ? bits : nullptr;
+  if (changes_scores(h) || seen != nullptr || !is_softmax(h)) {
+    weights_with_policies<V, Dot, NV>(h, tile, keys, seen, p, slope, late_slope);
+  } else {
+    const V scale = score_scale<V>(h);
+    key_products<V, Dot, NV>(
+        tile.qt, h.head_dim, keys.k.p, keys.k.stride, n, [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
+          const V score = Dot::finish(dot, scale);
+          store(p + j * width + r * V::kLanes, Softmax::plain_gradient_weight(score, load(tile.shift + r * V::kLanes)));
+        });
+  }
+  if (hides_zero_weights(h.normalizer)) {
+    if (seen == nullptr)
+      for (int64_t j = 0; j < n; ++j) bits[j] = low_bits(tile.rows);
+    drop_zero_weights<V, NV>(p, n, bits);
+    seen = bits;
+    const ListedKeys<V, Dot, NV> list(bits, n);
+    if (list.n == 0) return;
+    // A bias and dropout go by where keys are.
+    if constexpr (Dot::kStep == 1)
+      if (list.n < n * 3 / 4 && g.dbias == nullptr && !drops(h)) {
+        const GradientKeys<V, Dot> listed = list.gather(h, keys, scratch);
+        list.compact(bits);
+        list.compact(p);
+        if (bends_scores(h)) list.compact(slope);
+        finish_gradients<V, Dot, NV>(g, tile, listed, scratch, bits);
+        return list.bring_back(listed, keys);
+      }
+  }
+  finish_gradients<V, Dot, NV>(g, tile, keys, scratch, seen);
+}
+
 // ---- the kernels ----------------------------------------------------------------------------------------------------
 
 template <class V>
@@ -295,7 +376,9 @@ static int64_t backward_scratch_nbytes(const HeadTask& h, int64_t rows) {
   const int64_t dims = padded<V>(h.head_dim) + padded<V>(h.value_dim);
   const int64_t per_tile = kTileRows<V> * (2 * dims + 3) + static_cast<int64_t>(sizeof(GradientTile<V>));
   int64_t shared = kGradientKeys * (4 * kTileRows<V> + h.head_dim + h.value_dim);
-  if constexpr (Dot::kStep == 2)
+  if constexpr (Dot::kStep == 1)
+    shared += hides_zero_weights(h.normalizer) ? kGradientKeys * 2 * dims : 0;
+  else
     shared += kGradientKeys * (kTileRows<V> + 2 * padded<V>(h.head_dim)) + kTileRows<V> * dims;
   return round_up((tiles * per_tile + shared) * static_cast<int64_t>(sizeof(typename V::T)) + 16 * 64 + tiles * 64, 64);
 }

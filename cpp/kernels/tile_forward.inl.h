@@ -50,7 +50,20 @@ struct KeyBlock {
   const Key* k;        // of position `begin`
   const T* v;
   int64_t k_stride, v_stride;
+  // Whether all values are finite of the block that this is part of: asked once for all tiles, and only if need be.
+  bool *all_asked, *all_finite;
+  int64_t all_begin, all_end;
 };
+
+template <class V, class Block>
+FOVEAL_INLINE bool values_finite(const HeadTask& h, const Block& block) {
+  if (!*block.all_asked) {
+    *block.all_asked = true;
+    *block.all_finite = all_finite<V>(block.v - (block.begin - block.all_begin) * block.v_stride, block.v_stride,
+                                      block.all_end - block.all_begin, h.value_dim);
+  }
+  return *block.all_finite || all_finite<V>(block.v, block.v_stride, block.end - block.begin, h.value_dim);
+}
 
 // The scores of keys [begin, end), all policies applied. kNone: no row sees any of them, and s is undefined.
 template <class V, class Dot, int NV>
@@ -87,7 +100,7 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
   const Visibility seen = block_scores<V, Dot, NV>(h, tile, block, s, highest);
   if (seen == Visibility::kNone) return;
   const bool hides = seen == Visibility::kPartial || hides_zero_weights(h.normalizer);
-  const bool guarded = hides && !all_finite<V>(block.v, block.v_stride, n, h.value_dim);
+  const bool guarded = hides && !values_finite<V>(h, block);
   auto state = RowState<V, NV>::read(tile.state, kTileRows<V>);
   with_normalizer(h, [&]<class N>(N) { N::step(state, s, n, highest, rescale, guarded); });
   state.write(tile.state, kTileRows<V>);
@@ -211,7 +224,7 @@ struct KeyReader {
       k = key_rows<V, Key, C>(*h, keys_of(*h), begin, end - begin, packed_k, nullptr);
       if (with_values) v = key_rows<V, T, C>(*h, values_of(*h), begin, end - begin, packed_v, nullptr);
     });
-    return {begin, end, k.p, v.p, k.stride, v.stride};
+    return {begin, end, k.p, v.p, k.stride, v.stride, nullptr, nullptr, begin, end};
   }
 };
 
@@ -276,7 +289,10 @@ struct ForwardWork {
     KeyRange range = visible_keys(h, task.row_begin, task.row_end);
     range = {max64(range.begin, task.key_begin), min64(range.end, task.key_end)};
     for (int64_t begin = range.begin / kKeyBlock * kKeyBlock; begin < range.end; begin += kKeyBlock) {
-      const Block all = reader.read(max64(begin, range.begin), min64(begin + kKeyBlock, range.end), with_values);
+      Block all = reader.read(max64(begin, range.begin), min64(begin + kKeyBlock, range.end), with_values);
+      bool asked = false, finite = false;
+      all.all_asked = &asked;
+      all.all_finite = &finite;
       for (int64_t t = 0; t < tiles; ++t) {
         const Block block = intersect(all, visible_keys(h, tile[t].row_begin, tile[t].row_begin + tile[t].rows));
         if (block.begin < block.end) visit(t, block);

@@ -79,6 +79,8 @@ FOVEAL_INLINE __mmask16 greater(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b
 FOVEAL_INLINE __mmask8 greater(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
 FOVEAL_INLINE uint64_t lane_bits(__mmask16 m) { return m; }
 FOVEAL_INLINE uint64_t lane_bits(__mmask8 m) { return m; }
+FOVEAL_INLINE F32 reciprocal(F32 a) { return {_mm512_div_ps(_mm512_set1_ps(1), a.v)}; }
+FOVEAL_INLINE F64 reciprocal(F64 a) { return {_mm512_div_pd(_mm512_set1_pd(1), a.v)}; }
 FOVEAL_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 FOVEAL_INLINE F64 sqrt(F64 a) { return {_mm512_sqrt_pd(a.v)}; }
 FOVEAL_INLINE F32 select(__mmask16 m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }

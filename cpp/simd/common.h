@@ -11,6 +11,7 @@
 //                     results below the smallest normal number may be 0, those far below are
 //   greater(a, b)     a > b; false where either is NaN
 //   sqrt(a)           rounded once
+//   reciprocal(a)     1 / a within two units in the last place, for 1 <= a < 2^64
 //   lane_bits(m)      bit l = lane l of a mask
 //   sign_mask(a)      lanes whose sign bit is set, -0 and -NaN included
 //   reduce_add(a)     the sum of the lanes in a fixed order

@@ -95,6 +95,8 @@ FOVEAL_INLINE uint64_t lane_bits(Mask32 m) {
   return vaddvq_u32(vandq_u32(m.v, vld1q_u32(kBits)));
 }
 FOVEAL_INLINE uint64_t lane_bits(Mask64 m) { return (vgetq_lane_u64(m.v, 0) & 1) | (vgetq_lane_u64(m.v, 1) & 2); }
+FOVEAL_INLINE F32 reciprocal(F32 a) { return {vdivq_f32(vdupq_n_f32(1), a.v)}; }
+FOVEAL_INLINE F64 reciprocal(F64 a) { return {vdivq_f64(vdupq_n_f64(1), a.v)}; }
 FOVEAL_INLINE F32 sqrt(F32 a) { return {vsqrtq_f32(a.v)}; }
 FOVEAL_INLINE F64 sqrt(F64 a) { return {vsqrtq_f64(a.v)}; }
 FOVEAL_INLINE F32 select(Mask32 m, F32 yes, F32 no) { return {vbslq_f32(m.v, yes.v, no.v)}; }

@@ -136,6 +136,10 @@ FOVEAL_INLINE uint64_t lane_bits(LaneMask<Integer> m) {
     bits |= static_cast<uint64_t>(m.v[lane] & 1) << lane;
   return bits;
 }
+template <class... A>
+FOVEAL_INLINE Vec<A...> reciprocal(Vec<A...> a) {
+  return broadcast<Vec<A...>>(1) / a;
+}
 FOVEAL_INLINE F32 sqrt(F32 a) {
   for (int lane = 0; lane < F32::kLanes; ++lane) a.v[lane] = __builtin_sqrtf(a.v[lane]);
   return a;

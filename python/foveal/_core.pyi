@@ -23,6 +23,8 @@ class HostArray:
     ) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
+NORMALIZERS: tuple[str, ...]
+
 def attention(
     q: Any,
     k: Any,
@@ -36,6 +38,7 @@ def attention(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,
@@ -59,6 +62,7 @@ def attention_reference(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,
@@ -82,6 +86,7 @@ def check_attention(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,
@@ -105,6 +110,7 @@ def attention_backward(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,
@@ -133,6 +139,7 @@ def attention_varlen(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,
@@ -158,6 +165,7 @@ def check_attention_varlen(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,
@@ -183,6 +191,7 @@ def attention_kvcache(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,
@@ -215,6 +224,7 @@ def check_attention_kvcache(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,
@@ -247,6 +257,7 @@ def attention_varlen_backward(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,

@@ -86,6 +86,7 @@ class Problem(ctypes.Structure):
         ("has_scale", ctypes.c_bool),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        ("normalizer", ctypes.c_uint8),
         ("dropout_p", ctypes.c_double),
         ("seed", ctypes.c_uint64),
     ]

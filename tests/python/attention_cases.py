@@ -177,6 +177,7 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tu
         "softcap": 0.0,
         "alibi_slopes": None,
         "sinks": None,
+        "normalizer": "softmax",
         "q_lens": None,
         "kv_lens": None,
         "dropout_p": 0.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, overload
 
 from numpy import ndarray
 
@@ -39,7 +39,7 @@ class _Options(TypedDict, total=False):
     kv_lens: Sequence[int] | Any | None
     dropout_p: float
     seed: int | None
-    normalizer: Literal["softmax", "sparsemax", "entmax15", "sigmoid", "relu"]
+    normalizer: Literal["softmax", "sparsemax", "entmax15", "sigmoid", "relu", "normalized_sigmoid"]
     layout: Literal["bhsd", "bshd"]
     out: Any
 
@@ -167,14 +167,27 @@ def attention(
     q_lens, kv_lens : (B,) integers, optional
         Rows past q_len are 0; keys past kv_len are never read. Lists, NumPy arrays and tensors will do for all kinds.
     dropout_p : float
-        The chance of each weight to become 0 after the softmax; the others are multiplied by 1 / (1 - dropout_p).
+        The chance of each weight to become 0 after the normaliser; the others are multiplied by 1 / (1 - dropout_p).
         ``return_weights`` gives the weights after it, ``return_lse`` knows nothing of it.
     seed : int, optional
         0 to 2^63 - 1 (for tensors also an int64 tensor of shape ()): with the places b, h, i, j of a pair all that
         decides whether it is dropped, on any machine. Default: from torch's generator for tensors, else from the
         system, anew at each call.
-    normalizer, return_stats
-        Not built yet, except for the defaults.
+    normalizer : str
+        How the scores s of a row become weights w. tau is the number at which the weights of the row sum to 1, and n
+        the number of keys that lengths, causal and window leave to the row (mask and bias not counted).
+
+        - ``"softmax"``: w = exp(s) / sum(exp(s)).
+        - ``"sparsemax"``: w = max(s - tau, 0) [1]_.
+        - ``"entmax15"``: w = max(s / 2 - tau, 0)^2 [2]_.
+        - ``"sigmoid"``: w = sigmoid(s - log(n)) [3]_.
+        - ``"relu"``: w = max(s, 0) / n [4]_.
+        - ``"normalized_sigmoid"``: w = sigmoid(s) / sum(sigmoid(s)).
+
+        A key with weight 0 (sparsemax, entmax15, relu) never reaches the output, NaN included. Other normalisers than
+        softmax have no ``sinks`` and no ``return_lse``. docs/mechanisms.md says when to use which.
+    return_stats
+        Not built yet, except for the default.
     layout : "bhsd" or "bshd"
         "bshd": q, k, v and the output are (B, Sq, Hq, D) and so on, and (S, H, D) without B. Nothing is copied.
     out : array, optional
@@ -182,7 +195,7 @@ def attention(
         themselves or another argument. Undefined after a KeyboardInterrupt.
     return_lse, return_weights : bool
         Return an :class:`Attention` with ``lse`` (B, Hq, Sq), log(sum(exp(s))), in float32 (float64 for float64), and
-        ``weights`` (B, Hq, Sq, Skv), softmax(s), in q's dtype; in this order in every layout, without the axes that q
+        ``weights`` (B, Hq, Sq, Skv) in q's dtype; in this order in every layout, without the axes that q
         lacks.
 
     Returns
@@ -202,7 +215,7 @@ def attention(
     ValueError
         A shape, stride, length or number does not fit; the text says which, and what was expected.
     NotImplementedError
-        An option that is not built yet.
+        An option that is not built yet, or ``sinks`` with another normaliser than softmax.
     MemoryError
         No memory for a result or for working space.
 
@@ -210,6 +223,11 @@ def attention(
     ----------
     Vaswani et al. 2017, "Attention Is All You Need". Milakov and Gimelshein 2018, "Online normalizer calculation for
     softmax". Dao et al. 2022, "FlashAttention".
+
+    .. [1] Martins and Astudillo 2016, "From Softmax to Sparsemax".
+    .. [2] Peters, Niculae and Martins 2019, "Sparse Sequence-to-Sequence Models".
+    .. [3] Ramapuram et al. 2025, "Theory, Analysis, and Best Practices for Sigmoid Self-Attention".
+    .. [4] Wortsman et al. 2023, "Replacing softmax with ReLU in Vision Transformers".
 
     Examples
     --------
@@ -227,8 +245,10 @@ def attention(
     >>> bool((weights[1, :, :, 3:] == 0).all())
     True
     """
-    if normalizer != "softmax" or return_stats:
-        _refuse_unbuilt(normalizer)
+    if normalizer != "softmax" and return_lse:
+        refuse_lse("attention", normalizer)
+    if return_stats:
+        raise NotImplementedError("attention: return_stats is not built yet, expected False")
     call = _core.attention
     if not isinstance(q, ndarray) and hasattr(q, "__torch_function__"):
         call = _torch_attention or _load_torch_attention()
@@ -246,6 +266,7 @@ def attention(
         softcap,
         alibi_slopes,
         sinks,
+        normalizer,
         q_lens,
         kv_lens,
         dropout_p,
@@ -258,11 +279,9 @@ def attention(
     return Attention(*result) if return_lse or return_weights else result
 
 
-def _refuse_unbuilt(normalizer: str) -> None:
-    if normalizer not in ("softmax", "sparsemax", "entmax15", "sigmoid", "relu"):
-        raise ValueError(
-            f"attention: normalizer is {normalizer!r}, expected 'softmax', 'sparsemax', 'entmax15', 'sigmoid' or 'relu'"
-        )
-    if normalizer != "softmax":
-        raise NotImplementedError(f"attention: normalizer {normalizer!r} is not built yet, expected 'softmax'")
-    raise NotImplementedError("attention: return_stats is not built yet, expected False")
+def refuse_lse(function: str, normalizer: str) -> NoReturn:
+    """Refuse to return the lse of another normaliser than softmax, which has none."""
+    if normalizer not in _core.NORMALIZERS:
+        *first, last = map(repr, _core.NORMALIZERS)
+        raise ValueError(f"{function}: normalizer is {normalizer!r}, expected {', '.join(first)} or {last}")
+    raise ValueError(f"{function}: return_lse is True, expected False with normalizer={normalizer!r}, which has no lse")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from numpy import ndarray
 
 from foveal import _core
-from foveal._attention.dense import Attention
+from foveal._attention.dense import Attention, refuse_lse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +33,7 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    normalizer: str = "softmax",
     dropout_p: float = 0.0,
     seed: int | None = None,
     return_lse: bool = False,
@@ -53,7 +54,7 @@ def attention_varlen(
     mask, bias : array, optional
         As in :func:`attention`, broadcastable to (B, Hq, Sq, Skv), the longest lengths: row i and column j are those of
         query i and key j of their sequence.
-    causal, q_offset, window, scale, softcap, alibi_slopes, sinks
+    causal, q_offset, window, scale, softcap, alibi_slopes, sinks, normalizer
         As in :func:`attention`, within each sequence. ``q_offset`` is by default the number of its keys less that of
         its queries, so the last query sits at the last key.
     dropout_p, seed
@@ -88,6 +89,8 @@ def attention_varlen(
     >>> bool((out[4:] == alone).all())
     True
     """
+    if return_lse and normalizer != "softmax":
+        refuse_lse("attention_varlen", normalizer)
     options: dict[str, Any] = {
         "mask": mask,
         "bias": bias,
@@ -98,6 +101,7 @@ def attention_varlen(
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
+        "normalizer": normalizer,
     }
     if _is_tensor(q):
         from foveal.torch import _attention_varlen
@@ -135,6 +139,7 @@ def attention_kvcache(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    normalizer: str = "softmax",
     return_lse: bool = False,
 ) -> Any:
     """Append new tokens to a cache of keys and values, in place, then compute attention to it.
@@ -169,7 +174,7 @@ def attention_kvcache(
         A pair is two neighbours; False: a feature and the one ``pairs`` further on.
     mask, bias : array, optional
         Broadcastable to (B, Hq, Sq, Smax), where pages make Smax = pages a sequence * page size.
-    causal, q_offset, window, scale, softcap, alibi_slopes, sinks
+    causal, q_offset, window, scale, softcap, alibi_slopes, sinks, normalizer
         As in :func:`attention`, for each sequence with its new tokens: the last query sits at the last key.
     return_lse : bool
         Return an :class:`Attention` with ``lse``.
@@ -206,6 +211,8 @@ def attention_kvcache(
     >>> bool((k_cache[0, 20 - 16] == k[1, 0]).all())
     True
     """
+    if return_lse and normalizer != "softmax":
+        refuse_lse("attention_kvcache", normalizer)
     options: dict[str, Any] = {
         "mask": mask,
         "bias": bias,
@@ -216,6 +223,7 @@ def attention_kvcache(
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
+        "normalizer": normalizer,
     }
     update = {
         "k": k,

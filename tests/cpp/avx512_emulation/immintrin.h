@@ -22,6 +22,7 @@ typedef uint64_t __mmask64;
 
 #define _CMP_EQ_OQ 0x00
 #define _CMP_UNORD_Q 0x03
+#define _CMP_GT_OQ 0x1e
 #define _MM_FROUND_TO_NEAREST_INT 0x00
 #define _MM_FROUND_NO_EXC 0x08
 
@@ -156,6 +157,14 @@ EMULATED_BINARY(_mm512_min_pd, __m512d, double, p < q ? p : q)
 EMULATED_BINARY(_mm512_add_epi32, __m512i, uint32_t, p + q)
 EMULATED_BINARY(_mm512_and_epi32, __m512i, uint32_t, p& q)
 #undef EMULATED_BINARY
+EMULATED __m512 _mm512_sqrt_ps(__m512 a) {
+  const auto x = emu::lanes_of<float>(a);
+  return emu::each<__m512, float>([&](int i) { return __builtin_sqrtf(x.lane[i]); });
+}
+EMULATED __m512d _mm512_sqrt_pd(__m512d a) {
+  const auto x = emu::lanes_of<double>(a);
+  return emu::each<__m512d, double>([&](int i) { return __builtin_sqrt(x.lane[i]); });
+}
 
 // ---- constants, casts, memory
 EMULATED __m512 _mm512_set1_ps(float x) {
@@ -259,7 +268,10 @@ template <class V>
 EMULATED uint64_t emulated_compare(V a, V b, int how) {
   uint64_t mask = 0;
   for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(a[0])); ++i)
-    mask |= static_cast<uint64_t>(how == _CMP_EQ_OQ ? a[i] == b[i] : a[i] != a[i] || b[i] != b[i]) << i;
+    mask |= static_cast<uint64_t>(how == _CMP_EQ_OQ   ? a[i] == b[i]
+                                  : how == _CMP_GT_OQ ? a[i] > b[i]
+                                                      : a[i] != a[i] || b[i] != b[i])
+            << i;
   return mask;
 }
 EMULATED __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {

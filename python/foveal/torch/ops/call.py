@@ -48,6 +48,7 @@ def _attention(
     softcap: Any,
     alibi_slopes: Any,
     sinks: Any,
+    normalizer: Any,
     q_lens: Any,
     kv_lens: Any,
     dropout_p: Any,
@@ -75,6 +76,7 @@ def _attention(
             and out is None
             and softcap == 0.0
             and dropout_p == 0.0
+            and normalizer == "softmax"
             and window == _UNLIMITED
             and layout == "bhsd"
             and not (return_lse or return_weights)
@@ -108,6 +110,7 @@ def _attention(
             scale,
             softcap,
             dropout_p,
+            _normalizer(normalizer),
             _is_bshd(layout),
             bool(return_weights),
         )
@@ -137,6 +140,7 @@ def _attention(
             "softcap": softcap,
             "alibi_slopes": alibi_slopes,
             "sinks": sinks,
+            "normalizer": normalizer,
             "q_lens": q_lens,
             "kv_lens": kv_lens,
             "dropout_p": dropout_p,
@@ -167,6 +171,10 @@ def _offset(q_offset: Any, device: torch.device) -> tuple[int | None, Tensor | N
     if isinstance(q_offset, np.integer):
         return int(q_offset), None
     return None, _integers(q_offset, device)
+
+
+def _normalizer(name: Any) -> int:
+    return _core.NORMALIZERS.index(name)
 
 
 _INTEGERS = (torch.int64, torch.int32)

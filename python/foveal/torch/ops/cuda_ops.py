@@ -83,6 +83,7 @@ class _Call:
         p.has_scale = options["scale"] is not None
         p.scale = options["scale"] or 0.0
         p.softcap = options["softcap"]
+        p.normalizer = options["normalizer"]
         p.dropout_p = options["dropout_p"]
 
     def enqueue(self, library: _cuda.Library, stream: int, gradients: _cuda.Gradients | None = None) -> None:

@@ -30,6 +30,7 @@ def _arguments(
         options.softcap,
         options.alibi_slopes,
         options.sinks,
+        _core.NORMALIZERS[options.normalizer],
         options.q_lens,
         options.kv_lens,
         options.dropout_p,

@@ -34,7 +34,8 @@ _PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, "
     "Tensor? sinks=None, Tensor? q_lens=None, Tensor? kv_lens=None, Tensor? q_offsets=None, Tensor? seed=None, "
     "bool causal=False, SymInt? q_offset=None, SymInt? window_left=None, SymInt? window_right=None, "
-    "float? scale=None, float softcap=0.0, float dropout_p=0.0, bool bshd=False"
+    "float? scale=None, float softcap=0.0, float dropout_p=0.0, int normalizer=0, "
+    "bool bshd=False"
 )
 _INPUTS = f"{_PROBLEM}, bool return_weights=False"
 _SCHEMAS = {
@@ -66,6 +67,7 @@ class Options(NamedTuple):
     scale: float | None = None
     softcap: float = 0.0
     dropout_p: float = 0.0
+    normalizer: int = 0
     bshd: bool = False
     return_weights: bool = False
 
@@ -88,6 +90,7 @@ class Problem(NamedTuple):
     scale: float | None = None
     softcap: float = 0.0
     dropout_p: float = 0.0
+    normalizer: int = 0
     bshd: bool = False
     bias_grad: bool = False
     sinks_grad: bool = False

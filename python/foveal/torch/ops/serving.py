@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from foveal import _core
 from foveal.torch.ops.autograd import below_autograd
-from foveal.torch.ops.call import _INTEGER, _explained, _flag, _integers, _offset, _seed, _side
+from foveal.torch.ops.call import _INTEGER, _explained, _flag, _integers, _normalizer, _offset, _seed, _side
 from foveal.torch.ops.serving_ops import refuse_gradient
 from foveal.torch.ops.varlen_autograd import differentiable_varlen
 
@@ -37,6 +37,7 @@ def _scores(options: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
         options["scale"],
         options["softcap"],
         options["dropout_p"],
+        _normalizer(options["normalizer"]),
     )
 
 

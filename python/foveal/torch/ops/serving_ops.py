@@ -24,7 +24,7 @@ from foveal.torch.ops.ops import Options, _autocast, _check, _library, _new_lse_
 _SCORES = (
     "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? q_offsets=None, "
     "Tensor? seed=None, bool causal=False, SymInt? q_offset=None, SymInt? window_left=None, SymInt? window_right=None, "
-    "float? scale=None, float softcap=0.0, float dropout_p=0.0"
+    "float? scale=None, float softcap=0.0, float dropout_p=0.0, int normalizer=0"
 )
 _PACKED = f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_kv, {_SCORES}"
 _SCHEMAS = {
@@ -58,6 +58,7 @@ class Scores(NamedTuple):
     scale: float | None = None
     softcap: float = 0.0
     dropout_p: float = 0.0
+    normalizer: int = 0
 
 
 class Update(NamedTuple):
