@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "attention/divide_up.h"
 #include "attention/heads.h"
 #include "attention/plan.h"
 #include "attention/scratch.h"
@@ -31,8 +32,6 @@ namespace {
 constexpr int64_t kRowsSharingKeys = 192;  // rows for which a key block is read once, as in the forward pass
 constexpr int64_t kKeysWorthAnItem = 256;
 constexpr int64_t kItemsAThread = 4;  // enough to share out evenly
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
   int64_t begin, end;

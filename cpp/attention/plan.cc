@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "attention/divide_up.h"
+
 namespace foveal {
 namespace {
 
@@ -20,8 +22,6 @@ constexpr int64_t kItemsEnough = 32;
 constexpr int64_t kBlockBytes = 512 * 1024;
 constexpr int64_t kBlockKeys = 128;
 constexpr int64_t kItemsAThread = 4;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How many heads a few-rows item may take: more than one where that reads memory in its order.
 int64_t most_heads_together(const CanonicalProblem& p) {
