@@ -29,9 +29,7 @@
 namespace foveal {
 namespace {
 
-constexpr int64_t kRowsSharingKeys = 192;  // rows for which a key block is read once, as in the forward pass
 constexpr int64_t kKeysWorthAnItem = 256;
-constexpr int64_t kItemsAThread = 4;  // enough to share out evenly
 
 struct Range {
   int64_t begin, end;
