@@ -3,7 +3,7 @@
 // compiler that spills one accumulator turns the loop into a measurement of the stack.
 //
 // Reading: every byte is loaded once, front to back, as the hardware prefetcher likes it.
-#include "machine_limits.h"
+#include "bench/machine_limits.h"
 
 #include <omp.h>
 
