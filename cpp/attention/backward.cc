@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "attention/divide_up.h"
 #include "attention/heads.h"
 #include "attention/plan.h"
 #include "attention/scratch.h"
@@ -28,11 +29,7 @@
 namespace foveal {
 namespace {
 
-constexpr int64_t kRowsSharingKeys = 192;  // rows for which a key block is read once, as in the forward pass
 constexpr int64_t kKeysWorthAnItem = 256;
-constexpr int64_t kItemsAThread = 4;  // enough to share out evenly
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
   int64_t begin, end;
@@ -162,7 +159,7 @@ class BackwardRun {
     dq_memory_ = allocate_scratch(num_heads * head_sums);
     thread_memory_ = allocate_scratch(threads * thread_nbytes_);
     if (rows_memory_ == nullptr || dq_memory_ == nullptr || thread_memory_ == nullptr) {
-      return {ErrorKind::kMemory, "attention: cannot allocate " + std::to_string(total) + " bytes of scratch memory"};
+      return {ErrorKind::kMemory, "cannot allocate " + std::to_string(total) + " bytes of scratch memory"};
     }
     if (parts_ > 1) turn_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(num_heads * row_blocks_));
     if (g_.dsinks.present()) sink_sums_.resize(static_cast<size_t>(p_.q.shape[0] * p_.q.shape[1]));
@@ -358,9 +355,9 @@ Status attention_backward(const CanonicalGradients& gradients, const ExecutionOp
   if (dtype == DType::kFloat64) return BackwardRun<double>(gradients, kernels, options)();
   return BackwardRun<float>(gradients, kernels, options)();
 } catch (const std::bad_alloc&) {
-  return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
+  return {ErrorKind::kMemory, "cannot allocate memory for the work plan"};
 } catch (const std::length_error&) {
-  return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
+  return {ErrorKind::kMemory, "cannot allocate memory for the work plan"};
 }
 
 }  // namespace foveal

@@ -63,8 +63,7 @@ class ForwardRun {
     const Scratch scratch = allocate_scratch(scratch_nbytes_ * team.size());
     const Scratch partial = allocate_scratch(partial_nbytes);
     if (scratch == nullptr || partial == nullptr)
-      return {ErrorKind::kMemory, "attention: cannot allocate " +
-                                      std::to_string(scratch_nbytes_ * team.size() + partial_nbytes) +
+      return {ErrorKind::kMemory, "cannot allocate " + std::to_string(scratch_nbytes_ * team.size() + partial_nbytes) +
                                       " bytes of scratch memory"};
     partial_ = partial.get();
     if (plan_.groups > 0) pending_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(plan_.groups));
@@ -198,9 +197,9 @@ Status attention_forward(const CanonicalProblem& problem, const ExecutionOptions
   const Plan plan = make_plan(problem, *table, options.num_threads);
   return ForwardRun(problem, plan, options)();
 } catch (const std::bad_alloc&) {
-  return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
+  return {ErrorKind::kMemory, "cannot allocate memory for the work plan"};
 } catch (const std::length_error&) {
-  return {ErrorKind::kMemory, "attention: cannot allocate memory for the work plan"};
+  return {ErrorKind::kMemory, "cannot allocate memory for the work plan"};
 }
 
 }  // namespace foveal

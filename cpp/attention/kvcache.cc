@@ -131,7 +131,7 @@ Status attention_kvcache(const CanonicalUpdate& update, const ExecutionOptions& 
   if (update.k.present()) wide ? append<double>(update) : append<float>(update);
   return attention_forward(update.problem, options);
 } catch (const std::bad_alloc&) {
-  return {ErrorKind::kMemory, "attention: out of memory"};
+  return {ErrorKind::kMemory, "out of memory"};
 }
 
 }  // namespace foveal

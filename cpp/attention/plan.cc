@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "attention/divide_up.h"
+
 namespace foveal {
 namespace {
 
@@ -10,20 +12,14 @@ namespace {
 constexpr int64_t kDecodePartKeys = 1024;
 constexpr int64_t kForwardPartKeys = 2048;
 
-// A key block, packed or not, is read once for so many rows: packing becomes a few percent of the work, and K and V
-// stay in the second-level cache. Fewer rows where that would leave too few items to share out.
-constexpr int64_t kRowsSharingKeys = 192;
 // With a threshold every row may keep a list of all its keys.
 constexpr int64_t kRowsKeepingKeys = 96;
-constexpr int64_t kItemsEnough = 32;
+constexpr int64_t kItemsEnough = 32;  // where fewer would be left, fewer rows share a key block
 
 // Heads go together in a few-rows item as long as the keys and values of their block fit in the second-level cache, and
-// there are items enough for threads to finish together.
+// there are kItemsAThread.
 constexpr int64_t kBlockBytes = 512 * 1024;
 constexpr int64_t kBlockKeys = 128;
-constexpr int64_t kItemsAThread = 4;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How many heads a few-rows item may take: more than one where that reads memory in its order.
 int64_t most_heads_together(const CanonicalProblem& p) {

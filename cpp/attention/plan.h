@@ -14,6 +14,12 @@
 
 namespace foveal {
 
+// A key block, packed or not, is read once for so many rows, forward and backward: packing becomes a few percent of the
+// work, and K and V stay in the second-level cache.
+constexpr int64_t kRowsSharingKeys = 192;
+
+constexpr int64_t kItemsAThread = 4;  // enough for threads to finish together
+
 // How one batch element is cut. Its items are numbered key part by key part, in each head by head (or so many heads
 // that go together), in each row block by row block: the order of memory where heads lie side by side.
 struct SequencePlan : Sequence {

@@ -286,7 +286,7 @@ void for_each_row(const CanonicalProblem& p, Visit visit) {
 
 Status attention_reference(const CanonicalProblem& problem) try {
   if (problem.packed() || problem.paged())
-    return {ErrorKind::kNotImplemented, "attention: the oracle reads neither packed sequences nor pages"};
+    return {ErrorKind::kNotImplemented, "the oracle reads neither packed sequences nor pages"};
   std::vector<double> scores, weights;
   for_each_row(problem, [&](const Row& row) {
     clear(problem, row);
@@ -295,7 +295,7 @@ Status attention_reference(const CanonicalProblem& problem) try {
   });
   return {};
 } catch (const std::bad_alloc&) {
-  return {ErrorKind::kMemory, "attention: out of memory"};
+  return {ErrorKind::kMemory, "out of memory"};
 }
 
 Status attention_backward_reference(const CanonicalGradients& g) try {
@@ -305,7 +305,7 @@ Status attention_backward_reference(const CanonicalGradients& g) try {
   });
   return {};
 } catch (const std::bad_alloc&) {
-  return {ErrorKind::kMemory, "attention: out of memory"};
+  return {ErrorKind::kMemory, "out of memory"};
 }
 
 }  // namespace foveal

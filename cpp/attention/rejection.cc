@@ -5,20 +5,15 @@
 
 namespace foveal {
 
-std::string named(const std::string& text, const char* function) {
-  constexpr char kName[] = "attention:";
-  return text.rfind(kName, 0) == 0 ? function + text.substr(sizeof kName - 2) : text;
-}
-
 std::string is_integer(int64_t value) {
   if (value == INT64_MAX) return " is 2^63 - 1 or more";
   if (value == INT64_MIN) return " is -2^63 or less";
   return " is " + std::to_string(value);
 }
 
-void reject_type(const std::string& text) { throw Rejection{ErrorKind::kType, "attention: " + text}; }
+void reject_type(const std::string& text) { throw Rejection{{ErrorKind::kType, text}}; }
 
-void reject_value(const std::string& text) { throw Rejection{ErrorKind::kValue, "attention: " + text}; }
+void reject_value(const std::string& text) { throw Rejection{{ErrorKind::kValue, text}}; }
 
 void reject_dtype(const std::string& name, DType found, const std::string& expected) {
   reject_type(name + " has dtype " + name_of(found) + ", expected " + expected);

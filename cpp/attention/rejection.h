@@ -1,8 +1,9 @@
 // How a refused argument is reported: the exception inside the core, and the one wording of its text,
 //
-//   <function>: <argument and what was found>, expected <what would do>
+//   <argument and what was found>, expected <what would do>
 //
-// Every text is built here or from these pieces, and only when something is refused.
+// Status::message puts the function before it. Every text is built here or from these pieces, and only when something
+// is refused.
 #pragma once
 
 #include <string>
@@ -13,17 +14,13 @@ namespace foveal {
 
 // Thrown by checks; an entry point catches it and returns its Status.
 struct Rejection {
-  ErrorKind kind;
-  std::string text;
+  Status status;
 };
-
-// The core says "attention: ..."; functions of other names that it serves give theirs.
-std::string named(const std::string& text, const char* function);
 
 // " is 7". The ends of int64_t stand for whatever is beyond them, as bindings have it.
 std::string is_integer(int64_t value);
 
-[[noreturn]] void reject_type(const std::string& text);  // "attention: " is put before `text`
+[[noreturn]] void reject_type(const std::string& text);
 [[noreturn]] void reject_value(const std::string& text);
 
 // "mask has dtype int32, expected bool"

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <memory>
 
+#include "attention/divide_up.h"
+
 namespace foveal {
 
 struct FreeScratch {
@@ -17,7 +19,7 @@ using Scratch = std::unique_ptr<std::byte, FreeScratch>;
 // Null when there is no memory.
 inline Scratch allocate_scratch(int64_t nbytes) {
   constexpr size_t kAlignment = 64;
-  const size_t rounded = (static_cast<size_t>(nbytes) + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t rounded = static_cast<size_t>(divide_up(nbytes, kAlignment)) * kAlignment;
   return Scratch(static_cast<std::byte*>(std::aligned_alloc(kAlignment, std::max(rounded, kAlignment))));
 }
 

@@ -33,8 +33,10 @@ int read_environment(Status& status) {
   const char* end = text + std::strlen(text);
   const auto [parsed, error] = std::from_chars(text, end, count);
   if (error == std::errc{} && parsed == end && count >= 1 && count <= kMaxThreads) return count;
-  status = {ErrorKind::kValue, "FOVEAL_NUM_THREADS is '" + std::string(text) + "', expected an integer from 1 to " +
-                                   std::to_string(kMaxThreads)};
+  status = {
+      ErrorKind::kValue,
+      "FOVEAL_NUM_THREADS is '" + std::string(text) + "', expected an integer from 1 to " + std::to_string(kMaxThreads),
+      nullptr};
   return kUnread;
 }
 

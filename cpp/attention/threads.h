@@ -47,12 +47,11 @@ class Team {
 #pragma omp parallel num_threads(size_)
       body(omp_get_thread_num());
     } else {
-      return {
-          ErrorKind::kForked,
-          "attention: the process was forked in the middle of the call, and the threads of the call stayed with the "
-          "parent; expected the child to make a call of its own"};
+      return {ErrorKind::kForked,
+              "the process was forked in the middle of the call, and the threads of the call stayed with the "
+              "parent; expected the child to make a call of its own"};
     }
-    if (stopped()) return {ErrorKind::kInterrupted, "attention: interrupted"};
+    if (stopped()) return {ErrorKind::kInterrupted, "interrupted"};
     return {};
   }
 

@@ -246,7 +246,7 @@ using Compute = Status (*)(const CanonicalProblem& problem, const CanonicalUpdat
 void reject_if_failed(const Status& status) {
   if (status.ok()) return;
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-  throw Rejection{status.kind, status.text};
+  throw Rejection{status};
 }
 
 // (out, lse, weights), None where not asked for; out alone when it is all that is asked for.
@@ -353,8 +353,8 @@ PyObject* enter(const Function& function, PyObject* const* arguments, Py_ssize_t
     if (count == function.num_arguments) return run(arguments).release().ptr();
     PyErr_Format(PyExc_TypeError, "%s: %zd positional arguments, expected %d", function.name, count,
                  function.num_arguments);
-  } catch (const Rejection& rejection) {
-    PyErr_SetString(exception_class(rejection.kind), named(rejection.text, function.name).c_str());
+  } catch (Rejection& rejection) {
+    set_error(std::move(rejection.status).of(function.name));
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const std::bad_alloc&) {

@@ -7,12 +7,12 @@
 #include <vector>
 
 #include "attention/threads.h"
+#include "bench/machine_limits.h"
 #include "bindings/attention.h"
 #include "bindings/dlpack.h"
 #include "bindings/errors.h"
 #include "bindings/gil.h"
 #include "bindings/heap.h"
-#include "bindings/machine_limits.h"
 #include "bindings/native_type.h"
 #include "bindings/priority_map.h"
 #include "bindings/sum_tree.h"

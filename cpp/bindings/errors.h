@@ -26,10 +26,12 @@ inline PyObject* exception_class(ErrorKind kind) {
   return PyExc_RuntimeError;
 }
 
+inline void set_error(const Status& status) { PyErr_SetString(exception_class(status.kind), status.message().c_str()); }
+
 // Throws error_already_set unless `status` is ok. An exception that is set already, as after an interrupt, goes on.
 inline void throw_if_failed(const Status& status) {
   if (status.ok()) return;
-  if (PyErr_Occurred() == nullptr) PyErr_SetString(exception_class(status.kind), status.text.c_str());
+  if (PyErr_Occurred() == nullptr) set_error(status);
   throw pybind11::error_already_set();
 }
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention/rejection.h"
 #include "bindings/dlpack.h"
 
 namespace foveal::torch_shim {
@@ -12,13 +13,10 @@ Functions torch;
 
 thread_local Status last_failure;
 
-void fail(Status status) {
-  last_failure = std::move(status);
-  throw std::runtime_error(last_failure.text);
-}
+void fail(Status status) { throw Rejection{std::move(status)}; }
 
 void require(int32_t shim_result, const char* what) {
-  if (shim_result != 0) throw std::runtime_error(std::string("attention: torch failed to ") + what);
+  if (shim_result != 0) throw std::runtime_error(std::string("torch failed to ") + what);
 }
 
 namespace {
@@ -53,8 +51,7 @@ TensorView view_of(const char* name, const Tensor& tensor) {
   require(torch.torch_get_const_data_ptr(tensor.get(), &data),
           "give a pointer");  // leaves a copy-on-write tensor shared
   const auto known = std::find(dtype_codes.begin(), dtype_codes.end(), code);
-  if (known == dtype_codes.end())
-    throw std::runtime_error(std::string("attention: no kernel reads the dtype of ") + name);
+  if (known == dtype_codes.end()) throw std::runtime_error(std::string("no kernel reads the dtype of ") + name);
   view.dtype = kDTypes[static_cast<size_t>(known - dtype_codes.begin())];
   view.data = const_cast<void*>(data);
   view.rank = static_cast<int32_t>(rank);
@@ -72,7 +69,7 @@ Tensor allocate(DType dtype, const int64_t* shape, int rank, TensorView& view) {
   const auto index = static_cast<size_t>(std::find(kDTypes.begin(), kDTypes.end(), dtype) - kDTypes.begin());
   AtenTensorHandle handle = nullptr;
   if (torch.aoti_torch_empty_strided(rank, shape, view.stride, dtype_codes[index], cpu_device, 0, &handle) != 0) {
-    fail({ErrorKind::kMemory, "attention: out of memory"});
+    fail({ErrorKind::kMemory, "out of memory"});
   }
   Tensor tensor(handle);
   require(torch.torch_get_mutable_data_ptr(handle, &view.data), "give a pointer");
@@ -84,23 +81,21 @@ namespace {
 // None is unlimited, so the core's own sign for that is no number to accept.
 int64_t window_side(const char* name, std::optional<int64_t> width) {
   if (width.value_or(0) < 0) {
-    fail({ErrorKind::kValue,
-          std::string("attention: ") + name + " is " + std::to_string(*width) + ", expected None or at least 0"});
+    fail({ErrorKind::kValue, std::string(name) + " is " + std::to_string(*width) + ", expected None or at least 0"});
   }
   return width.value_or(kUnlimited);
 }
 
 uint64_t seed_of(const Tensor& tensor, double dropout_p) {
   if (!tensor) {
-    if (dropout_p != 0.0) fail({ErrorKind::kValue, "attention: seed is absent, expected one with dropout_p"});
+    if (dropout_p != 0.0) fail({ErrorKind::kValue, "seed is absent, expected one with dropout_p"});
     return 0;
   }
   const TensorView seed = view_of("seed", tensor);
   if (seed.rank != 0 || seed.dtype != DType::kInt64)
-    fail({ErrorKind::kType, "attention: seed is no int64 tensor of shape (), as the op expects it"});
+    fail({ErrorKind::kType, "seed is no int64 tensor of shape (), as the op expects it"});
   const int64_t number = *static_cast<const int64_t*>(seed.data);
-  if (number < 0)
-    fail({ErrorKind::kValue, "attention: seed is " + std::to_string(number) + ", expected 0 to 2^63 - 1"});
+  if (number < 0) fail({ErrorKind::kValue, "seed is " + std::to_string(number) + ", expected 0 to 2^63 - 1"});
   return static_cast<uint64_t>(number);
 }
 
@@ -131,7 +126,7 @@ AttentionProblem problem_of(ProblemArguments& arguments) {
   problem.scale = arguments.scale.value_or(0.0);
   problem.softcap = arguments.softcap;
   if (arguments.normalizer < 0 || arguments.normalizer >= kNormalizers)
-    fail({ErrorKind::kValue, "attention: normalizer is " + std::to_string(arguments.normalizer) + ", expected 0 to " +
+    fail({ErrorKind::kValue, "normalizer is " + std::to_string(arguments.normalizer) + ", expected 0 to " +
                                  std::to_string(kNormalizers - 1)});
   problem.normalizer = static_cast<Normalizer>(arguments.normalizer);
   problem.dropout_p = arguments.dropout_p;

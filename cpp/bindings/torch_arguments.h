@@ -17,7 +17,7 @@ extern Functions torch;  // filled once by register_torch_ops
 // What the last kernel on this thread failed with.
 extern thread_local Status last_failure;
 
-// Leaves the Status behind and throws std::runtime_error (torch_ops.cc says why that).
+// Ends the kernel: its entry in torch_ops.cc reports the Status.
 [[noreturn]] void fail(Status status);
 
 // Throws std::runtime_error when a call of the shim failed.

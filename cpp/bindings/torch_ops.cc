@@ -3,8 +3,8 @@
 // The dispatcher calls a boxed kernel without the GIL. Its arguments and results are words on a stack (torch_shim.h).
 //
 // Errors: what a C++ exception becomes in Python differs between torch versions (2.13 maps std::invalid_argument to
-// ValueError, 2.15 does not), so a kernel throws std::runtime_error, a RuntimeError everywhere, and leaves the Status
-// behind for this thread; foveal.attention turns it into the exception that NumPy callers meet.
+// ValueError, 2.15 does not), so a kernel's entry throws std::runtime_error, a RuntimeError everywhere, and leaves the
+// Status behind for this thread; foveal.attention turns it into the exception that NumPy callers meet.
 #include "bindings/torch_ops.h"
 
 #include <algorithm>
@@ -118,7 +118,7 @@ StableIValue result_or_empty(Tensor& tensor, DType dtype) {
   return result(tensor);
 }
 
-void attention_plain(StableIValue* stack, uint64_t, uint64_t) {
+void attention_plain(StableIValue* stack) {
   ArgumentReader read(stack);
   const Tensor q = read.tensor(), k = read.tensor(), v = read.tensor();
   const bool causal = read.boolean();
@@ -143,7 +143,7 @@ struct ForwardArguments : ProblemArguments {
   bool return_weights;
 };
 
-void attention_forward_boxed(StableIValue* stack, uint64_t, uint64_t) {
+void attention_forward_boxed(StableIValue* stack) {
   ArgumentReader read(stack);
   ForwardArguments arguments(read);
   AttentionProblem problem = problem_of(arguments);
@@ -153,7 +153,7 @@ void attention_forward_boxed(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = result(results.out);
 }
 
-void attention_forward_out_boxed(StableIValue* stack, uint64_t, uint64_t) {
+void attention_forward_out_boxed(StableIValue* stack) {
   ArgumentReader read(stack);
   const Tensor out = read.tensor();
   ForwardArguments arguments(read);
@@ -170,7 +170,7 @@ void differentiate(StableIValue* stack, const AttentionProblem& problem, const T
                    bool bias_grad, bool sinks_grad) {
   const DType dtype = problem.q.dtype, accumulator = accumulator_of(dtype);
   const auto allocate_like = [](const TensorView& view, DType of, TensorView& gradient) {
-    if (view.rank > kMaxRank) throw std::runtime_error("attention: too many dimensions");
+    if (view.rank > kMaxRank) throw std::runtime_error("too many dimensions");
     return allocate(of, view.shape, view.rank, gradient);
   };
   AttentionGradients given;
@@ -204,7 +204,7 @@ struct BackwardArguments {
   bool bias_grad, sinks_grad;
 };
 
-void attention_backward_boxed(StableIValue* stack, uint64_t, uint64_t) {
+void attention_backward_boxed(StableIValue* stack) {
   ArgumentReader read(stack);
   BackwardArguments arguments(read);
   AttentionProblem problem = problem_of(arguments.problem);
@@ -292,13 +292,15 @@ template <void (*kernel)(StableIValue*), const auto& function>
 void boxed_as(StableIValue* stack, uint64_t, uint64_t) {
   try {
     kernel(stack);
-  } catch (const std::runtime_error& error) {
-    last_failure.text = named(last_failure.text, function);
-    throw std::runtime_error(named(error.what(), function));
+  } catch (Rejection& rejection) {
+    last_failure = std::move(rejection.status).of(function);
+    throw std::runtime_error(last_failure.message());
+  } catch (const std::runtime_error& error) {  // torch's own
+    throw std::runtime_error(std::string(function) + ": " + error.what());
   }
 }
 
-constexpr char kVarlen[] = "attention_varlen", kCache[] = "attention_kvcache";
+constexpr char kDense[] = "attention", kVarlen[] = "attention_varlen", kCache[] = "attention_kvcache";
 
 // --- Python ----------------------------------------------------------------------------------------------------------
 
@@ -311,10 +313,10 @@ std::string register_torch_ops(const std::vector<std::string>& libraries) {
   const auto implement = [](const char* name, BoxedKernel kernel) {
     require(torch.torch_library_impl(library, name, kernel, kConventionVersion), "register a kernel");
   };
-  implement("attention_plain", attention_plain);
-  implement("attention_forward", attention_forward_boxed);
-  implement("attention_forward_out", attention_forward_out_boxed);
-  implement("attention_backward", attention_backward_boxed);
+  implement("attention_plain", boxed_as<attention_plain, kDense>);
+  implement("attention_forward", boxed_as<attention_forward_boxed, kDense>);
+  implement("attention_forward_out", boxed_as<attention_forward_out_boxed, kDense>);
+  implement("attention_backward", boxed_as<attention_backward_boxed, kDense>);
   implement("attention_varlen_forward", boxed_as<attention_varlen_forward, kVarlen>);
   implement("attention_varlen_backward", boxed_as<attention_varlen_backward, kVarlen>);
   implement("attention_kvcache", boxed_as<attention_kvcache_op, kCache>);
@@ -324,13 +326,13 @@ std::string register_torch_ops(const std::vector<std::string>& libraries) {
 // The exception that the kernel whose RuntimeError says `message` meant; None when the error came from elsewhere.
 py::object take_torch_failure(const std::string& message) {
   const Status failure = std::exchange(last_failure, {});
-  if (failure.ok() || message.find(failure.text) == std::string::npos) return py::none();
+  if (failure.ok() || message.find(failure.message()) == std::string::npos) return py::none();
   if ((failure.kind == ErrorKind::kInterrupted || failure.kind == ErrorKind::kForked) && interrupt != nullptr) {
     const py::object raised = interrupt->value();
     delete std::exchange(interrupt, nullptr);
     return raised;
   }
-  return py::handle(exception_class(failure.kind))(failure.text);
+  return py::handle(exception_class(failure.kind))(failure.message());
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ void write_text(const char* reason, char* text, uint64_t text_nbytes) {
 }
 
 int32_t report(const Launch& launch, const Status& status) {
-  write_text(status.text.c_str(), launch.text, launch.text_nbytes);
+  write_text(status.message().c_str(), launch.text, launch.text_nbytes);
   return static_cast<int32_t>(status.kind);
 }
 
@@ -28,7 +28,7 @@ int32_t report(Error error, char* text, uint64_t text_nbytes) {
 }
 
 Status wrong_size(const char* what, uint64_t found, uint64_t expected) {
-  return {ErrorKind::kValue, "attention: the " + std::string(what) + " has " + std::to_string(found) +
+  return {ErrorKind::kValue, "the " + std::string(what) + " has " + std::to_string(found) +
                                  " bytes, the CUDA library expects " + std::to_string(expected)};
 }
 
@@ -45,7 +45,7 @@ int32_t plan_launch(const Launch& launch, Plan& plan, int& device, const LimitOf
   const auto& given = *static_cast<const AttentionProblem*>(launch.problem);
   device = given.q.device.index;
   if (given.q.device.type != DeviceType::kCuda) {
-    return report(launch, {ErrorKind::kType, "attention: q is on cpu, expected a CUDA device"});
+    return report(launch, {ErrorKind::kType, "q is on cpu, expected a CUDA device"});
   }
   const auto plan_canonical = [&](const Status& status, const auto& make) {
     if (!status.ok()) return report(launch, status);
@@ -109,9 +109,9 @@ int32_t foveal_cuda_attention(const Launch* launch) {
   if (const int32_t status = plan_launch(*launch, plan, device, shared_memory_limit); status != 0) return status;
   if (plan.num_steps == 0) return 0;
   if (launch->workspace_nbytes < static_cast<uint64_t>(plan.workspace_nbytes)) {
-    return report(*launch, {foveal::ErrorKind::kMemory,
-                            "attention: the workspace has " + std::to_string(launch->workspace_nbytes) +
-                                " bytes, expected " + std::to_string(plan.workspace_nbytes)});
+    return report(*launch,
+                  {foveal::ErrorKind::kMemory, "the workspace has " + std::to_string(launch->workspace_nbytes) +
+                                                   " bytes, expected " + std::to_string(plan.workspace_nbytes)});
   }
   bind_workspace(plan, launch->workspace);
 

@@ -85,7 +85,7 @@ Status check_members(const Struct& given, std::span<const std::string_view> supp
 
 }  // namespace
 
-Status refuse(ErrorKind kind, const std::string& text) { return {kind, "attention: " + text}; }
+Status refuse(ErrorKind kind, const std::string& text) { return {kind, text}; }
 
 bool loads_in_chunks(const TensorView& view) {
   if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0 || view.shape[3] % 8 != 0) return false;

@@ -88,12 +88,12 @@ Status make_plan(const CanonicalProblem& problem, int shared_limit, int variant,
       step.num_blocks = blocks_of_head(p, p.seqlen_q, kernel->block_m) * p.num_heads;
       plan.add(step);
     } else {
-      plan.params.num_splits = static_cast<int>(std::max<int64_t>(1, ceil_div(p.seqlen_kv, kSplitKeys)));
-      step.num_blocks = ceil_div(rows, kPackedRows) * p.num_splits * p.num_kv_heads * p.batch;
+      plan.params.num_splits = static_cast<int>(std::max<int64_t>(1, divide_up(p.seqlen_kv, kSplitKeys)));
+      step.num_blocks = divide_up(rows, kPackedRows) * p.num_splits * p.num_kv_heads * p.batch;
       plan.add(step);
       if (p.num_splits > 1) {
         const int64_t out_rows = static_cast<int64_t>(p.batch) * p.num_heads * p.seqlen_q;
-        plan.add({kCombineKernel, ceil_div(out_rows, kCombineRows), kCombineRows * 32, 0});
+        plan.add({kCombineKernel, divide_up(out_rows, kCombineRows), kCombineRows * 32, 0});
         plan.workspace_nbytes = p.num_splits * out_rows * (p.value_dim + 1) * static_cast<int64_t>(sizeof(float));
       }
     }

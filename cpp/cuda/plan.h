@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "attention/divide_up.h"
 #include "cuda/operands.h"
 #include "cuda/params.h"
 #include "foveal/attention.h"
@@ -57,11 +58,9 @@ Status check_steps(const Plan& plan, int shared_limit);
 // Points the plan's parameters into `workspace` of plan.workspace_nbytes.
 void bind_workspace(Plan& plan, void* workspace);
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Blocks of one head, over all of the batch: as locate_block of segment.h counts them.
 inline int64_t blocks_of_head(const Params& p, int seqlen, int rows) {
-  return p.cu_seqlens_q.data ? seqlen / rows + p.batch + 2 : ceil_div(seqlen, rows) * p.batch;
+  return p.cu_seqlens_q.data ? seqlen / rows + p.batch + 2 : divide_up(seqlen, rows) * p.batch;
 }
 
 }  // namespace foveal::cuda

@@ -56,8 +56,8 @@ Step mma_step(const Params& p, bool owns_keys, int shared_limit, int variant) {
 // As BiasGrid of backward_bias.h counts them.
 int64_t bias_blocks(const Params& p, int rows) {
   const auto blocks = [&](int axis, int64_t count) { return p.dbias.stride[axis] == 0 ? 1 : count; };
-  return blocks(0, p.batch) * blocks(1, p.num_heads) * blocks(2, ceil_div(p.seqlen_q, rows)) *
-         blocks(3, ceil_div(p.seqlen_kv, kPlainKeys));
+  return blocks(0, p.batch) * blocks(1, p.num_heads) * blocks(2, divide_up(p.seqlen_q, rows)) *
+         blocks(3, divide_up(p.seqlen_kv, kPlainKeys));
 }
 
 }  // namespace
@@ -71,8 +71,8 @@ Status make_backward_plan(const CanonicalGradients& g, int shared_limit, int var
   add_gradients(g, plan.params);
   Params& p = plan.params;
   const bool packed = p.cu_seqlens_q.data != nullptr;
-  p.row_pitch = static_cast<int>((packed ? blocks_of_head(p, p.seqlen_q, kRowPitch) : ceil_div(p.seqlen_q, kRowPitch)) *
-                                 kRowPitch);
+  p.row_pitch = static_cast<int>(
+      (packed ? blocks_of_head(p, p.seqlen_q, kRowPitch) : divide_up(p.seqlen_q, kRowPitch)) * kRowPitch);
 
   const bool wide = plan.dtype == DType::kFloat64;
   const PlainShape& plain = kPlainShapes[wide ? 1 : 0];

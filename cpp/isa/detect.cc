@@ -51,7 +51,7 @@ const KernelTable* require_table(const std::string& name, const std::string& sou
   if (const KernelTable* table = find_table(name)) return table;
   std::string choices;
   for (const std::string& available : available_isas()) choices += (choices.empty() ? "" : ", ") + available;
-  status = {ErrorKind::kValue, source + " is '" + name + "', expected one of: " + choices};
+  status = {ErrorKind::kValue, source + " is '" + name + "', expected one of: " + choices, nullptr};
   return nullptr;
 }
 

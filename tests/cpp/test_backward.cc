@@ -78,7 +78,7 @@ void forward(Gradients& x, const KernelTable& table) {
   foveal::ExecutionOptions options;
   options.table = &table;
   if (status.ok()) status = attention_forward(p, options);
-  if (!status.ok()) fail(__FILE__, __LINE__, text_of(x.problem.asked) + ": " + status.text);
+  if (!status.ok()) fail(__FILE__, __LINE__, text_of(x.problem.asked) + ": " + status.message());
 }
 
 void backward(Gradients& x, const KernelTable& table, int threads = 1) {
@@ -89,7 +89,7 @@ void backward(Gradients& x, const KernelTable& table, int threads = 1) {
   options.table = &table;
   options.num_threads = threads;
   if (status.ok()) status = attention_backward(g, options);
-  if (!status.ok()) fail(__FILE__, __LINE__, text_of(x.problem.asked) + ": " + status.text);
+  if (!status.ok()) fail(__FILE__, __LINE__, text_of(x.problem.asked) + ": " + status.message());
   ++cases_run;
 }
 
@@ -107,7 +107,7 @@ Truth oracle(const Gradients& x) {
   truth.dv = Array(DType::kFloat64, {c.batch, c.kv_heads, c.seqlen_kv, c.value_dim});
   Status status;
   CanonicalGradients g = canonicalize(x.problem.given(), x.views(), status);
-  if (!status.ok()) fail(__FILE__, __LINE__, text_of(c) + ": " + status.text);
+  if (!status.ok()) fail(__FILE__, __LINE__, text_of(c) + ": " + status.message());
   g.dq = truth.dq.view;
   g.dk = truth.dk.view;
   g.dv = truth.dv.view;
@@ -506,7 +506,7 @@ void test_refusals() {
     AttentionProblem p = x.problem.given();
     spoil(p, g);
     canonicalize(p, g, status);
-    return status.text;
+    return status.message();
   };
   using P = AttentionProblem;
   using G = AttentionGradients;

@@ -26,7 +26,7 @@ Answer oracle(const Problem& problem) {
   Status status;
   foveal::CanonicalProblem p = problem.canonical(status);
   Answer answer;
-  if (!status.ok()) foveal_test::fail(__FILE__, __LINE__, text_of(problem.asked) + ": " + status.text);
+  if (!status.ok()) foveal_test::fail(__FILE__, __LINE__, text_of(problem.asked) + ": " + status.message());
   const Case& c = problem.asked;
   answer.out = Array(DType::kFloat64, {c.batch, c.heads, c.seqlen_q, c.value_dim});
   answer.lse = Array(DType::kFloat64, {c.batch, c.heads, c.seqlen_q});
@@ -49,7 +49,7 @@ void compute(Problem& problem, const KernelTable& table, int threads = 1) {
   options.table = &table;
   options.num_threads = threads;
   if (status.ok()) status = attention_forward(p, options);
-  if (!status.ok()) foveal_test::fail(__FILE__, __LINE__, text_of(problem.asked) + ": " + status.text);
+  if (!status.ok()) foveal_test::fail(__FILE__, __LINE__, text_of(problem.asked) + ": " + status.message());
   ++cases_run;
 }
 

@@ -80,7 +80,7 @@ void expect_near_elements(const TensorView& a, const TensorView& b, const std::s
 }
 
 void expect_ok(const Status& status, const std::string& where) {
-  if (!status.ok()) fail(__FILE__, __LINE__, where + ": " + status.text);
+  if (!status.ok()) fail(__FILE__, __LINE__, where + ": " + status.message());
 }
 
 foveal::ExecutionOptions on(const KernelTable& table, int threads) {

@@ -100,9 +100,9 @@ void Canonicalizer::check_combination() const {
     if (p_.paged()) reject_value("block_table is given with cu_seqlens, expected one of them");
     // Its shape names the longest lengths, which only that device knows.
     if (p_.q.device.type != DeviceType::kCpu && (p_.mask.present() || p_.bias.present())) {
-      throw Rejection{ErrorKind::kNotImplemented, std::string("attention: ") + (p_.mask.present() ? "mask" : "bias") +
-                                                      " is given with cu_seqlens on " + text_of(p_.q.device) +
-                                                      ", expected cpu for both"};
+      throw Rejection{{ErrorKind::kNotImplemented, std::string(p_.mask.present() ? "mask" : "bias") +
+                                                       " is given with cu_seqlens on " + text_of(p_.q.device) +
+                                                       ", expected cpu for both"}};
     }
   }
   if (p_.paged()) {

@@ -19,9 +19,9 @@ Status status_of(Check check) {
     check();
     return {};
   } catch (Rejection& rejection) {
-    return {rejection.kind, std::move(rejection.text)};
+    return std::move(rejection.status);
   } catch (const std::bad_alloc&) {
-    return {ErrorKind::kMemory, "attention: out of memory"};
+    return {ErrorKind::kMemory, "out of memory"};
   }
 }
 

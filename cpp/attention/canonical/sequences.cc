@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "attention/canonical/canonicalizer.h"
+#include "attention/divide_up.h"
 #include "attention/element.h"
 #include "attention/rejection.h"
 
@@ -12,8 +13,6 @@ namespace foveal {
 namespace {
 
 constexpr int64_t kMaxOffset = int64_t{1} << 59;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Visit>
 void for_each_integer(const TensorView& view, Visit visit) {

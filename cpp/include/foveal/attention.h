@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "foveal/normalizer.h"
 #include "foveal/tensor_view.h"
@@ -24,11 +25,20 @@ enum class Layout : uint8_t { kBhsd, kBshd };
 
 enum class ErrorKind : uint8_t { kNone, kType, kValue, kNotImplemented, kMemory, kInterrupted, kForked };
 
+// Why a call failed, in parts: whoever reports it puts them together, once, by `message`.
 struct Status {
   ErrorKind kind = ErrorKind::kNone;
-  std::string text;
+  std::string text;                    // "k.shape[3] is 96, expected head_dim 128 (from q)"
+  const char* function = "attention";  // static; `of` replaces it; null: what failed is no call
 
   bool ok() const { return kind == ErrorKind::kNone; }
+  std::string message() const { return function != nullptr ? std::string(function) + ": " + text : text; }
+
+  // The same of another function, which the call of this one serves.
+  Status of(const char* other) && {
+    if (function != nullptr) function = other;
+    return std::move(*this);
+  }
 };
 
 // Of sums, and of the log-sum-exp.
@@ -143,8 +153,8 @@ struct CanonicalUpdate : CacheUpdate {
   CanonicalUpdate(const CacheUpdate& given, const AttentionProblem& of) : CacheUpdate(given), problem(of) {}
 };
 
-// Check every argument, and rewrite all of them. The only place that judges arguments; the text of `status` follows
-// "attention: k.shape[3] is 96, expected head_dim 128 (from q)", and unless it is ok, what they return is of no use.
+// Check every argument, and rewrite all of them. The only place that judges arguments; unless `status` is ok, what they
+// return is of no use.
 // `out`, `lse`, `weights` are checked when present.
 CanonicalProblem canonicalize(const AttentionProblem& problem, Status& status);
 CanonicalGradients canonicalize(const AttentionProblem& problem, const AttentionGradients& gradients, Status& status);

@@ -3,12 +3,14 @@
 // compiler that spills one accumulator turns the loop into a measurement of the stack.
 //
 // Reading: every byte is loaded once, front to back, as the hardware prefetcher likes it.
-#include "machine_limits.h"
+#include "bench/machine_limits.h"
 
 #include <omp.h>
 
 #include <algorithm>
 #include <cstring>
+
+#include "attention/divide_up.h"
 
 namespace foveal {
 namespace {
@@ -118,7 +120,7 @@ double run_fmas(int threads, double operations) {
 }
 
 void read_bytes(int threads, const void* data, int64_t nbytes) {
-  const int64_t blocks = (nbytes + kBlock - 1) / kBlock;
+  const int64_t blocks = divide_up(nbytes, kBlock);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
