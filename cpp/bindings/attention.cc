@@ -375,7 +375,7 @@ PyObject* backward_entry(PyObject*, PyObject* const* arguments, Py_ssize_t count
   return enter(function, arguments, count, [](PyObject* const* given) { return run_backward(function, given); });
 }
 
-#define FOVEAL_SIGNATURE                                                                                            \
+#define FOVEAL_SIGNATURE                                                                                               \
   "($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, normalizer, q_lens, " \
   "kv_lens, dropout_p, seed, layout, out, return_lse, return_weights"
 #define FOVEAL_VARLEN ", cu_seqlens_q, cu_seqlens_kv"

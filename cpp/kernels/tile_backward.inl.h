@@ -185,9 +185,7 @@ static void add_sums_guarded(const HeadTask& h, const GradientTile<V>& tile, con
 }
 
 // Whether the weights are those of softmax, of whatever became of the scores.
-FOVEAL_INLINE bool is_softmax(const HeadTask& h) {
-  return !has_threshold(h.normalizer) && !is_pointwise(h.normalizer);
-}
+FOVEAL_INLINE bool is_softmax(const HeadTask& h) { return !has_threshold(h.normalizer) && !is_pointwise(h.normalizer); }
 
 // The gradients of softmax's scores: p times what dp is more than the row's term, and p as the values meet it.
 template <class V, class Dot, int NV>
@@ -242,8 +240,8 @@ static void drop_zero_weights(const typename V::T* p, int64_t n, uint64_t* bits)
   }
 }
 
-// The keys of a block that some row weighs, alone: what is done to a block is done to these in their place. Sums of keys
-// are taken along and brought back, so their order stays.
+// The keys of a block that some row weighs, alone: what is done to a block is done to these in their place. Sums of
+// keys are taken along and brought back, so their order stays.
 template <class V, class Dot, int NV>
 struct ListedKeys {
   using T = typename V::T;
@@ -262,8 +260,7 @@ struct ListedKeys {
   void compact(T* x) const {
     constexpr int64_t width = int64_t{NV} * V::kLanes;
     for (int64_t e = 0; e < n; ++e)
-      for (int r = 0; r < NV; ++r)
-        store(x + e * width + r * V::kLanes, load(x + at[e] * width + r * V::kLanes));
+      for (int r = 0; r < NV; ++r) store(x + e * width + r * V::kLanes, load(x + at[e] * width + r * V::kLanes));
   }
   static void copy(const T* from, int64_t from_stride, const uint8_t* index, int64_t n, int64_t width, T* to) {
     for (int64_t e = 0; e < n; ++e)
@@ -326,8 +323,7 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
   const HeadTask& h = *g.head;
   constexpr int64_t width = int64_t{NV} * V::kLanes;
   const int64_t n = keys.end - keys.begin;
-  typename V::T *p = scratch.p, *slope = scratch.slope,
-                *late_slope = scratch.slope + kGradientKeys * kTileRows<V>;
+  typename V::T *p = scratch.p, *slope = scratch.slope, *late_slope = scratch.slope + kGradientKeys * kTileRows<V>;
   uint64_t bits[kGradientKeys];
   const Visibility visibility = visible_bits(h, tile.row_begin, tile.rows, keys.begin, n, bits);
   if (visibility == Visibility::kNone) return;

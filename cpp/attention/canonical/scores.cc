@@ -56,8 +56,8 @@ void Canonicalizer::check_normalizer() const {
   if (static_cast<int>(p_.normalizer) >= kNormalizers)
     reject_value("normalizer is " + std::to_string(static_cast<int>(p_.normalizer)) + ", expected a Normalizer");
   if (p_.sinks.present() && p_.normalizer != Normalizer::kSoftmax)
-    throw Rejection{ErrorKind::kNotImplemented, std::string("attention: sinks with normalizer='") +
-                                                    name_of(p_.normalizer) + "' are not implemented"};
+    throw Rejection{ErrorKind::kNotImplemented,
+                    std::string("sinks with normalizer='") + name_of(p_.normalizer) + "' are not implemented"};
 }
 
 void Canonicalizer::check_sinks() const {
