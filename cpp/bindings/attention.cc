@@ -14,6 +14,7 @@
 #include "attention/rejection.h"
 #include "attention/threads.h"
 #include "bindings/array_in_out.h"
+#include "bindings/attention_options.h"
 #include "bindings/errors.h"
 #include "bindings/gil.h"
 #include "foveal/attention.h"
@@ -23,30 +24,17 @@ namespace py = pybind11;
 namespace foveal {
 namespace {
 
+#define FOVEAL_ENUMERATOR(enumerator, name, statement) enumerator,
 enum Argument {
   kQ,
   kK,
   kV,
-  kMask,
-  kBias,
-  kCausal,
-  kQOffset,
-  kWindow,
-  kScale,
-  kSoftcap,
-  kAlibiSlopes,
-  kSinks,
-  kNormalizer,
-  kQLens,
-  kKvLens,
-  kDropoutP,
-  kSeed,
-  kLayout,
-  kOut,
+  FOVEAL_OPTIONS(FOVEAL_ENUMERATOR, FOVEAL_ENUMERATOR) kOut,
   kReturnLse,
   kReturnWeights,
   kNumArguments
 };
+#undef FOVEAL_ENUMERATOR
 
 // What functions have beside, each block at a place of its own.
 enum Boundary { kCuSeqlensQ, kCuSeqlensKv, kNumBoundaries };
@@ -152,6 +140,11 @@ Normalizer to_normalizer(py::handle name) {
   reject_value("normalizer is " + py::repr(name).cast<std::string>() + ", expected " + choices);
 }
 
+void read_scale(py::handle scale, AttentionProblem& problem) {
+  problem.has_scale = !scale.is_none();
+  if (problem.has_scale) problem.scale = to_double("scale", scale);
+}
+
 Layout to_layout(py::handle layout) {
   if (!PyUnicode_Check(layout.ptr()))
     reject_type("layout has type " + type_text(layout) + ", expected 'bhsd' or 'bshd'");
@@ -175,21 +168,31 @@ constexpr Function kVarlenBackward = {"attention_varlen", kVarlen.num_arguments 
                                       kVarlen.num_arguments};
 constexpr Function kCache = {"attention_kvcache", kCommon + int{kNumUpdates}, 0, 0, kCommon};
 
+// Reads options that are arrays, None for those that are not given.
+struct OptionReader {
+  CallArrays& arrays;
+  int64_t batch;
+  const char* kv_lens;  // what the function calls them
+
+  TensorView array(const char* name, py::handle value, Elements elements) const {
+    return value.is_none() ? TensorView{} : arrays.view(name, value, elements);
+  }
+  TensorView integers(const char* name, py::handle value) const { return arrays.integers(name, value, batch); }
+};
+
 AttentionProblem read_problem(const Function& function, PyObject* const* arguments, CallArrays& arrays) {
   const auto argument = [arguments](int index) { return py::handle(arguments[index]); };
   const auto optional = [&](const char* name, int index, Elements elements, Access access = Access::kRead) {
     return argument(index).is_none() ? TensorView{} : arrays.view(name, argument(index), elements, access);
   };
   AttentionProblem problem;
-  problem.layout = to_layout(argument(kLayout));
-  problem.causal = to_bool("causal", argument(kCausal));
-  read_window(argument(kWindow), problem);
-  problem.has_scale = !argument(kScale).is_none();
-  if (problem.has_scale) problem.scale = to_double("scale", argument(kScale));
-  problem.softcap = to_double("softcap", argument(kSoftcap));
-  problem.normalizer = to_normalizer(argument(kNormalizer));
-  problem.dropout_p = to_double("dropout_p", argument(kDropoutP));
-  problem.seed = to_seed(argument(kSeed), problem.dropout_p);
+#define FOVEAL_SKIP(enumerator, name, statement)
+#define FOVEAL_READ(enumerator, name, statement)   \
+  {                                                \
+    const py::handle value = argument(enumerator); \
+    statement;                                     \
+  }
+  FOVEAL_OPTIONS(FOVEAL_SKIP, FOVEAL_READ)
 
   problem.q = arrays.view("q", argument(kQ), Elements::kFloating);
   const bool cache = function.update != 0;
@@ -208,13 +211,10 @@ AttentionProblem read_problem(const Function& function, PyObject* const* argumen
       if (!view->present()) reject_type(std::string(name) + " is None, expected (B + 1,) integers");
     batch = problem.cu_seqlens_q.shape[0] - 1;
   }
-  problem.mask = optional("mask", kMask, Elements::kBool);
-  problem.bias = optional("bias", kBias, Elements::kFloating);
-  problem.alibi_slopes = optional("alibi_slopes", kAlibiSlopes, Elements::kFloating);
-  problem.sinks = optional("sinks", kSinks, Elements::kFloating);
-  problem.q_lens = arrays.integers("q_lens", argument(kQLens), batch);
-  problem.kv_lens = arrays.integers(cache ? "cache_lens" : "kv_lens", argument(kKvLens), batch);
-  problem.q_offset = arrays.integers("q_offset", argument(kQOffset), batch);
+  const OptionReader read = {arrays, batch, cache ? "cache_lens" : "kv_lens"};
+  FOVEAL_OPTIONS(FOVEAL_READ, FOVEAL_SKIP)
+#undef FOVEAL_READ
+#undef FOVEAL_SKIP
   problem.out = optional("out", kOut, Elements::kFloating, Access::kWrite);
   if (cache) {
     problem.block_table = arrays.table("block_table", argument(function.update + kBlockTable), batch);
@@ -375,9 +375,9 @@ PyObject* backward_entry(PyObject*, PyObject* const* arguments, Py_ssize_t count
   return enter(function, arguments, count, [](PyObject* const* given) { return run_backward(function, given); });
 }
 
-#define FOVEAL_SIGNATURE                                                                                               \
-  "($module, q, k, v, mask, bias, causal, q_offset, window, scale, softcap, alibi_slopes, sinks, normalizer, q_lens, " \
-  "kv_lens, dropout_p, seed, layout, out, return_lse, return_weights"
+#define FOVEAL_NAME(enumerator, name, statement) ", " #name
+#define FOVEAL_SIGNATURE \
+  "($module, q, k, v" FOVEAL_OPTIONS(FOVEAL_NAME, FOVEAL_NAME) ", out, return_lse, return_weights"
 #define FOVEAL_VARLEN ", cu_seqlens_q, cu_seqlens_kv"
 #define FOVEAL_GRADIENTS ", lse, dout, dlse, bias_grad, sinks_grad"
 #define FOVEAL_CACHE \

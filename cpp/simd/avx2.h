@@ -99,9 +99,9 @@ FOVEAL_INLINE uint64_t lane_bits(Mask32 m) {
 FOVEAL_INLINE uint64_t lane_bits(Mask64 m) {
   return static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_pd(m.v)));
 }
-FOVEAL_INLINE F32 reciprocal(F32 a) {  // by one step of Newton
-  const __m256 x = _mm256_rcp_ps(a.v);
-  return {_mm256_mul_ps(x, _mm256_fnmadd_ps(a.v, x, _mm256_set1_ps(2)))};
+FOVEAL_INLINE F32 reciprocal(F32 a) {  // x / (1 - e) = x (1 + e + e^2), e^3 being below rounding
+  const __m256 x = _mm256_rcp_ps(a.v), e = _mm256_fnmadd_ps(a.v, x, _mm256_set1_ps(1));
+  return {_mm256_fmadd_ps(x, _mm256_fmadd_ps(e, e, e), x)};
 }
 FOVEAL_INLINE F64 reciprocal(F64 a) { return {_mm256_div_pd(_mm256_set1_pd(1), a.v)}; }
 FOVEAL_INLINE F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.v)}; }

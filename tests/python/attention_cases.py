@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from foveal import _core
+from foveal._options import DEFAULTS, core_arguments
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16]
@@ -167,27 +168,9 @@ def formula(
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Give out, lse and weights of the float64 oracle in C++."""
-    defaults = {
-        "mask": None,
-        "bias": None,
-        "causal": False,
-        "q_offset": None,
-        "window": (None, None),
-        "scale": None,
-        "softcap": 0.0,
-        "alibi_slopes": None,
-        "sinks": None,
-        "normalizer": "softmax",
-        "q_lens": None,
-        "kv_lens": None,
-        "dropout_p": 0.0,
-        "seed": None,
-        "layout": "bhsd",
-    }
-    assert options.keys() <= defaults.keys()
-    result: tuple[np.ndarray, np.ndarray, np.ndarray] = _core.attention_reference(
-        q, k, v, *{**defaults, **options}.values(), None, True, True
-    )
+    assert options.keys() <= DEFAULTS.keys()
+    arguments = core_arguments(options, return_lse=True, return_weights=True)
+    result: tuple[np.ndarray, np.ndarray, np.ndarray] = _core.attention_reference(q, k, v, *arguments.values())
     return result
 
 

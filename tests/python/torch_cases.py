@@ -13,7 +13,7 @@ FALLBACK = "FOVEAL_TEST_TORCH_FALLBACK" in os.environ
 if FALLBACK:
     _core.register_torch_ops = lambda libraries: "torch_library_impl"
 
-from foveal.torch.ops.ops import Options as Options  # noqa: E402  after the change above
+from foveal.torch.ops.records import Options as Options  # noqa: E402  after the change above
 
 ops = torch.ops.foveal
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -252,25 +252,25 @@ def attention(
     call = _core.attention
     if not isinstance(q, ndarray) and hasattr(q, "__torch_function__"):
         call = _torch_attention or _load_torch_attention()
-    # By position: keywords would cost as much as a whole call on small arrays.
+    # By position, in the order of foveal._options: keywords would cost as much as a whole call on small arrays.
     result = call(
         q,
         k,
         v,
         mask,
         bias,
+        alibi_slopes,
+        sinks,
+        q_lens,
+        kv_lens,
         causal,
         q_offset,
         window,
         scale,
         softcap,
-        alibi_slopes,
-        sinks,
-        normalizer,
-        q_lens,
-        kv_lens,
         dropout_p,
         seed,
+        normalizer,
         layout,
         out,
         return_lse,

@@ -8,6 +8,7 @@ from numpy import ndarray
 
 from foveal import _core
 from foveal._attention.dense import Attention, refuse_lse
+from foveal._options import core_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,17 +102,18 @@ def attention_varlen(
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
+        "dropout_p": dropout_p,
+        "seed": seed,
         "normalizer": normalizer,
     }
     if _is_tensor(q):
         from foveal.torch import _attention_varlen
 
-        options |= {"dropout_p": dropout_p, "seed": seed}
         out, lse = _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_kv, options)
     else:
-        arguments = [q, k, v, *options.values(), None, None, dropout_p, seed, "bshd", None, True, False]
-        arguments += [cu_seqlens_q, cu_seqlens_kv]
-        out, lse, _ = _core.attention_varlen(*arguments)
+        arguments = core_arguments(options, layout="bshd", return_lse=True)
+        values = [*arguments.values(), cu_seqlens_q, cu_seqlens_kv]
+        out, lse, _ = _core.attention_varlen(q, k, v, *values)
     return Attention(out, lse) if return_lse else out
 
 
@@ -239,10 +241,8 @@ def attention_kvcache(
     if _is_tensor(q):
         from foveal.torch import _attention_kvcache
 
-        options |= {"dropout_p": 0.0, "seed": None}
         out, lse = _attention_kvcache(q, k_cache, v_cache, cache_lens, update, options)
     else:
-        arguments = [q, k_cache, v_cache, *options.values(), None, cache_lens, 0.0, None, "bshd", None, True, False]
-        arguments += update.values()
-        out, lse, _ = _core.attention_kvcache(*arguments)
+        arguments = core_arguments(options, kv_lens=cache_lens, layout="bshd", return_lse=True)
+        out, lse, _ = _core.attention_kvcache(q, k_cache, v_cache, *arguments.values(), *update.values())
     return Attention(out, lse) if return_lse else out

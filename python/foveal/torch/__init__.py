@@ -1,8 +1,8 @@
 """foveal on PyTorch tensors: the ops ``torch.ops.foveal.*``, on which :func:`foveal.attention` calls by itself."""
 
 from foveal.torch.ops.call import _attention as _attention
-from foveal.torch.ops.serving import _attention_kvcache as _attention_kvcache
-from foveal.torch.ops.serving import _attention_varlen as _attention_varlen
+from foveal.torch.ops.sequences_call import _attention_kvcache as _attention_kvcache
+from foveal.torch.ops.sequences_call import _attention_varlen as _attention_varlen
 from foveal.torch.transformers import register_transformers
 
 __all__ = ["register_transformers"]

@@ -553,7 +553,7 @@ DISTRIBUTED = """
     import os, sys, torch, foveal
     import torch.distributed as dist
     import torch.multiprocessing as mp
-    sys.path.insert(0, {directory!r})
+    sys.path[:0] = {directories!r}
 
     def work(rank, port):
         from test_backward import Block
@@ -585,7 +585,11 @@ DISTRIBUTED = """
 
 def test_data_parallel_training(tmp_path):
     script = tmp_path / "train.py"  # a file, which spawned processes can import
-    script.write_text(textwrap.dedent(DISTRIBUTED.format(directory=os.path.dirname(os.path.dirname(__file__)))))
+    script.write_text(
+        textwrap.dedent(
+            DISTRIBUTED.format(directories=[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
+        )
+    )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["done"]

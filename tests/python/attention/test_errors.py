@@ -401,9 +401,18 @@ def test_flags() -> None:
 
 def test_what_is_not_built() -> None:
     refuse(NotImplementedError, "return_stats", return_stats=True)
-    for name in ("sparsemax", "entmax15", "sigmoid", "relu"):
-        refuse(NotImplementedError, f"normalizer '{name}'", normalizer=name)
+
+
+def test_normalizers() -> None:
     refuse(ValueError, "normalizer is 'hardmax', expected 'softmax'", normalizer="hardmax")
+    refuse(ValueError, "normalizer is 'hardmax', expected 'softmax'", normalizer="hardmax", return_lse=True)
+    refuse(TypeError, "normalizer has type int, expected a string", normalizer=1)
+    for name in ("sparsemax", "entmax15", "sigmoid", "relu", "normalized_sigmoid"):
+        sinks = np.zeros(arguments()["q"].shape[1], np.float32)
+        refuse(NotImplementedError, f"sinks with normalizer='{name}'", normalizer=name, sinks=sinks)
+        refuse(
+            ValueError, f"return_lse is True, expected False with normalizer='{name}'", normalizer=name, return_lse=True
+        )
 
 
 def test_dropout() -> None:

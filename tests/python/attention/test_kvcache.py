@@ -669,13 +669,13 @@ def test_what_has_no_rule_is_refused() -> None:
 
 def test_kernels_in_python_do_the_same() -> None:
     torch = pytest.importorskip("torch")
-    from foveal.torch.ops import serving_fallback as _serving_fallback
+    from foveal.torch.ops import fallback as _fallback
 
     names = ("q", "k_cache", "v_cache", "cache_lens", "k", "v", "block_table")
     once, twice = ([torch_call()[n] for n in names] for _ in range(2))
     rest = (None, None, None, None, None, False, None, None, None, torch.randn(4), None, None, True)
     out, lse = torch.ops.foveal.attention_kvcache(*once, *rest)
-    again, lse_again = _serving_fallback._kvcache(*twice, *rest)
+    again, lse_again = _fallback._kvcache(*twice, *rest)
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
     assert as_array(once[1]).tobytes() == as_array(twice[1]).tobytes()

@@ -444,16 +444,16 @@ def test_what_has_no_rule_is_refused() -> None:
 
 def test_kernels_in_python_do_the_same() -> None:
     torch = pytest.importorskip("torch")
-    from foveal.torch.ops import serving_fallback as _serving_fallback
+    from foveal.torch.ops import fallback as _fallback
 
     inputs = tensors()
-    options = (None, None, None, torch.randn(4), None, torch.tensor(7), True, None, 30, None, None, 0.0, 0.3)
+    options = (None, None, None, torch.randn(4), None, torch.tensor(7), True, None, 30, None, None, 0.0, 0.3, 0)
     out, lse = torch.ops.foveal.attention_varlen_forward(*inputs, *options)
-    again, lse_again = _serving_fallback._varlen(*inputs, *options)
+    again, lse_again = _fallback._varlen(*inputs, *options)
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     gradients = torch.ops.foveal.attention_varlen_backward(dout, dlse, out, lse, *inputs, *options, False, True)
-    again = _serving_fallback._varlen_backward(dout, dlse, out, lse, *inputs, *options, False, True)
+    again = _fallback._varlen_backward(dout, dlse, out, lse, *inputs, *options, False, True)
     assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
     assert gradients[4].shape == (4,)

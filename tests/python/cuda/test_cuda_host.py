@@ -301,10 +301,10 @@ def exchanged(fields: list[Any], one: str, other: str) -> list[Any]:
         # Where one byte after `causal` is free, so that no size tells.
         (
             "Problem",
-            lambda fields: [*fields[:20], ("normalizer", ctypes.c_uint8), *fields[20:]],
-            "normalizer is absent",
+            lambda fields: [*fields[:20], ("spare", ctypes.c_uint8), *fields[20:]],
+            "spare is absent",
         ),
-        ("Problem", lambda fields: fields[:-1], "AttentionProblem is 2800 there, 2792 here"),
+        ("Problem", lambda fields: fields[:-1], "AttentionProblem is 2808 there, 2800 here"),
         ("Gradients", lambda fields: exchanged(fields, "dk", "dv"), "AttentionGradients.dv is"),
         ("View", lambda fields: exchanged(fields, "shape", "stride"), "TensorView.stride is"),
         ("_Launch", lambda fields: exchanged(fields, "stream", "workspace"), "Launch.workspace is"),

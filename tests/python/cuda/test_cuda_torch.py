@@ -11,7 +11,7 @@ foveal = pytest.importorskip("foveal")
 pytest.importorskip("foveal.torch")
 
 from foveal import _cuda  # noqa: E402
-from foveal.torch.ops import cuda_ops as _cuda_ops  # noqa: E402
+from foveal.torch.ops import cuda as _cuda_ops  # noqa: E402
 
 
 def on_the_gpu(op: Any) -> Any:
@@ -113,7 +113,9 @@ def check_gradients(kernels: Any, name: str, dtype: Any, arguments: list[Any], o
 def test_gradients_agree_with_the_cpu(kernels: Any, dtype: Any, bshd: bool) -> None:
     q, k, v = tensors(dtype, 2, 40, 40, 64)
     q, k, v = (x[:, :, :8].transpose(1, 2) if not bshd else x[:, :, :8] for x in (q, k, v))
-    problem = _cuda_ops.Problem(causal=True, bias=torch.randn(8, 1, 40), sinks=torch.randn(8), softcap=8.0, bshd=bshd)
+    problem = _cuda_ops.BackwardOptions(
+        causal=True, bias=torch.randn(8, 1, 40), sinks=torch.randn(8), softcap=8.0, bshd=bshd
+    )
     check_gradients(kernels, "attention", dtype, [q, k, v], list(problem)[:-2])
 
 

@@ -401,7 +401,7 @@ def bad_calls():
         "seed bool": {"dropout_p": 0.5, "seed": True},
         "seed negative": {"dropout_p": 0.5, "seed": -1},
         "seed huge": {"dropout_p": 0.5, "seed": 2**63},
-        "normalizer": {"normalizer": "sparsemax"},
+        "normalizer with sinks": {"normalizer": "sparsemax", "sinks": torch.zeros(6)},
         "normalizer unknown": {"normalizer": "x"},
         "stats": {"return_stats": True},
     }

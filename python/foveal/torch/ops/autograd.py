@@ -1,8 +1,8 @@
-"""The gradient of ``attention_forward``: an autograd.Function, and the autograd kernels of the ops that apply it.
+"""How an op of attention gets a gradient: an autograd.Function, and the autograd kernels that apply it.
 
 A kernel stands below the transforms of torch.func and below Dynamo, so both see one op whatever its tensors are: the
-same one twice, wrapped, or symbolic. ``foveal.attention`` skips the dispatcher where neither looks on: it applies the
-Function itself, or calls the op past its kernel where nothing requires a gradient.
+same one twice, wrapped, or symbolic. The public functions skip the dispatcher where neither looks on: they apply the
+Function themselves, or call the op past its kernel where nothing requires a gradient.
 
 There is no second derivative: the gradients can be computed with ``create_graph=True``, but using their graph raises.
 """
@@ -16,22 +16,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
-from foveal.torch.ops.ops import Options, _library
-
-_plain = torch.ops.foveal.attention_plain.default
-_forward_out = torch.ops.foveal.attention_forward_out.default
-_forward = torch.ops.foveal.attention_forward.default
-_backward = torch.ops.foveal.attention_backward.default
-
 _functorch = torch._C._functorch
-
-OUT_HAS_NO_GRADIENT = (
-    "attention: out is given with inputs that require grad, expected out=None: a result with a gradient is a new tensor"
-)
-
-_BIAS = 3 + Options._fields.index("bias")
-_SINKS = 3 + Options._fields.index("sinks")
-_TENSORS = Options._fields.index("causal")  # the options before it
 
 
 def below_autograd(op: Any, inputs: Any) -> Any:
@@ -54,55 +39,6 @@ def apply(function: type[torch.autograd.Function], inputs: Any) -> Any:
         return directly(*inputs)
 
 
-class Attention(torch.autograd.Function):
-    """(out, lse, weights) of ``attention_forward``; ``weights`` has no gradient, so it must not be asked for."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return below_autograd(_forward, inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        q, k, v, *values = inputs
-        options = Options(*values)
-        out, lse, weights = output
-        ctx.mark_non_differentiable(weights)
-        ctx.save_for_backward(q, k, v, out, lse, *options[:_TENSORS])
-        ctx.scalars = options[_TENSORS:-1]
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor, _: Tensor) -> Any:
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        bias_grad, sinks_grad = ctx.needs_input_grad[_BIAS], ctx.needs_input_grad[_SINKS]
-        inputs = (dout, dlse, out, lse, q, k, v, *tensors, *ctx.scalars, bias_grad, sinks_grad)
-        dq, dk, dv, dbias, dsinks = _backward(*inputs)
-        gradients: list[Tensor | None] = [dq, dk, dv] + [None] * len(Options._fields)
-        if bias_grad:
-            gradients[_BIAS] = dbias.to(tensors[_BIAS - 3].dtype)
-        if sinks_grad:
-            gradients[_SINKS] = dsinks.to(tensors[_SINKS - 3].dtype)
-        return tuple(gradients)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """The results of ``attention_backward``, whose own gradient raises."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return below_autograd(_backward, inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("attention: there is no second derivative, expected a single backward pass")
-
-
-# --- the ops' own autograd kernels -----------------------------------------------------------------------------------
-
-
 def is_differentiated(*values: Any) -> bool:
     """Whether autograd follows a tensor among the values, under whatever torch.func has wrapped it in."""
     grad, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
@@ -118,59 +54,104 @@ def is_differentiated(*values: Any) -> bool:
     return False
 
 
-def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
-    """Call ``attention_forward`` on inputs that require a gradient."""
-    options = Options(*values)
-    if options.alibi_slopes is not None and options.alibi_slopes.requires_grad:
-        raise NotImplementedError(
-            "attention: alibi_slopes requires grad, expected no gradient: there is none for the slopes; detach them"
-        )
-    if options.return_weights:
-        raise NotImplementedError(
-            "attention: return_weights is asked of inputs that require grad, expected no gradient: there is none "
-            "through the weights; detach the inputs or call under torch.no_grad()"
-        )
-    if torch.is_autocast_enabled(q.device.type):  # here, so that what is saved has the dtype of the output
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    return apply(Attention, (q, k, v, *options))
+class Differentiable:
+    """An op with its gradient.
 
+    Parameters
+    ----------
+    function : str
+        The public function, for errors.
+    forward, backward : op
+        ``forward(*arrays, *options)`` gives (out, lse, ...), the rest without a gradient; ``backward(dout, dlse, out,
+        lse, *arrays, *options, bias_grad, sinks_grad)`` gives the gradients of q, k, v, the bias and the sinks.
+    num_arrays : int
+        How many arrays come first; all but q, k and v have no gradient.
+    options, backward_options : record
+        The arguments after them, of either op. Those of ``forward`` may end with what ``backward`` does not have.
+    """
 
-def _forward_kernel(keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
-    if not is_differentiated(q, k, v, *values):
-        return _forward.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, *values)
-    return differentiable_attention(q, k, v, *values)
+    def __init__(
+        self, function: str, forward: Any, backward: Any, num_arrays: int, options: Any, backward_options: Any
+    ) -> None:
+        self._function, self._forward, self._backward, self._options = function, forward, backward, options
+        bias, sinks = (num_arrays + options._fields.index(name) for name in ("bias", "sinks"))
+        end = num_arrays + len(backward_options._fields) - 2
+        num_tensors = num_arrays + options.num_tensors
+        num_inputs = num_arrays + len(options._fields)
 
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(*inputs: Any) -> Any:
+                return below_autograd(forward, inputs)
 
-def _backward_kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
-    if not is_differentiated(*values):
-        return _backward.redispatch(keyset & torch._C._after_autograd_keyset, *values)
-    return apply(_NoSecondDerivative, values)
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                out, lse, *others = output
+                ctx.mark_non_differentiable(*others)
+                ctx.save_for_backward(out, lse, *inputs[:num_tensors])
+                ctx.numbers = inputs[num_tensors:end]
 
+            @staticmethod
+            def backward(ctx: Any, dout: Tensor, dlse: Tensor, *_: Tensor) -> Any:
+                out, lse, *tensors = ctx.saved_tensors
+                bias_grad, sinks_grad = ctx.needs_input_grad[bias], ctx.needs_input_grad[sinks]
+                dq, dk, dv, dbias, dsinks = backward(
+                    dout, dlse, out, lse, *tensors, *ctx.numbers, bias_grad, sinks_grad
+                )
+                gradients: list[Tensor | None] = [dq, dk, dv] + [None] * (num_inputs - 3)
+                if bias_grad:
+                    gradients[bias] = dbias.to(tensors[bias].dtype)
+                if sinks_grad:
+                    gradients[sinks] = dsinks.to(tensors[sinks].dtype)
+                return tuple(gradients)
 
-def _plain_kernel(
-    keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None
-) -> Any:
-    if not is_differentiated(q, k, v):
-        return _plain.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, causal, scale)
-    return differentiable_attention(q, k, v, *Options(causal=causal, scale=scale))[0]
+        class NoSecondDerivative(torch.autograd.Function):
+            @staticmethod
+            def forward(*inputs: Any) -> Any:
+                return below_autograd(backward, inputs)
 
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                pass
 
-def _forward_out_kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
-    if is_differentiated(*values):
-        raise NotImplementedError(OUT_HAS_NO_GRADIENT)
-    return _forward_out.redispatch(keyset & torch._C._after_autograd_keyset, *values)
+            @staticmethod
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                raise NotImplementedError(f"{function}: there is no second derivative, expected a single backward pass")
 
+        self._num_arrays, self._apply, self._apply_backward = num_arrays, Function, NoSecondDerivative
 
-def _forward_out_version_kernel(keyset: torch._C.DispatchKeySet, out: Tensor, *values: Any) -> Any:
-    """Let autograd see that ``out`` was written to: what saved it for its own backward pass then raises."""
-    results = _forward_out.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, out, *values)
-    torch.autograd.graph.increment_version(out)
-    return results
+    def __call__(self, *inputs: Any) -> Any:
+        """Call the op on inputs that require a gradient."""
+        arrays, options = inputs[: self._num_arrays], self._options(*inputs[self._num_arrays :])
+        if options.alibi_slopes is not None and options.alibi_slopes.requires_grad:
+            raise NotImplementedError(
+                f"{self._function}: alibi_slopes requires grad, expected no gradient: there is none for the slopes; "
+                "detach them"
+            )
+        if getattr(options, "return_weights", False):
+            raise NotImplementedError(
+                f"{self._function}: return_weights is asked of inputs that require grad, expected no gradient: there "
+                "is none through the weights; detach the inputs or call under torch.no_grad()"
+            )
+        device = arrays[0].device.type
+        if torch.is_autocast_enabled(device):  # here, so that what is saved has the dtype of the output
+            dtype = torch.get_autocast_dtype(device)
+            qkv = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in arrays[:3])
+            arrays = (*qkv, *arrays[3:])
+        return apply(self._apply, (*arrays, *options))
 
+    def register(self, library: torch.library.Library) -> None:
+        """Give both ops their autograd kernels."""
 
-_library.impl(_plain, _plain_kernel, "Autograd", with_keyset=True)
-_library.impl(_forward, _forward_kernel, "Autograd", with_keyset=True)
-_library.impl(_forward_out, _forward_out_kernel, "Autograd", with_keyset=True)
-_library.impl(_forward_out, _forward_out_version_kernel, "ADInplaceOrView", with_keyset=True)
-_library.impl(_backward, _backward_kernel, "Autograd", with_keyset=True)
+        def forward(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
+            if not is_differentiated(*values):
+                return self._forward.redispatch(keyset & torch._C._after_autograd_keyset, *values)
+            return self(*values)
+
+        def backward(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
+            if not is_differentiated(*values):
+                return self._backward.redispatch(keyset & torch._C._after_autograd_keyset, *values)
+            return apply(self._apply_backward, values)
+
+        library.impl(self._forward, forward, "Autograd", with_keyset=True)
+        library.impl(self._backward, backward, "Autograd", with_keyset=True)

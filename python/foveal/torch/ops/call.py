@@ -7,7 +7,6 @@ something has been refused is it asked in what words NumPy callers would hear of
 from __future__ import annotations
 
 import operator
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
 from foveal import _core
-from foveal._attention.dense import attention
-from foveal.torch.ops.autograd import OUT_HAS_NO_GRADIENT, differentiable_attention
+from foveal._options import DEFAULTS, NAMES, REQUESTS
+from foveal.torch.ops.gradients import OUT_HAS_NO_GRADIENT, differentiable_attention
 
 _plain = torch.ops.foveal.attention_plain.default
 _forward = torch.ops.foveal.attention_forward.default
@@ -41,18 +40,18 @@ def _attention(
     v: Any,
     mask: Any,
     bias: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    q_lens: Any,
+    kv_lens: Any,
     causal: Any,
     q_offset: Any,
     window: Any,
     scale: Any,
     softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    normalizer: Any,
-    q_lens: Any,
-    kv_lens: Any,
     dropout_p: Any,
     seed: Any,
+    normalizer: Any,
     layout: Any,
     out: Any,
     return_lse: Any,
@@ -127,29 +126,18 @@ def _attention(
             lse, weights = _forward_out(out, *inputs)
             result = out
     except Exception as error:
-        arguments = {
-            "q": q,
-            "k": k,
-            "v": v,
-            "mask": mask,
-            "bias": bias,
-            "causal": causal,
-            "q_offset": q_offset,
-            "window": window,
-            "scale": scale,
-            "softcap": softcap,
-            "alibi_slopes": alibi_slopes,
-            "sinks": sinks,
-            "normalizer": normalizer,
-            "q_lens": q_lens,
-            "kv_lens": kv_lens,
-            "dropout_p": dropout_p,
-            "seed": seed if seed is None or not isinstance(seed, Tensor) else 0,
-            "layout": layout,
-            "out": out,
-            "return_lse": return_lse,
-            "return_weights": return_weights,
-        }  # in the order of _core.attention
+        given: tuple[Any, ...] = (mask, bias, alibi_slopes, sinks, q_lens, kv_lens, causal, q_offset, window, scale)
+        given += (
+            softcap,
+            dropout_p,
+            0 if isinstance(seed, Tensor) else seed,
+            normalizer,
+            layout,
+            out,
+            return_lse,
+            return_weights,
+        )
+        arguments = {"q": q, "k": k, "v": v, **dict(zip((*NAMES, *REQUESTS), given, strict=True))}
         raise _explained(error, arguments) from None
     if not (return_lse or return_weights):
         return result
@@ -239,7 +227,7 @@ def _is_bshd(layout: Any) -> bool:
     return bool(layout == "bshd")
 
 
-_DEFAULTS = {name: signature(attention).parameters[name].default for name in signature(_attention).parameters}
+_DEFAULTS = {**dict.fromkeys("qkv"), **DEFAULTS, **REQUESTS}
 _SCALAR = (bool, int, float, str, np.generic)
 
 # What a CUDA kernel refuses, it refuses in the words of NumPy's callers.

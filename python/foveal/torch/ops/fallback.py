@@ -11,39 +11,28 @@ import torch
 from torch import Tensor
 
 from foveal import _core
-from foveal.torch.ops.ops import Options, Problem
+from foveal._options import DEFAULTS, core_arguments
+from foveal.torch.ops.records import BackwardOptions, Options, PackedBackwardOptions, PackedOptions, as_dense
 
 
-def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, options: Options | Problem, out: Tensor | None, *last: Any
-) -> list[Any]:
-    arguments = (
-        q,
-        k,
-        v,
-        options.mask,
-        options.bias,
-        options.causal,
-        options.q_offset if options.q_offsets is None else options.q_offsets,
-        (options.window_left, options.window_right),
-        options.scale,
-        options.softcap,
-        options.alibi_slopes,
-        options.sinks,
-        _core.NORMALIZERS[options.normalizer],
-        options.q_lens,
-        options.kv_lens,
-        options.dropout_p,
-        _seed(options),
-        "bshd" if options.bshd else "bhsd",
-        out,
-        *last,
+def _arguments(q: Tensor, k: Tensor, v: Tensor, options: Any, last: tuple[Any, ...] = (), **requests: Any) -> list[Any]:
+    """Give the arguments of a function of ``_core`` that ends with ``last``."""
+    own = core_arguments(
+        {
+            **{name: x for name, x in options._asdict().items() if name in DEFAULTS},
+            "q_offset": options.q_offset if options.q_offsets is None else options.q_offsets,
+            "window": (options.window_left, options.window_right),
+            "seed": _seed(options),
+            "normalizer": _core.NORMALIZERS[options.normalizer],
+            "layout": "bshd" if options.bshd else "bhsd",
+        },
+        **requests,
     )
     # Only a detached tensor lends its memory.
-    return [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    return [x.detach() if isinstance(x, Tensor) else x for x in (q, k, v, *own.values(), *last)]
 
 
-def _seed(options: Options | Problem) -> int | None:
+def _seed(options: Any) -> int | None:
     if options.dropout_p == 0.0:
         return None
     if options.seed is None:
@@ -56,8 +45,10 @@ def _seed(options: Options | Problem) -> int | None:
     return seed
 
 
-def _compute(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None, *, return_lse: bool) -> Any:
-    return _core.attention(*_arguments(q, k, v, options, out, return_lse, options.return_weights))
+def _compute(q: Tensor, k: Tensor, v: Tensor, options: Any, out: Tensor | None, *, return_lse: bool) -> Any:
+    return _core.attention(
+        *_arguments(q, k, v, options, out=out, return_lse=return_lse, return_weights=options.return_weights)
+    )
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Any:
@@ -77,9 +68,9 @@ def _forward_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> 
 def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any
 ) -> tuple[Tensor, ...]:
-    problem = Problem(*values)
-    last = (True, False, lse, dout, dlse, problem.bias_grad, problem.sinks_grad)
-    gradients = _core.attention_backward(*_arguments(q, k, v, problem, out, *last))
+    options = BackwardOptions(*values)
+    last = (lse, dout, dlse, options.bias_grad, options.sinks_grad)
+    gradients = _core.attention_backward(*_arguments(q, k, v, options, last, out=out))
     none = q.new_empty(0, dtype=lse.dtype)
     return tuple(none.clone() if x is None else x for x in gradients)
 
@@ -90,3 +81,37 @@ def register(library: torch.library.Library) -> None:
     library.impl("attention_forward", _forward, "CPU")
     library.impl("attention_forward_out", _forward_out, "CPU")
     library.impl("attention_backward", _backward, "CPU")
+
+
+# --- packed sequences and caches -------------------------------------------------------------------------------------
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+    begins, options = values[:2], as_dense(PackedOptions(*values[2:]))
+    out, lse, _ = _core.attention_varlen(*_arguments(q, k, v, options, begins, return_lse=True))
+    return out, lse
+
+
+def _varlen_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any
+) -> tuple[Tensor, ...]:
+    begins, options = values[:2], PackedBackwardOptions(*values[2:])
+    last = (*begins, lse, dout, dlse, options.bias_grad, options.sinks_grad)
+    gradients = _core.attention_varlen_backward(*_arguments(q, k, v, as_dense(options), last, out=out))
+    return tuple(lse.new_empty(0) if x is None else x for x in gradients)
+
+
+def _kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lens: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+    from foveal.torch.ops.sequences import Update
+
+    count = len(Update._fields)
+    update, options = Update(*values[:count]), as_dense(PackedOptions(*values[count:]), kv_lens=cache_lens)
+    out, lse, _ = _core.attention_kvcache(*_arguments(q, k_cache, v_cache, options, update, return_lse=True))
+    return out, lse
+
+
+def register_sequences(library: torch.library.Library) -> None:
+    """Give the ops of packed sequences and caches their CPU kernels."""
+    library.impl("attention_varlen_forward", _varlen, "CPU")
+    library.impl("attention_varlen_backward", _varlen_backward, "CPU")
+    library.impl("attention_kvcache", _kvcache, "CPU")

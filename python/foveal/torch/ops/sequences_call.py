@@ -10,35 +10,31 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from foveal import _core
+from foveal._options import core_arguments
 from foveal.torch.ops.autograd import below_autograd
 from foveal.torch.ops.call import _INTEGER, _explained, _flag, _integers, _normalizer, _offset, _seed, _side
-from foveal.torch.ops.serving_ops import refuse_gradient
-from foveal.torch.ops.varlen_autograd import differentiable_varlen
+from foveal.torch.ops.gradients import differentiable_varlen
+from foveal.torch.ops.records import PackedOptions
+from foveal.torch.ops.sequences import refuse_gradient
 
 _varlen_forward = torch.ops.foveal.attention_varlen_forward.default
 _kvcache = torch.ops.foveal.attention_kvcache.default
 
 
-def _scores(options: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
-    """Give the arguments that both ops end with."""
+def _packed(options: dict[str, Any], device: torch.device) -> Any:
+    """Give the options as both ops end with them."""
     window_left, window_right = options["window"]
     offset, offsets = _offset(options["q_offset"], device)
-    return (
-        options["mask"],
-        options["bias"],
-        options["alibi_slopes"],
-        options["sinks"],
-        offsets,
-        _seed(options["seed"], options["dropout_p"], device),
-        _flag(options["causal"]),
-        offset,
-        _side(window_left),
-        _side(window_right),
-        options["scale"],
-        options["softcap"],
-        options["dropout_p"],
-        _normalizer(options["normalizer"]),
-    )
+    made = {
+        "q_offsets": offsets,
+        "q_offset": offset,
+        "seed": _seed(options.get("seed"), options.get("dropout_p", 0.0), device),
+        "causal": _flag(options["causal"]),
+        "window_left": _side(window_left),
+        "window_right": _side(window_right),
+        "normalizer": _normalizer(options["normalizer"]),
+    }
+    return PackedOptions(**{name: x for name, x in options.items() if name in PackedOptions._fields} | made)
 
 
 def _run(op: torch._ops.OpOverload, differentiate: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
@@ -58,12 +54,11 @@ def _no_gradient(*_: Any) -> NoReturn:
     refuse_gradient()
 
 
-def _by_position(options: dict[str, Any], kv_lens: Any) -> dict[str, Any]:
-    """Give what follows q, k and v in ``_core.attention``, in its order."""
-    dropout_p, seed = options["dropout_p"], options["seed"]
-    scores = {name: x for name, x in options.items() if name not in ("dropout_p", "seed")}
-    rest = {"q_lens": None, "kv_lens": kv_lens, "dropout_p": dropout_p, "seed": 0 if isinstance(seed, Tensor) else seed}
-    return {**scores, **rest, "layout": "bshd", "out": None, "return_lse": True, "return_weights": False}
+def _judged(options: dict[str, Any], kv_lens: Any) -> dict[str, Any]:
+    """Give what the core judges of a refused call, all but q, k and v."""
+    seed = options.get("seed")
+    own = {**options, "kv_lens": kv_lens, "seed": 0 if isinstance(seed, Tensor) else seed}
+    return core_arguments(own, layout="bshd", return_lse=True)
 
 
 def _attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, options: dict[str, Any]) -> Any:
@@ -72,10 +67,10 @@ def _attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_kv: 
         return _attention_nested(q, k, v, cu_seqlens_q, cu_seqlens_kv, options)
     try:
         begins = [_integers(begins, q.device) for begins in (cu_seqlens_q, cu_seqlens_kv)]
-        inputs = (q, k, v, *begins, *_scores(options, q.device))
+        inputs = (q, k, v, *begins, *_packed(options, q.device))
         return _run(_varlen_forward, differentiable_varlen, inputs)
     except Exception as error:
-        arguments = {"q": q, "k": k, "v": v, **_by_position(options, None)}
+        arguments = {"q": q, "k": k, "v": v, **_judged(options, None)}
         arguments |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
         raise _explained(error, arguments, "attention_varlen", _core.check_attention_varlen) from None
 
@@ -114,8 +109,8 @@ def _attention_kvcache(
             _integers(x, q.device) if name in ("block_table", "cache_batch_idx") else x for name, x in update.items()
         ]
         new[-1] = _flag(new[-1])
-        inputs = (q, k_cache, v_cache, _integers(lens, q.device), *new, *_scores(options, q.device))
+        inputs = (q, k_cache, v_cache, _integers(lens, q.device), *new, *_packed(options, q.device))
         return _run(_kvcache, _no_gradient, inputs)
     except Exception as error:
-        arguments = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **_by_position(options, cache_lens), **update}
+        arguments = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **_judged(options, cache_lens), **update}
         raise _explained(error, arguments, "attention_kvcache", _core.check_attention_kvcache) from None

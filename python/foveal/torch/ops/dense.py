@@ -22,78 +22,26 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from foveal import _core
+from foveal.torch.ops.records import BackwardOptions, Options
 
-_PROBLEM = (
-    "Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, "
-    "Tensor? sinks=None, Tensor? q_lens=None, Tensor? kv_lens=None, Tensor? q_offsets=None, Tensor? seed=None, "
-    "bool causal=False, SymInt? q_offset=None, SymInt? window_left=None, SymInt? window_right=None, "
-    "float? scale=None, float softcap=0.0, float dropout_p=0.0, int normalizer=0, "
-    "bool bshd=False"
-)
-_INPUTS = f"{_PROBLEM}, bool return_weights=False"
+_ARRAYS = "Tensor q, Tensor k, Tensor v"
+_INPUTS = f"{_ARRAYS}, {Options.schema}"
 _SCHEMAS = {
-    "attention_plain": "(Tensor q, Tensor k, Tensor v, bool causal=False, float? scale=None) -> Tensor",
+    "attention_plain": f"({_ARRAYS}, bool causal=False, float? scale=None) -> Tensor",
     "attention_forward": f"({_INPUTS}) -> (Tensor out, Tensor lse, Tensor weights)",
     "attention_forward_out": f"(Tensor(a!) out, {_INPUTS}) -> (Tensor lse, Tensor weights)",
     "attention_backward": (
-        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}, bool bias_grad=False, bool sinks_grad=False)"
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARRAYS}, {BackwardOptions.schema})"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
     ),
 }
-
-
-class Options(NamedTuple):
-    """What follows q, k and v in ``attention_forward``. Torch drops trailing defaults on the way to a rule."""
-
-    mask: Tensor | None = None
-    bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    q_lens: Tensor | None = None
-    kv_lens: Tensor | None = None
-    q_offsets: Tensor | None = None
-    seed: Tensor | None = None
-    causal: bool = False
-    q_offset: int | None = None
-    window_left: int | None = None
-    window_right: int | None = None
-    scale: float | None = None
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    normalizer: int = 0
-    bshd: bool = False
-    return_weights: bool = False
-
-
-class Problem(NamedTuple):
-    """What follows v in ``attention_backward``."""
-
-    mask: Tensor | None = None
-    bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    q_lens: Tensor | None = None
-    kv_lens: Tensor | None = None
-    q_offsets: Tensor | None = None
-    seed: Tensor | None = None
-    causal: bool = False
-    q_offset: int | None = None
-    window_left: int | None = None
-    window_right: int | None = None
-    scale: float | None = None
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    normalizer: int = 0
-    bshd: bool = False
-    bias_grad: bool = False
-    sinks_grad: bool = False
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -168,7 +116,7 @@ def _new_out(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _new_lse_and_weights(q: Tensor, k: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _new_lse_and_weights(q: Tensor, k: Tensor, options: Any) -> tuple[Tensor, Tensor]:
     """Make the results that are (B, Hq, Sq, ...) in every layout, without the axes that q lacks."""
     rows, num_keys = tuple(q.shape[:-1]), k.shape[-2]
     if options.bshd and q.ndim > 2:
@@ -210,7 +158,7 @@ def _backward_fake(
     *values: Any,
     **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem(*values, **named)
+    problem = BackwardOptions(*values, **named)
     _check(q, k, v, dout, dlse, out, lse, *problem)
     _check_shapes(q, k, v, problem.bshd, problem.mask, problem.bias)
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -351,7 +299,7 @@ def _backward_flops(
 ) -> int:
     """Five products: scores, dP, dV, dK, dQ."""
     products: int = 3 * q[-1] + 2 * v[-1]
-    return 2 * _pairs(q, k, Problem(*values, **named).bshd) * products
+    return 2 * _pairs(q, k, BackwardOptions(*values, **named).bshd) * products
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
@@ -396,7 +344,7 @@ def _register() -> None:
     register_flop_formula(ops.attention_forward_out)(_forward_out_flops)
     register_flop_formula(ops.attention_backward)(_backward_flops)
 
-    from foveal.torch.ops import cuda_ops as _cuda_ops
+    from foveal.torch.ops import cuda as _cuda_ops
 
     _cuda_ops.register(_library, *_SCHEMAS)
 

@@ -16,21 +16,27 @@ import torch
 from torch import Tensor
 
 from foveal import _cuda
-from foveal.torch.ops.ops import Options, Problem, _autocast, _new_lse_and_weights, _new_out
+from foveal._options import OPTIONS
+from foveal.torch.ops.dense import _autocast, _new_lse_and_weights, _new_out
+from foveal.torch.ops.records import BackwardOptions, Options, PackedBackwardOptions
 
+# What the backend reads under the name that the ops have for it.
 _TENSOR_OPTIONS = (
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "sinks",
-    "q_lens",
-    "kv_lens",
+    *(
+        option.name
+        for option in OPTIONS
+        if [(x.name, x.type) for x in option.op_arguments] == [(option.name, "Tensor?")]
+    ),
     "cu_seqlens_q",
     "cu_seqlens_kv",
     "block_table",
 )
-# What the ops of packed sequences and caches end with.
-_SCORES = [name for name in Problem._fields if name not in ("q_lens", "kv_lens", "bshd")]
+_NUMBERS = tuple(
+    option.name
+    for option in OPTIONS
+    for x in option.op_arguments
+    if x.name == option.name and x.type in ("float", "int")
+)
 
 
 def _view(name: str, tensor: Tensor, device: torch.device) -> _cuda.View:
@@ -50,7 +56,7 @@ def _put_views(target: Any, device: torch.device, **tensors: Tensor) -> None:
 
 
 def _named(values: tuple[Any, ...], **others: Any) -> dict[str, Any]:
-    return {**Problem()._asdict(), **dict(zip(_SCORES, values, strict=False)), **others}
+    return {**BackwardOptions()._asdict(), **PackedBackwardOptions(*values)._asdict(), **others}
 
 
 def _append(cache: Tensor, new: Tensor, places: tuple[Tensor, Tensor], name: str) -> None:
@@ -82,9 +88,8 @@ class _Call:
             p.window_right = _cuda.window_side("right", options["window_right"])
         p.has_scale = options["scale"] is not None
         p.scale = options["scale"] or 0.0
-        p.softcap = options["softcap"]
-        p.normalizer = options["normalizer"]
-        p.dropout_p = options["dropout_p"]
+        for name in _NUMBERS:
+            setattr(p, name, options[name])
 
     def enqueue(self, library: _cuda.Library, stream: int, gradients: _cuda.Gradients | None = None) -> None:
         nbytes = library.workspace_nbytes(self.problem, gradients=gradients)
@@ -99,7 +104,7 @@ class _Call:
 def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) -> dict[str, Callable[..., Any]]:
     """Implement each op over an opened backend; `stream_of` gives a device's current stream."""
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(q: Tensor, k: Tensor, v: Tensor, options: Any, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         out = _new_out(q, v) if out is None else out
         lse, weights = _new_lse_and_weights(q, k, options)
         call = _Call(q, k, v, options._asdict(), options.bshd)
@@ -142,7 +147,7 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
     def backward(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any
     ) -> tuple[Tensor, ...]:
-        problem = Problem(*values)
+        problem = BackwardOptions(*values)
         call = _Call(q, k, v, problem._asdict(), problem.bshd)
         return differentiate(dout, dlse, out, lse, call, problem._asdict())
 

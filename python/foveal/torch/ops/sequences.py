@@ -17,48 +17,24 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from foveal.torch.ops import cuda_ops as _cuda_ops
-from foveal.torch.ops.autograd import is_differentiated
-from foveal.torch.ops.ops import Options, _autocast, _check, _library, _new_lse_and_weights, _new_out, _shim_is_missing
+from foveal.torch.ops import cuda as _cuda_ops
+from foveal.torch.ops.dense import _autocast, _check, _library, _new_lse_and_weights, _new_out, _shim_is_missing
+from foveal.torch.ops.records import Options, PackedBackwardOptions, PackedOptions
 
-_SCORES = (
-    "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? q_offsets=None, "
-    "Tensor? seed=None, bool causal=False, SymInt? q_offset=None, SymInt? window_left=None, SymInt? window_right=None, "
-    "float? scale=None, float softcap=0.0, float dropout_p=0.0, int normalizer=0"
-)
-_PACKED = f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_kv, {_SCORES}"
+_PACKED = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_kv"
 _SCHEMAS = {
-    "attention_varlen_forward": f"({_PACKED}) -> (Tensor out, Tensor lse)",
+    "attention_varlen_forward": f"({_PACKED}, {PackedOptions.schema}) -> (Tensor out, Tensor lse)",
     "attention_varlen_backward": (
-        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKED}, bool bias_grad=False, bool sinks_grad=False)"
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKED}, {PackedBackwardOptions.schema})"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
     ),
     "attention_kvcache": (
         "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, Tensor? k=None, Tensor? v=None, "
         "Tensor? block_table=None, Tensor? cache_batch_idx=None, Tensor? k_scale=None, Tensor? v_scale=None, "
         "Tensor? rotary_cos=None, Tensor? rotary_sin=None, bool rotary_interleaved=False, "
-        f"{_SCORES}) -> (Tensor out, Tensor lse)"
+        f"{PackedOptions.schema}) -> (Tensor out, Tensor lse)"
     ),
 }
-
-
-class Scores(NamedTuple):
-    """What both ops end with."""
-
-    mask: Tensor | None = None
-    bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    q_offsets: Tensor | None = None
-    seed: Tensor | None = None
-    causal: bool = False
-    q_offset: int | None = None
-    window_left: int | None = None
-    window_right: int | None = None
-    scale: float | None = None
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    normalizer: int = 0
 
 
 class Update(NamedTuple):
@@ -100,17 +76,14 @@ def _varlen_backward_fake(
     *values: Any,
     **named: Any,
 ) -> tuple[Tensor, ...]:
-    rest = (*values, *named.values())
-    _check(q, k, v, dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_kv, *rest)
-    count = len(Scores._fields)
-    scores = Scores(*values[:count], **{name: x for name, x in named.items() if name in Scores._fields})
-    asked = dict(zip(("bias_grad", "sinks_grad"), values[count:], strict=False)) | named
+    options = PackedBackwardOptions(*values, **named)
+    _check(q, k, v, dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_kv, *options)
 
-    def of(x: Tensor | None, name: str) -> Tensor:
-        return lse.new_empty(x.shape if x is not None and asked.get(name) else (0,))
+    def of(x: Tensor | None, asked: bool) -> Tensor:
+        return lse.new_empty(x.shape if x is not None and asked else (0,))
 
     gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-    return *gradients, of(scores.bias, "bias_grad"), of(scores.sinks, "sinks_grad")
+    return *gradients, of(options.bias, options.bias_grad), of(options.sinks, options.sinks_grad)
 
 
 def _kvcache_fake(
@@ -126,14 +99,8 @@ def _refusing(name: str, what: str) -> Callable[..., NoReturn]:
     return rule
 
 
-def _kvcache_kernel(keyset: torch._C.DispatchKeySet, *values: Any, **named: Any) -> Any:
-    if is_differentiated(*values, *named.values()):
-        refuse_gradient()
-    op = torch.ops.foveal.attention_kvcache.default
-    return op.redispatch(keyset & torch._C._after_autograd_keyset, *values, **named)
-
-
 def refuse_gradient() -> NoReturn:
+    """Refuse to differentiate a call on a cache."""
     raise NotImplementedError(
         "attention_kvcache: an input requires grad, expected no gradient: a cache has none; detach the inputs or call "
         "under torch.no_grad()"
@@ -144,9 +111,9 @@ def _register() -> None:
     for op_name, schema in _SCHEMAS.items():
         _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     if _shim_is_missing:
-        from foveal.torch.ops import serving_fallback as _serving_fallback
+        from foveal.torch.ops import fallback as _fallback
 
-        _serving_fallback.register(_library)
+        _fallback.register_sequences(_library)
     for name, op_name, fake in (
         ("attention_varlen", "attention_varlen_forward", _varlen_fake),
         ("attention_varlen", "attention_varlen_backward", _varlen_backward_fake),
@@ -155,7 +122,6 @@ def _register() -> None:
         torch.library.register_fake(f"foveal::{op_name}", fake, lib=_library)
         vmap = _refusing(name, "there is no rule for vmap, expected a call without it")
         torch.library.register_vmap(f"foveal::{op_name}", vmap, lib=_library)
-    _library.impl(torch.ops.foveal.attention_kvcache.default, _kvcache_kernel, "Autograd", with_keyset=True)
     varlen = torch.ops.foveal.attention_varlen_forward.default
     _library.impl(varlen, _autocast(varlen, 0), "AutocastCPU", with_keyset=True)
     _cuda_ops.register(_library, *_SCHEMAS)
