@@ -60,8 +60,8 @@ def right_padding(module: str, key_padding_mask: Tensor, batch: int, num_keys: i
     """Give the lengths (B,) of sequences that are padded on the right, as a bool mask (B, Skv) says."""
     if key_padding_mask.dtype != torch.bool or tuple(key_padding_mask.shape) != (batch, num_keys):
         raise ValueError(
-            f"{module}: key_padding_mask is {key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}, expected "
-            f"a bool tensor of shape {batch, num_keys} with a cache"
+            f"{module}: key_padding_mask is {key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}, "
+            f"expected a bool tensor of shape {batch, num_keys} with a cache"
         )
     real = key_padding_mask.logical_not()
     if _is_readable(real) and bool((key_padding_mask[:, :-1] & real[:, 1:]).any()):

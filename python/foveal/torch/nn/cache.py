@@ -118,8 +118,8 @@ class KeyValueCache:
         ]
         if sum(missing) > len(self._free):
             raise ValueError(
-                f"KeyValueCache: {num_tokens} more tokens for each sequence need {sum(missing)} pages, expected at most "
-                f"the {len(self._free)} that are free"
+                f"KeyValueCache: {num_tokens} more tokens for each sequence need {sum(missing)} pages, expected at "
+                f"most the {len(self._free)} that are free"
             )
         for sequence, count in enumerate(missing):
             for _ in range(count):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from foveal._attention.dense import attention
 from foveal._attention.sequences import attention_kvcache
 from foveal.torch.nn import relative_bias as _relative
-from foveal.torch.nn._masks import masks, right_padding
+from foveal.torch.nn._masks import Masks, masks, right_padding
 from foveal.torch.nn.cache import KeyValueCache
 from foveal.torch.nn.relative_bias import LearnedRelativeBias, T5RelativeBias, Window, alibi_slopes
 from foveal.torch.nn.rotary import RotaryEmbedding
@@ -315,7 +315,7 @@ class MultiHeadAttention(nn.Module):
         if cache is None:
             key = query if key is None else key
             q, k, v = self._projected(query, key, key if value is None else value)
-            out, weights = self._attend(q, k, v, key_padding_mask, need_weights, attn_mask, is_causal)
+            out, weights = self._attend(q, k, v, key_padding_mask, attn_mask, is_causal, need_weights)
         else:
             if need_weights or attn_mask is not None:
                 given = "need_weights" if need_weights else "attn_mask"
@@ -441,27 +441,38 @@ class MultiHeadAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        is_causal: bool,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        batch, num_queries = q.shape[:2]
-        num_keys = k.shape[1]
-        attn_mask = None if is_causal else attn_mask
-        hidden = masks("MultiHeadAttention", attn_mask, key_padding_mask, (batch, self.num_heads, num_queries, num_keys))
-        options = self._options() | hidden.options()
+        hidden = self._hidden(q, k, key_padding_mask, None if is_causal else attn_mask)
+        q, k = self._turned(q, k, is_causal)
+        options = self._options() | hidden.options() | {"window": self.window}
+        return self._weighted(q, k, v, is_causal, need_weights, options)
+
+    def _hidden(self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Masks:
+        shape = (q.shape[0], self.num_heads, q.shape[1], k.shape[1])
+        return masks("MultiHeadAttention", attn_mask, key_padding_mask, shape)
+
+    def _turned(self, q: Tensor, k: Tensor, is_causal: bool = False) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys by their positions."""
+        if self.rotary is None:
+            return q, k
+        positions = torch.arange(q.shape[1], device=q.device) + _offset(q, k, is_causal)
+        return self.rotary(q, positions), self.rotary(k, torch.arange(k.shape[1], device=k.device))
+
+    def _weighted(
+        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, need_weights: bool, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Give the values' weighted sums (B, Sq, Hq, D); ``options`` are those of the kernel."""
         if self.training and self.dropout:
             options["dropout_p"] = self.dropout
-        offset = 0 if is_causal else num_keys - num_queries
-        causal = self.causal or is_causal
-        if self.rotary is not None:
-            q = self.rotary(q, torch.arange(num_queries, device=q.device) + offset)
-            k = self.rotary(k, torch.arange(num_keys, device=k.device))
+        offset, causal = _offset(q, k, is_causal), self.causal or is_causal
         call = functools.partial(_dense, k=k, v=v, return_weights=need_weights)
         if self.relative_bias is None:
-            return call(q, causal=causal, window=self.window, q_offset=offset, **options)
-        return self._attend_by_distance(call, q, num_keys, offset, causal, options)
+            return call(q, causal=causal, q_offset=offset, **options)
+        return self._attend_by_distance(call, q, k.shape[1], offset, causal, options)
 
     def _attend_by_distance(
         self,
@@ -479,7 +490,7 @@ class MultiHeadAttention(nn.Module):
         slopes = options.pop("alibi_slopes", None)
         if slopes is not None:
             bias = bias - slopes.to(bias.dtype).view(-1, *(1,) * distance.ndim) * distance.abs()
-        visible = _relative.seen(distance, causal, self.window)
+        visible = _relative.seen(distance, causal, options.pop("window"))
         if distance.ndim == 2:  # (Hq, B, line) and (B, line)
             bias, visible = bias.transpose(0, 1), visible if visible is None else visible[:, None]
         return _relative.attend(call, q, num_keys, bias, visible, options)
@@ -524,13 +535,13 @@ class MultiHeadAttention(nn.Module):
             added = right_padding("MultiHeadAttention", key_padding_mask, batch, num_new)
         if not torch.compiler.is_compiling():
             cache.reserve(num_new)
-        options = self._options()
+        options = self._options() | {"window": self.window}
         if self.relative_bias is None:
             turning = {}
             if self.rotary is not None and cache.rotary is not None:
                 cos, sin = cache.rotary
                 turning = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": self.rotary.interleaved}
-            out, _ = _cached(q, cache, k, v, causal=causal, window=self.window, **turning, **options)
+            out, _ = _cached(q, cache, k, v, causal=causal, **turning, **options)
         else:
             if self.rotary is not None and cache.rotary is not None:
                 positions = cache.lens[:, None] + torch.arange(num_new, device=q.device)
@@ -554,6 +565,11 @@ class MultiHeadAttention(nn.Module):
             "normalizer": (self.normalizer, "softmax"),
         }
         return text + "".join(f", {name}={value!r}" for name, (value, default) in shown.items() if value != default)
+
+
+def _offset(q: Tensor, k: Tensor, is_causal: bool) -> int:
+    """Say at which key's position the first query sits."""
+    return 0 if is_causal else k.shape[1] - q.shape[1]
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, return_weights: bool, **options: Any) -> tuple[Tensor, Tensor | None]:

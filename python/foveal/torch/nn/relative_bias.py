@@ -48,8 +48,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention with a bias by distance: (out, weights or None).
 
-    ``call(q, **options)`` is an attention of q (B, Sq, Hq, D) that gives (out, weights or None). ``bias`` is (Hq, Sq + Skv - 1) or (B, Hq, Sq + Skv - 1), ``visible`` None or (Sq + Skv - 1,) or
-    (B, 1, Sq + Skv - 1), and ``options`` hold the rest, a mask and a bias of the user in the order of q among them.
+    ``call(q, **options)`` is an attention of q (B, Sq, Hq, D) that gives (out, weights or None). ``bias`` is
+    (Hq, Sq + Skv - 1) or (B, Hq, Sq + Skv - 1), ``visible`` None or (Sq + Skv - 1,) or (B, 1, Sq + Skv - 1), and
+    ``options`` hold the rest, a mask and a bias of the user in the order of q among them.
     """
     num_queries = q.shape[1]
     block = BLOCK if torch.is_grad_enabled() and bias.requires_grad else max(num_queries, 1)
@@ -105,7 +106,8 @@ class T5RelativeBias(nn.Module):
 
     References
     ----------
-    Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", section 2.1.
+    Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+    section 2.1.
 
     Examples
     --------
