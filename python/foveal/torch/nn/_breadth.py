@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveal._attention.dense import attention
+from foveal.torch.nn.rotary import accumulator
 
 STEPS = 14  # from a bracket of 10^8 to four digits of the breadth
 
@@ -38,7 +39,7 @@ def temperature(q: Tensor, k: Tensor, breadth: Tensor, scale: float, **options: 
     that it can be traced. There is no gradient.
     """
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        exact = accumulator(q.dtype)
         q, k = q.detach().to(exact), k.detach().to(exact)
         target = breadth.to(exact).log()
         largest = scale * q.norm(dim=-1).transpose(1, 2) * _longest(k, q.shape[2])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foveal.torch.nn.multi_head import MultiHeadAttention
 from foveal.torch.nn.relative_bias import Window
+from foveal.torch.nn.rotary import accumulator
 
 
 class Mechanism(NamedTuple):
@@ -138,7 +139,7 @@ class MixtureOfAttention(nn.Module):
         Returns
         -------
         out : (B, Sq, E) Tensor
-        balance_loss : () float32 Tensor
+        balance_loss : () Tensor
             0 where all mechanisms are used alike; to be added to the loss, times a weight such as 0.01. In
             self-attention, queries that a bool ``key_padding_mask`` marks do not count.
         """
@@ -166,7 +167,8 @@ class MixtureOfAttention(nn.Module):
         return MixtureOutput(inner.out_proj(mixed), self._balance(gates, counted))
 
     def _gates(self, query: Tensor) -> Tensor:
-        logits: Tensor = self.gates(query).float()
+        logits: Tensor = self.gates(query)
+        logits = logits.to(accumulator(logits.dtype))
         return logits.softmax(-1) if self.gate == "softmax" else logits.sigmoid()
 
     def _balance(self, gates: Tensor, counted: Tensor | None) -> Tensor:

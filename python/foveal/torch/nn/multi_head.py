@@ -26,7 +26,7 @@ from foveal.torch.nn import relative_bias as _relative
 from foveal.torch.nn._masks import Masks, masks, right_padding
 from foveal.torch.nn.cache import KeyValueCache
 from foveal.torch.nn.relative_bias import LearnedRelativeBias, T5RelativeBias, Window, alibi_slopes
-from foveal.torch.nn.rotary import RotaryEmbedding
+from foveal.torch.nn.rotary import RotaryEmbedding, accumulator
 
 
 class _Joined(Tensor):
@@ -347,7 +347,8 @@ class MultiHeadAttention(nn.Module):
             device=weight.device,
         )
         if self.rotary is not None:
-            cache.rotary = self.rotary.tables(torch.arange(cache.max_tokens, device=weight.device))
+            positions = torch.arange(cache.max_tokens, device=weight.device)
+            cache.rotary = self.rotary.tables(positions, accumulator(weight.dtype))
         return cache
 
     def remember(

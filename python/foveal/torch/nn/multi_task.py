@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from foveal.torch.nn import _breadth
 from foveal.torch.nn.multi_head import MultiHeadAttention
+from foveal.torch.nn.rotary import accumulator
 
 
 class MultiTaskOutput(NamedTuple):
@@ -159,7 +160,7 @@ class MultiTaskAttention(nn.Module):
         """Give the breadth of each task (B, T), the mean over its queries and heads; without a gradient."""
         with torch.no_grad():
             q, k, hidden = self._rows(key, key_padding_mask)
-            q, k = (x if x.dtype == torch.float64 else x.float() for x in (q, k))
+            q, k = (x.to(accumulator(x.dtype)) for x in (q, k))
             reached = _breadth.entropy(q, k, self._scale, **hidden).exp()
             mean: Tensor = reached.unflatten(2, (self.num_tasks, self.queries_per_task)).mean((1, 3))
             return mean

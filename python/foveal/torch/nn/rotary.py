@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype to compute in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Llama3Scaling:
     """The frequencies of Llama 3.1 (Llama team 2024, "The Llama 3 Herd of Models").
@@ -125,15 +130,15 @@ class RotaryEmbedding(nn.Module):
         # No buffer: ``.to(torch.bfloat16)`` would round the frequencies, and with them all far positions.
         self.frequencies: tuple[float, ...] = tuple(frequencies.tolist())
 
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cosines and sines, each (..., dim / 2) float32, of integer positions (...)."""
+    def tables(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Give cosines and sines, each (..., dim / 2), of integer positions (...)."""
         frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
         angles = positions[..., None] * frequencies
-        return (angles.cos() * self.length).float(), (angles.sin() * self.length).float()
+        return (angles.cos() * self.length).to(dtype), (angles.sin() * self.length).to(dtype)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn x (B, S, H, D), with dim <= D, by the angles of its positions, (S,) or (B, S) integers."""
-        return self.turn(x, *self.tables(positions))
+        return self.turn(x, *self.tables(positions, accumulator(x.dtype)))
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn x (B, S, H, D) by what :meth:`tables` gave for its positions."""
