@@ -1,5 +1,6 @@
 """foveal on PyTorch tensors: the ops ``torch.ops.foveal.*``, on which :func:`foveal.attention` calls by itself."""
 
+from foveal.torch import nn as nn
 from foveal.torch.ops.call import _attention as _attention
 from foveal.torch.ops.sequences_call import _attention_kvcache as _attention_kvcache
 from foveal.torch.ops.sequences_call import _attention_varlen as _attention_varlen

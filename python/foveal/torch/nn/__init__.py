@@ -1,0 +1,24 @@
+"""Attention mechanisms as PyTorch modules, on the kernels of :func:`foveal.attention`: docs/modules.md."""
+
+from foveal.torch.nn.cache import KeyValueCache
+from foveal.torch.nn.mixture import Mechanism, MixtureOfAttention, MixtureOutput
+from foveal.torch.nn.multi_head import MultiHeadAttention
+from foveal.torch.nn.multi_task import MultiTaskAttention, MultiTaskOutput
+from foveal.torch.nn.relative_bias import LearnedRelativeBias, T5RelativeBias, alibi_slopes
+from foveal.torch.nn.rotary import Llama3Scaling, RotaryEmbedding, YarnScaling
+
+__all__ = [
+    "KeyValueCache",
+    "LearnedRelativeBias",
+    "Llama3Scaling",
+    "Mechanism",
+    "MixtureOfAttention",
+    "MixtureOutput",
+    "MultiHeadAttention",
+    "MultiTaskAttention",
+    "MultiTaskOutput",
+    "RotaryEmbedding",
+    "T5RelativeBias",
+    "YarnScaling",
+    "alibi_slopes",
+]
