@@ -41,7 +41,8 @@ from foveal._scheduler.shares import Floats, Policy, narrowed
 
 _CAPACITY = 64  # of the fewest slots
 # Logs of weights, relative to the reference: where they are cut off; up to where the reference need not follow (beside
-# V of at most _LARGEST_V a key V + charge/weight still tells weights up to exp(20) apart). The weight down to which V follows.
+# V of at most _LARGEST_V a key V + charge/weight still tells weights up to exp(20) apart). The weight down to which V
+# follows.
 _DEEPEST, _HIGHEST, _HIGH = -600.0, 600.0, 20.0
 _LOW = math.exp(-25.0)
 _LARGEST_V = 2.0**20
