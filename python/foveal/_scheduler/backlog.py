@@ -41,8 +41,10 @@ from foveal._scheduler.shares import Floats, Policy, narrowed
 
 _CAPACITY = 64  # of the fewest slots
 # Logs of weights, relative to the reference: where they are cut off; up to where the reference need not follow (beside
-# V of at most _LARGEST_V a key V + charge/weight still tells weights up to exp(20) apart); down to where V follows.
-_DEEPEST, _HIGHEST, _HIGH, _LOW = -600.0, 600.0, 20.0, -25.0
+# V of at most _LARGEST_V a key V + charge/weight still tells weights up to exp(20) apart). The weight down to which V
+# follows.
+_DEEPEST, _HIGHEST, _HIGH = -600.0, 600.0, 20.0
+_LOW = math.exp(-25.0)
 _LARGEST_V = 2.0**20
 _LARGEST_SCORE = 1e290
 _PATIENCE = 16  # a pass over all tasks is due when changes times this exceed their number: about 1 us a change
@@ -76,7 +78,7 @@ class Backlog:
         # By slot, from the first task with features on: these, or zeros, and the score less the scorer's part.
         self._features: NDArray[np.float32] | None = None  # (capacity, d)
         self._own: Floats = np.empty(0)
-        self._lanes = Lanes(self._policy)
+        self._lanes = Lanes(self._policy, measures_breadth=self._breadth is not None)
         self._reference: float | None = None
         self._is_stale = False  # a task as high as the reference has left
         self._reached = 1.0  # the breadth when `temperature` was solved for
@@ -144,7 +146,7 @@ class Backlog:
         if self._is_rotations_turn():
             return self.take(self._rotation.first(), rotation=True)
         slot = self._lanes.first()
-        if self._is_rebase_due() and self._weighed(self._scores[slot]) < _LOW:
+        if self._is_rebase_due() and self._lanes.weight(slot) < _LOW:
             self._rebase()  # those that the reference was the largest of are gone
             slot = self._lanes.first()
         return self.take(self._task(slot))
@@ -158,12 +160,11 @@ class Backlog:
         if rotation:
             self._rotation.take(task)
         if self._policy != "strict":
-            log_weight = self._weighed(self._scores[slot])
             if rotation:  # the proportional server did not serve it: it keeps its place there
-                task.residual = self._lanes.left(slot, log_weight)
+                task.residual = self._lanes.left(slot)
             else:  # below _LOW V would leave no digits for the others' keys
-                task.share = self._lanes.serve(slot, log_weight, task.charge)
-                v = self._lanes.move_v(slot) if log_weight >= _LOW else 0.0
+                task.share = self._lanes.serve(slot, task.charge)
+                v = self._lanes.move_v(slot) if self._lanes.weight(slot) >= _LOW else 0.0
                 if self._policy == "sample" and v > _LARGEST_V and self._is_rebase_due():
                     self._rebase()
         task.credit = self._remove(task)
@@ -174,9 +175,8 @@ class Backlog:
         self._remove(task)
 
     def _remove(self, task: Task) -> float:
-        x = self._weighed(self._scores[task.slot])
-        self._is_stale = self._is_stale or x > -1.0
-        credit = self._lanes.remove(task.slot, x)
+        self._is_stale = self._is_stale or self._weighed(self._scores[task.slot]) > -1.0
+        credit = self._lanes.remove(task.slot)
         self._slots[task.slot] = None
         task.slot = -1
         self._count -= 1
@@ -206,18 +206,19 @@ class Backlog:
         score = own = task.urgency + task.importance - self._aging * task.queued
         if not -_LARGEST_SCORE <= own <= _LARGEST_SCORE:
             score = own = _cut_off(own)
+        slot = task.slot
         if self._features is not None:
-            score = _cut_off(own + (self._scores[task.slot] - float(self._own[task.slot])))
-            self._own[task.slot] = own
-        if score == self._scores[task.slot]:
+            score = _cut_off(own + (self._scores[slot] - float(self._own[slot])))
+            self._own[slot] = own
+        if score == self._scores[slot]:
             return
         self._changes += 1
-        log_weight = self._log_weight(score)  # before anything of its slot is read: it may rebase
-        slot = task.slot
+        log_weight = self._log_weight(score)
+        slot = task.slot  # it may have rebased
         if self._policy == "strict":
             self._lanes.rekey(slot, -score)
         else:
-            self._lanes.update(slot, self._weighed(self._scores[slot]), log_weight)
+            self._lanes.update(slot, log_weight)
         self._scores[slot] = score
 
     def update_all(self, attention: Floats) -> None:
@@ -257,8 +258,11 @@ class Backlog:
 
     def _log_weight(self, score: float) -> float:
         """Give the log of the weight for a score; first moves the reference where it would not serve this score."""
-        if self._reference is None:
+        reference, temperature = self._reference, self.temperature
+        if reference is None:
             self._reference = score
+        elif temperature > 0.0 and _DEEPEST < (x := (score - reference) / temperature) <= _HIGH:  # most are
+            return x
         x = self._weighed(score)
         if (x > _HIGH or (x <= _DEEPEST and self._is_stale)) and self._is_rebase_due():
             self._rebase(at_least=score)
@@ -299,7 +303,7 @@ class Backlog:
             self._reference = at_least
             return
         occupied = self._occupied()
-        before = self._standing(occupied)
+        before = self._lanes.lefts(occupied)
         if new_scores is not None:
             np.frombuffer(self._scores)[occupied] = new_scores
         scores = np.frombuffer(self._scores)[occupied]
@@ -307,11 +311,8 @@ class Backlog:
         if self._breadth is not None:
             self.temperature = narrowed(self._breadth, scores)
         self._rebuild(occupied, before)
-        self._reached = self._lanes.breadth()
-
-    def _standing(self, occupied: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Say what is left to wait for each, in charge, and its part of the credits."""
-        return self._lanes.lefts(occupied, self._log_weights(np.frombuffer(self._scores)[occupied]))
+        if self._breadth is not None:
+            self._reached = self._lanes.breadth()
 
     def _rebuild(self, occupied: NDArray[np.int64], standing: tuple[Floats, Floats] | None = None) -> None:
         """Move the waiting tasks together, in order, with room for as many again."""
@@ -320,7 +321,7 @@ class Backlog:
             nothing = np.zeros(len(scores))
             self._lanes.rebuild(occupied, nothing, -scores, nothing)
         else:
-            self._lanes.rebuild(occupied, self._log_weights(scores), *(standing or self._standing(occupied)))
+            self._lanes.rebuild(occupied, self._log_weights(scores), *(standing or self._lanes.lefts(occupied)))
         self._scores = array("d", scores.tobytes())
         if self._count != len(self._slots):
             self._slots = [task for task in self._slots if task is not None]

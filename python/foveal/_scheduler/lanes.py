@@ -57,16 +57,17 @@ class Lane:
 class Lanes:
     """The proportional server over slots 0, 1, ... of the backlog; see the module."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, measures_breadth: bool) -> None:
         self._has_many = policy == "credit"
+        self._measures_breadth = measures_breadth
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         self._lanes: dict[int, Lane] = {}
-        # By slot: the lane's number, the id and the key in its heap, the expected charge.
+        # By slot: the lane's number, the id and the key in its heap, the weight, the expected charge.
         self._numbers, self._ids = array("i"), array("q")
-        self._keys, self._charges = array("d"), array("d")
+        self._keys, self._weights, self._charges = array("d"), array("d"), array("d")
 
     def push(self, log_weight: float, charge: float, left: float, credit: float) -> None:
         """Let the task of the next slot wait for `left` at its weight; its lane gets `credit`."""
@@ -75,23 +76,29 @@ class Lanes:
         self._numbers.append(number)
         self._ids.append(0)
         self._keys.append(left)
+        self._weights.append(0.0)
         self._charges.append(charge)
-        self._join(slot, number, log_weight, charge, left)
-        if credit:
-            self._lanes[number].credit += credit
+        self._join(slot, number, math.exp(log_weight), charge, left).credit += credit
 
-    def remove(self, slot: int, log_weight: float) -> float:
+    def weight(self, slot: int) -> float:
+        """Give a task's weight."""
+        return self._weights[slot]
+
+    def remove(self, slot: int) -> float:
         """Take a task out; give the credit of its lane if that is empty now, else 0."""
         number = self._numbers[slot]
         lane = self._lanes[number]
-        lane.heap.remove(self._ids[slot])
-        if not len(lane.heap):
+        heap = lane.heap
+        heap.remove(self._ids[slot])
+        if not len(heap):
             del self._lanes[number]
             return lane.credit
-        weight = math.exp(log_weight)
-        lane.weight = max(_LIGHTEST, lane.weight - weight)
-        lane.moment -= weight * log_weight
+        weight = self._weights[slot]
+        left = lane.weight - weight
+        lane.weight = left if left > _LIGHTEST else _LIGHTEST
         lane.charges -= self._charges[slot]
+        if self._measures_breadth:
+            lane.moment -= weight * math.log(weight)
         return 0.0
 
     def rekey(self, slot: int, key: float) -> None:
@@ -99,26 +106,27 @@ class Lanes:
         self._keys[slot] = key
         self._lanes[self._numbers[slot]].heap.update(self._ids[slot], key)
 
-    def update(self, slot: int, old_log_weight: float, log_weight: float) -> None:
+    def update(self, slot: int, log_weight: float) -> None:
         """Change a weight."""
         number = self._numbers[slot]
         lane = self._lanes[number]
-        charge = self._charges[slot]
-        new_number = self._number(log_weight, charge)
-        old_weight, weight = math.exp(old_log_weight), math.exp(log_weight)
+        new_number = self._number(log_weight, charge := self._charges[slot])
+        weight, old_weight = math.exp(log_weight), self._weights[slot]
         left = (self._keys[slot] - lane.v) * old_weight
         if new_number == number:
+            self._weights[slot] = weight
             self._keys[slot] = key = lane.v + left / weight
             lane.heap.update(self._ids[slot], key)
             lane.weight = max(_LIGHTEST, lane.weight + (weight - old_weight))
-            lane.moment += weight * log_weight - old_weight * old_log_weight
+            if self._measures_breadth:
+                lane.moment += weight * math.log(weight) - old_weight * math.log(old_weight)
             return
-        credit = lane.credit * min(1.0, old_weight / lane.weight)
+        part = old_weight / lane.weight
+        credit = lane.credit * part if part < 1.0 else lane.credit
         lane.credit -= credit
-        self.remove(slot, old_log_weight)
+        self.remove(slot)
         self._numbers[slot] = new_number
-        self._join(slot, new_number, log_weight, charge, left)
-        self._lanes[new_number].credit += credit
+        self._join(slot, new_number, weight, charge, left).credit += credit
 
     def first(self) -> int:
         """Give the slot of the task that is next."""
@@ -129,21 +137,20 @@ class Lanes:
             lane = self._first_lane()
         return lane.slots[lane.heap.peek()[0]]
 
-    def left(self, slot: int, log_weight: float) -> float:
+    def left(self, slot: int) -> float:
         """Say what is left to wait, in charge."""
         v = self._lanes[self._numbers[slot]].v
-        return max(0.0, self._keys[slot] - v) * math.exp(log_weight)
+        return max(0.0, self._keys[slot] - v) * self._weights[slot]
 
-    def serve(self, slot: int, log_weight: float, charge: float) -> float:
+    def serve(self, slot: int, charge: float) -> float:
         """Give all lanes their parts of a turn, and let the task's lane pay it; return the task's share."""
         lane = self._lanes[self._numbers[slot]]
-        weight = math.exp(log_weight)
         if len(self._lanes) > 1:
             total = self.pour(charge)
             lane.credit -= charge
         else:
             total = lane.weight
-        return min(1.0, weight / total)
+        return min(1.0, self._weights[slot] / total)
 
     def move_v(self, slot: int) -> float:
         """Let V of the task's lane follow its key; give V."""
@@ -167,7 +174,7 @@ class Lanes:
         entropy = math.log(total) - sum(lane.moment for lane in self._lanes.values()) / total
         return math.exp(min(max(0.0, entropy), 700.0))
 
-    def lefts(self, slots: NDArray[np.int64], log_weights: Floats) -> tuple[Floats, Floats]:
+    def lefts(self, slots: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Say for many what is left to wait, in charge, and their parts of the credits."""
         numbers = np.frombuffer(self._numbers, np.int32)[slots]
         lowest = min(self._lanes)
@@ -176,7 +183,7 @@ class Lanes:
             vs[number - lowest] = lane.v
             rates[number - lowest] = lane.credit / lane.weight
         with np.errstate(all="ignore"):
-            weights = np.exp(log_weights)
+            weights = np.frombuffer(self._weights)[slots]
             left = np.maximum(np.frombuffer(self._keys)[slots] - vs[numbers - lowest], 0.0) * weights
             return left, rates[numbers - lowest] * weights
 
@@ -190,19 +197,21 @@ class Lanes:
             if self._has_many:
                 rates = np.minimum(log_weights - np.log(charges), _FASTEST)
                 numbers = np.maximum(np.floor(rates * _LANES_PER_E), _LOWEST).astype(np.int32)
-        self._fill(numbers, keys, charges)
+        self._fill(numbers, keys, weights, charges)
         for number, members in self._split(numbers):
             lane = self._lane_of(number, members, keys[members])
             lane.weight = max(_LIGHTEST, float(weights[members].sum()))
-            lane.moment = float((weights[members] * log_weights[members]).sum())
+            if self._measures_breadth:
+                lane.moment = float((weights[members] * log_weights[members]).sum())
             lane.charges = float(charges[members].sum())
             lane.credit = float(credits[members].sum()) if self._has_many else 0.0
 
-    def _fill(self, numbers: NDArray[np.int32], keys: Floats, charges: Floats) -> None:
+    def _fill(self, numbers: NDArray[np.int32], keys: Floats, weights: Floats, charges: Floats) -> None:
         self._lanes = {}
         self._numbers = array("i", numbers.tobytes())
         self._ids = array("q", bytes(8 * len(numbers)))
-        self._keys, self._charges = array("d", keys.tobytes()), array("d", charges.tobytes())
+        self._keys, self._weights = array("d", keys.tobytes()), array("d", weights.tobytes())
+        self._charges = array("d", charges.tobytes())
 
     def _split(self, numbers: NDArray[np.int32]) -> list[tuple[int, NDArray[np.int64]]]:
         order = np.argsort(numbers.astype(np.int16), kind="stable")
@@ -222,22 +231,30 @@ class Lanes:
             return 0
         if charge != 1.0:
             log_weight = min(log_weight - math.log(charge), _FASTEST) if charge > 0.0 else _FASTEST
-        return max(math.floor(log_weight * _LANES_PER_E), _LOWEST)
+        number = math.floor(log_weight * _LANES_PER_E)
+        return number if number > _LOWEST else _LOWEST
 
-    def _join(self, slot: int, number: int, log_weight: float, charge: float, left: float) -> None:
+    def _join(self, slot: int, number: int, weight: float, charge: float, left: float) -> Lane:
+        """Let the task of this slot wait for `left` in the lane of this number; give the lane."""
         lane = self._lanes.get(number)
         if lane is None:
             lane = self._lanes[number] = Lane()
-        elif len(lane.slots) == lane.heap.capacity:
+        heap, slots = lane.heap, lane.slots
+        id_ = len(slots)
+        if id_ == heap.capacity:
             self._make_room(lane)
-        weight = math.exp(log_weight)
+            heap, slots = lane.heap, lane.slots
+            id_ = len(slots)
         lane.weight += weight
-        lane.moment += weight * log_weight
         lane.charges += charge
+        if self._measures_breadth:
+            lane.moment += weight * math.log(weight)
+        self._weights[slot] = weight
         self._keys[slot] = key = lane.v + left / weight
-        self._ids[slot] = id_ = len(lane.slots)
-        lane.heap.push(id_, key)
-        lane.slots.append(slot)
+        self._ids[slot] = id_
+        heap.push(id_, key)
+        slots.append(slot)
+        return lane
 
     def _make_room(self, lane: Lane) -> None:
         """Move a lane's tasks together, in order, into a heap of twice their number."""
