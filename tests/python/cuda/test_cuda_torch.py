@@ -12,6 +12,7 @@ pytest.importorskip("foveal.torch")
 
 from foveal import _cuda  # noqa: E402
 from foveal.torch.ops import cuda as _cuda_ops  # noqa: E402
+from foveal.torch.ops.records import PackedOptions  # noqa: E402
 
 
 def on_the_gpu(op: Any) -> Any:
@@ -138,7 +139,7 @@ def test_packed_sequences_agree_with_the_cpu(kernels: Any, dtype: Any) -> None:
     expected = torch.ops.foveal.attention_varlen_forward(q, k, v, *begins, *scores)
     expect_close(found[0], expected[0], dtype)
     torch.testing.assert_close(torch.isinf(found[1]), torch.isinf(expected[1]))
-    full = [*scores, None, 0.0, 0.0]
+    full = list(PackedOptions(*scores))
     check_gradients(kernels, "attention_varlen", dtype, [q, k, v, *begins], full)
 
 
