@@ -22,6 +22,9 @@ void Canonicalizer::judge_gradients(CanonicalGradients& g) {
   if (g.dlse.present()) {
     check_gradient("dlse", g.dlse, accumulator);
     rewrite_lse("dlse", g.dlse);
+    if (has_threshold(p_.normalizer) || is_pointwise(p_.normalizer))
+      reject_value(std::string("dlse is given, expected none with normalizer='") + name_of(p_.normalizer) +
+                   "', whose rows have no log-sum-exp");
   }
   if (g.dbias.present()) {
     check_gradient("dbias", g.dbias, accumulator);

@@ -331,3 +331,19 @@ def test_compile_export_vmap_autocast(normalizer: str) -> None:
     index = foveal._core.NORMALIZERS.index(normalizer)
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.foveal.attention_forward.default, inputs, {"normalizer": index})
+
+
+def test_what_a_row_saves_has_no_gradient() -> None:
+    torch = pytest.importorskip("torch")
+    import foveal.torch  # noqa: F401  registers the ops
+
+    q, k, v = torch.randn(3, 1, 2, 9, 8).unbind()
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    for normalizer in OTHERS:
+        index = foveal._core.NORMALIZERS.index(normalizer)
+        out, lse, _ = torch.ops.foveal.attention_forward(*inputs, normalizer=index)
+        assert out.requires_grad
+        assert not lse.requires_grad
+        if normalizer != "normalized_sigmoid":
+            with pytest.raises(RuntimeError, match="dlse is given, expected none with normalizer"):
+                torch.ops.foveal.attention_backward(out, lse, out, lse, q, k, v, normalizer=index)

@@ -78,6 +78,7 @@ class Differentiable:
         end = num_arrays + len(backward_options._fields) - 2
         num_tensors = num_arrays + options.num_tensors
         num_inputs = num_arrays + len(options._fields)
+        normalizer = num_arrays + options._fields.index("normalizer")
 
         class Function(torch.autograd.Function):
             @staticmethod
@@ -87,7 +88,8 @@ class Differentiable:
             @staticmethod
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
                 out, lse, *others = output
-                ctx.mark_non_differentiable(*others)
+                ctx.has_lse = inputs[normalizer] == 0  # of softmax; what others save of a row is no result
+                ctx.mark_non_differentiable(*others if ctx.has_lse else (lse, *others))
                 ctx.save_for_backward(out, lse, *inputs[:num_tensors])
                 ctx.numbers = inputs[num_tensors:end]
 
@@ -96,7 +98,7 @@ class Differentiable:
                 out, lse, *tensors = ctx.saved_tensors
                 bias_grad, sinks_grad = ctx.needs_input_grad[bias], ctx.needs_input_grad[sinks]
                 dq, dk, dv, dbias, dsinks = backward(
-                    dout, dlse, out, lse, *tensors, *ctx.numbers, bias_grad, sinks_grad
+                    dout, dlse if ctx.has_lse else None, out, lse, *tensors, *ctx.numbers, bias_grad, sinks_grad
                 )
                 gradients: list[Tensor | None] = [dq, dk, dv] + [None] * (num_inputs - 3)
                 if bias_grad:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from foveal import _cuda
 from foveal._options import OPTIONS
-from foveal.torch.ops.dense import _autocast, _new_lse_and_weights, _new_out
+from foveal.torch.ops.declare import Op, autocast_rule
+from foveal.torch.ops.dense import _new_lse_and_weights, _new_out
 from foveal.torch.ops.records import BackwardOptions, Options, PackedBackwardOptions
 
 # What the backend reads under the name that the ops have for it.
@@ -231,23 +232,20 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
     }
 
 
-# Where autocast finds q.
-_CAST_FROM = {"attention_plain": 0, "attention_forward": 0, "attention_forward_out": 1, "attention_varlen_forward": 0}
-
-
 def _current_stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-def register(library: torch.library.Library | None, *names: str) -> bool:
+def register(library: torch.library.Library | None, *ops: Op) -> bool:
     """Give these ops their CUDA kernels where the backend was built and asked for; tell whether."""
     backend = _cuda.library() if _cuda.experimental() else None
     if backend is None or library is None:
         return False
     implementations = kernels(backend, _current_stream)
-    for name in names:
-        library.impl(name, implementations[name], "CUDA")
-        if name in _CAST_FROM:
-            op = getattr(torch.ops.foveal, name).default
-            library.impl(op, _autocast(op, _CAST_FROM[name], "cuda"), "AutocastCUDA", with_keyset=True)
+    for op in ops:
+        library.impl(op.name, implementations[op.name], "CUDA")
+        if op.cast_from is not None:
+            overload = getattr(torch.ops.foveal, op.name).default
+            rule = autocast_rule(overload, op.cast_from, "cuda")
+            library.impl(overload, rule, "AutocastCUDA", with_keyset=True)
     return True

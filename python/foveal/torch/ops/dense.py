@@ -19,30 +19,17 @@ the class that NumPy callers get.
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from foveal import _core
+from foveal.torch.ops.declare import Op, declare, refusing_vmap
 from foveal.torch.ops.records import BackwardOptions, Options
 
 _ARRAYS = "Tensor q, Tensor k, Tensor v"
 _INPUTS = f"{_ARRAYS}, {Options.schema}"
-_SCHEMAS = {
-    "attention_plain": f"({_ARRAYS}, bool causal=False, float? scale=None) -> Tensor",
-    "attention_forward": f"({_INPUTS}) -> (Tensor out, Tensor lse, Tensor weights)",
-    "attention_forward_out": f"(Tensor(a!) out, {_INPUTS}) -> (Tensor lse, Tensor weights)",
-    "attention_backward": (
-        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARRAYS}, {BackwardOptions.schema})"
-        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
-    ),
-}
-
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -170,27 +157,6 @@ def _backward_fake(
     return dq, dk, dv, of(problem.bias_grad, problem.bias), of(problem.sinks_grad, problem.sinks)
 
 
-# --- autocast --------------------------------------------------------------------------------------------------------
-
-
-def _autocast(op: torch._ops.OpOverload, first: int, device: str = "cpu") -> Callable[..., Any]:
-    """Cast q, k and v, which share a dtype, and nothing else; ``first`` is the place of q."""
-    key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}[device]
-
-    def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        # Like torch's own rules, leave float64 alone.
-        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-    def rule(_: torch._C.DispatchKeySet, *values: Any, **named: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-        arguments = [*values]
-        arguments[first : first + 3] = [cast(tensor, dtype) for tensor in arguments[first : first + 3]]
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(*arguments, **named)
-
-    return rule
-
-
 # --- vmap ------------------------------------------------------------------------------------------------------------
 
 
@@ -302,51 +268,39 @@ def _backward_flops(
     return 2 * _pairs(q, k, BackwardOptions(*values, **named).bshd) * products
 
 
-# --- registration ----------------------------------------------------------------------------------------------------
+# --- the ops ---------------------------------------------------------------------------------------------------------
 
-
-def _libtorch() -> list[str]:
-    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
-    return [os.path.join(os.path.dirname(torch.__file__), "lib", name), name]
-
-
-_library = torch.library.Library("foveal", "DEF")
-_shim_is_missing = bool(_core.register_torch_ops(_libtorch()))  # before the schemas, which is as good
-
-
-def _register() -> None:
-    for name, schema in _SCHEMAS.items():
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if _shim_is_missing:
-        from foveal.torch.ops import fallback as _fallback
-
-        _fallback.register(_library)
-
-    ops = torch.ops.foveal
-    for name, fake in (
-        ("attention_plain", _plain_fake),
-        ("attention_forward", _forward_fake),
-        ("attention_forward_out", _forward_out_fake),
-        ("attention_backward", _backward_fake),
-    ):
-        torch.library.register_fake(f"foveal::{name}", fake, lib=_library)
-    for op, first in (
-        (ops.attention_plain.default, 0),
-        (ops.attention_forward.default, 0),
-        (ops.attention_forward_out.default, 1),
-    ):
-        _library.impl(op, _autocast(op, first), "AutocastCPU", with_keyset=True)
-    torch.library.register_vmap("foveal::attention_plain", _plain_vmap, lib=_library)
-    torch.library.register_vmap("foveal::attention_forward", _forward_vmap, lib=_library)
-    torch.library.register_vmap("foveal::attention_backward", _backward_vmap, lib=_library)
-    register_flop_formula(ops.attention_plain)(_plain_flops)
-    register_flop_formula(ops.attention_forward)(_forward_flops)
-    register_flop_formula(ops.attention_forward_out)(_forward_out_flops)
-    register_flop_formula(ops.attention_backward)(_backward_flops)
-
-    from foveal.torch.ops import cuda as _cuda_ops
-
-    _cuda_ops.register(_library, *_SCHEMAS)
-
-
-_register()
+declare(
+    Op(
+        "attention_plain",
+        f"({_ARRAYS}, bool causal=False, float? scale=None) -> Tensor",
+        _plain_fake,
+        _plain_vmap,
+        _plain_flops,
+        cast_from=0,
+    ),
+    Op(
+        "attention_forward",
+        f"({_INPUTS}) -> (Tensor out, Tensor lse, Tensor weights)",
+        _forward_fake,
+        _forward_vmap,
+        _forward_flops,
+        cast_from=0,
+    ),
+    Op(
+        "attention_forward_out",
+        f"(Tensor(a!) out, {_INPUTS}) -> (Tensor lse, Tensor weights)",
+        _forward_out_fake,
+        refusing_vmap("attention"),
+        _forward_out_flops,
+        cast_from=1,
+    ),
+    Op(
+        "attention_backward",
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARRAYS}, {BackwardOptions.schema})"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+        _backward_fake,
+        _backward_vmap,
+        _backward_flops,
+    ),
+)

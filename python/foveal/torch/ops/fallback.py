@@ -75,14 +75,6 @@ def _backward(
     return tuple(none.clone() if x is None else x for x in gradients)
 
 
-def register(library: torch.library.Library) -> None:
-    """Give the ops of ``library`` their CPU kernels."""
-    library.impl("attention_plain", _plain, "CPU")
-    library.impl("attention_forward", _forward, "CPU")
-    library.impl("attention_forward_out", _forward_out, "CPU")
-    library.impl("attention_backward", _backward, "CPU")
-
-
 # --- packed sequences and caches -------------------------------------------------------------------------------------
 
 
@@ -110,8 +102,13 @@ def _kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lens: Tensor, *v
     return out, lse
 
 
-def register_sequences(library: torch.library.Library) -> None:
-    """Give the ops of packed sequences and caches their CPU kernels."""
-    library.impl("attention_varlen_forward", _varlen, "CPU")
-    library.impl("attention_varlen_backward", _varlen_backward, "CPU")
-    library.impl("attention_kvcache", _kvcache, "CPU")
+# By the names of their ops.
+KERNELS = {
+    "attention_plain": _plain,
+    "attention_forward": _forward,
+    "attention_forward_out": _forward_out,
+    "attention_backward": _backward,
+    "attention_varlen_forward": _varlen,
+    "attention_varlen_backward": _varlen_backward,
+    "attention_kvcache": _kvcache,
+}

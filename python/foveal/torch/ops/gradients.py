@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveal._options import ATTENTION, VARLEN
 from foveal.torch.ops.autograd import Differentiable, is_differentiated
-from foveal.torch.ops.dense import _library
+from foveal.torch.ops.declare import library
 from foveal.torch.ops.records import BackwardOptions, Options, PackedBackwardOptions, PackedOptions
 from foveal.torch.ops.sequences import refuse_gradient
 
@@ -62,9 +62,9 @@ def _kvcache_kernel(keyset: torch._C.DispatchKeySet, *values: Any, **named: Any)
     return _kvcache.redispatch(keyset & torch._C._after_autograd_keyset, *values, **named)
 
 
-differentiable_attention.register(_library)
-differentiable_varlen.register(_library)
-_library.impl(_plain, _plain_kernel, "Autograd", with_keyset=True)
-_library.impl(_forward_out, _forward_out_kernel, "Autograd", with_keyset=True)
-_library.impl(_forward_out, _forward_out_version_kernel, "ADInplaceOrView", with_keyset=True)
-_library.impl(_kvcache, _kvcache_kernel, "Autograd", with_keyset=True)
+differentiable_attention.register(library)
+differentiable_varlen.register(library)
+library.impl(_plain, _plain_kernel, "Autograd", with_keyset=True)
+library.impl(_forward_out, _forward_out_kernel, "Autograd", with_keyset=True)
+library.impl(_forward_out, _forward_out_version_kernel, "ADInplaceOrView", with_keyset=True)
+library.impl(_kvcache, _kvcache_kernel, "Autograd", with_keyset=True)

@@ -11,30 +11,16 @@ Arguments mean what they mean in those functions. There are no rules for vmap: t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
-import torch
 from torch import Tensor
 
-from foveal.torch.ops import cuda as _cuda_ops
-from foveal.torch.ops.dense import _autocast, _check, _library, _new_lse_and_weights, _new_out, _shim_is_missing
+from foveal._options import KVCACHE, VARLEN
+from foveal.torch.ops.declare import Op, declare, refusing_vmap
+from foveal.torch.ops.dense import _check, _new_lse_and_weights, _new_out
 from foveal.torch.ops.records import Options, PackedBackwardOptions, PackedOptions
 
 _PACKED = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_kv"
-_SCHEMAS = {
-    "attention_varlen_forward": f"({_PACKED}, {PackedOptions.schema}) -> (Tensor out, Tensor lse)",
-    "attention_varlen_backward": (
-        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKED}, {PackedBackwardOptions.schema})"
-        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
-    ),
-    "attention_kvcache": (
-        "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, Tensor? k=None, Tensor? v=None, "
-        "Tensor? block_table=None, Tensor? cache_batch_idx=None, Tensor? k_scale=None, Tensor? v_scale=None, "
-        "Tensor? rotary_cos=None, Tensor? rotary_sin=None, bool rotary_interleaved=False, "
-        f"{PackedOptions.schema}) -> (Tensor out, Tensor lse)"
-    ),
-}
 
 
 class Update(NamedTuple):
@@ -92,13 +78,6 @@ def _kvcache_fake(
     return _results(q, k_cache, v_cache)
 
 
-def _refusing(name: str, what: str) -> Callable[..., NoReturn]:
-    def rule(*_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError(f"{name}: {what}")
-
-    return rule
-
-
 def refuse_gradient() -> NoReturn:
     """Refuse to differentiate a call on a cache."""
     raise NotImplementedError(
@@ -107,24 +86,28 @@ def refuse_gradient() -> NoReturn:
     )
 
 
-def _register() -> None:
-    for op_name, schema in _SCHEMAS.items():
-        _library.define(op_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if _shim_is_missing:
-        from foveal.torch.ops import fallback as _fallback
-
-        _fallback.register_sequences(_library)
-    for name, op_name, fake in (
-        ("attention_varlen", "attention_varlen_forward", _varlen_fake),
-        ("attention_varlen", "attention_varlen_backward", _varlen_backward_fake),
-        ("attention_kvcache", "attention_kvcache", _kvcache_fake),
-    ):
-        torch.library.register_fake(f"foveal::{op_name}", fake, lib=_library)
-        vmap = _refusing(name, "there is no rule for vmap, expected a call without it")
-        torch.library.register_vmap(f"foveal::{op_name}", vmap, lib=_library)
-    varlen = torch.ops.foveal.attention_varlen_forward.default
-    _library.impl(varlen, _autocast(varlen, 0), "AutocastCPU", with_keyset=True)
-    _cuda_ops.register(_library, *_SCHEMAS)
-
-
-_register()
+declare(
+    Op(
+        "attention_varlen_forward",
+        f"({_PACKED}, {PackedOptions.schema}) -> (Tensor out, Tensor lse)",
+        _varlen_fake,
+        refusing_vmap(VARLEN),
+        cast_from=0,
+    ),
+    Op(
+        "attention_varlen_backward",
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKED}, {PackedBackwardOptions.schema})"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+        _varlen_backward_fake,
+        refusing_vmap(VARLEN),
+    ),
+    Op(
+        "attention_kvcache",
+        "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, Tensor? k=None, Tensor? v=None, "
+        "Tensor? block_table=None, Tensor? cache_batch_idx=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+        "Tensor? rotary_cos=None, Tensor? rotary_sin=None, bool rotary_interleaved=False, "
+        f"{PackedOptions.schema}) -> (Tensor out, Tensor lse)",
+        _kvcache_fake,
+        refusing_vmap(KVCACHE),
+    ),
+)
