@@ -335,7 +335,7 @@ def test_compile_export_vmap_autocast(normalizer: str) -> None:
 
 def test_what_a_row_saves_has_no_gradient() -> None:
     torch = pytest.importorskip("torch")
-    import foveal.torch  # noqa: F401  registers the ops
+    import foveal.torch
 
     q, k, v = torch.randn(3, 1, 2, 9, 8).unbind()
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
