@@ -32,7 +32,7 @@ struct Status {
   const char* function = "attention";  // static; `of` replaces it; null: what failed is no call
 
   bool ok() const { return kind == ErrorKind::kNone; }
-  std::string message() const { return function != nullptr ? std::string(function) + ": " + text : text; }
+  std::string message() const { return ok() || function == nullptr ? text : std::string(function) + ": " + text; }
 
   // The same of another function, which the call of this one serves.
   Status of(const char* other) && {
