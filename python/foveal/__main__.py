@@ -57,6 +57,7 @@ def print_bench(*, quick: bool, png: Path | None) -> None:
         Work(32, 12, 32, 32),
         Work(1, 8, 1024, 64, "bfloat16"),
         Work(1, 32, 1, 128, seqlen_kv=4096),
+        Work(1, 8, 512, 64, normalizer="entmax15"),
     ]
     if not quick:
         works[2:2] = [Work(1, 8, 4096, 64), Work(1, 8, 4096, 64, causal=True), Work(1, 8, 4096, 128)]

@@ -19,7 +19,7 @@ from foveal import _core
 
 from .measure import Contender, accepted, take_turns
 from .peers import PEERS, peers_of
-from .peers.numpy import naive_attention
+from .peers.numpy import entmax15_attention, naive_attention
 from .show import Row
 from .work import TOLERANCE, Array, Inputs, Way, Work, cycled, foveal_numpy, foveal_torch
 
@@ -173,7 +173,8 @@ def check_ours(work: Work, inputs: Inputs, ours: Way) -> None:
     hidden = (distance < 0) & work.causal
     if work.window is not None:
         hidden |= distance > work.window
-    expected = naive_attention(q[:, :, rows], k, v, hidden)
+    formula = entmax15_attention if work.normalizer == "entmax15" else naive_attention
+    expected = formula(q[:, :, rows], k, v, hidden)
     assert_close(ours.name, ours.result(work)[:1, :1, rows], expected, TOLERANCE[work.dtype])
 
 

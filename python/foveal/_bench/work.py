@@ -34,6 +34,7 @@ class Work:
     window: int | None = None  # keys to the left
     seqlen_kv: int | None = None
     kv_heads: int | None = None
+    normalizer: str = "softmax"  # or "entmax15"
 
     def __str__(self) -> str:
         text = f"({self.batch},{self.heads},{self.seqlen},{self.head_dim})"
@@ -42,6 +43,7 @@ class Work:
         if self.seqlen_kv:
             text += f" keys {self.seqlen_kv}"
         text += {"float32": " f32", "float16": " f16", "bfloat16": " bf16"}[self.dtype]
+        text += "" if self.normalizer == "softmax" else f" {self.normalizer}"
         return text + " causal" * self.causal + (f" window {self.window}" if self.window else "")
 
     @property
@@ -157,6 +159,8 @@ def foveal_numpy(work: Work, inputs: Sequence[Inputs]) -> Way:
     options: dict[str, Any] = {"causal": True} if work.causal else {}
     if work.window is not None:
         options["window"] = (work.window, None)
+    if work.normalizer != "softmax":
+        options["normalizer"] = work.normalizer
     return Way("foveal", cycled(lambda q, k, v: foveal.attention(q, k, v, **options), inputs))
 
 

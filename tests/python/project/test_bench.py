@@ -23,6 +23,7 @@ WORKS = [
     Work(1, 4, 8, 16, "bfloat16", causal=True),
     Work(1, 4, 8, 16, "float16"),
     Work(1, 4, 1, 16, seqlen_kv=32, kv_heads=2),
+    Work(1, 2, 40, 16, causal=True, normalizer="entmax15"),
 ]
 
 
