@@ -69,7 +69,6 @@ def rows(seconds: float, shape: tuple[int, ...]) -> dict[str, float]:
             for way, attention in peers.items():
                 ways[way] = step(attention, q, k, v, dout)
             check(name, ways)
-            drop_slow(ways, peers)
             times = take_turns(ways, seconds)
             exact = min((way for way in peers if "k=" not in way and way in ways), key=times.__getitem__)
             ratios[f"{name}, {what}, against entmax ({exact})"] = times[exact] / times["ours"]
@@ -121,25 +120,20 @@ def both(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dout
 
 
 def check(name: str, ways: dict[str, Callable[[], Any]]) -> None:
+    """Compare results; leave out an exact way of the peer that takes more than twice as long as the other one."""
     found = ways["ours"]()
-    for way, call in ways.items():
-        if way in ("ours", "softmax"):
-            continue
-        for x, y in zip(found, call(), strict=True):
+    seconds = {}
+    for way in [way for way in ways if way not in ("ours", "softmax")]:
+        start = time.perf_counter()
+        results = ways[way]()
+        seconds[way] = time.perf_counter() - start
+        for x, y in zip(found, results, strict=True):
             error = ((x - y).abs().max() / y.abs().max()).item()
             if not error <= 1e-3:  # a key at the threshold may fall on either side
                 raise RuntimeError(f"bench: {name} by {way} is off by {error:.1e} of its largest, expected 1e-3")
-
-
-def drop_slow(ways: dict[str, Callable[[], Any]], peers: dict[str, Any]) -> None:
-    """Leave out an exact way of the peer that takes more than twice as long as the other one, which will do."""
-    seconds = {}
-    for way in [way for way in peers if "k=" not in way]:
-        start = time.perf_counter()
-        ways[way]()
-        seconds[way] = time.perf_counter() - start
-    for way in seconds:
-        if seconds[way] > 2 * min(seconds.values()):
+    exact = {way: found for way, found in seconds.items() if "k=" not in way}
+    for way, found in exact.items():
+        if found > 2 * min(exact.values()):
             del ways[way]
 
 
