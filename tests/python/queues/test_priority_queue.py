@@ -23,6 +23,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import foveal._queues.async_queue
+import foveal._queues.priority_queue
 import foveal._queues.rules
 import foveal.queues
 from foveal import AsyncPriorityQueue, Empty, PriorityQueue, ShutDown
@@ -556,7 +557,7 @@ def test_the_interpreter_ends_while_threads_wait():
 
 
 def test_docstrings():
-    results = [doctest.testmod(module) for module in (foveal.queues, foveal._queues.async_queue)]
+    results = [doctest.testmod(module) for module in (foveal._queues.priority_queue, foveal._queues.async_queue)]
     assert sum(tried for _, tried in results) > 10
     assert not any(failed for failed, _ in results)
 
