@@ -24,7 +24,7 @@ class Op(NamedTuple):
     name: str
     schema: str
     fake: Callable[..., Any]  # shapes and dtypes of the results
-    vmap: Callable[..., Any]
+    vmap: Callable[..., Any] | None  # None: torch itself refuses, naming the op
     flops: Callable[..., Any] | None = None
     cast_from: int | None = None  # autocast: where q is, which k and v follow
 
@@ -50,7 +50,8 @@ def declare(*ops: Op) -> None:
     for op in ops:
         overload = getattr(torch.ops.foveal, op.name)
         torch.library.register_fake(f"foveal::{op.name}", op.fake, lib=library)
-        torch.library.register_vmap(f"foveal::{op.name}", op.vmap, lib=library)
+        if op.vmap is not None:
+            torch.library.register_vmap(f"foveal::{op.name}", op.vmap, lib=library)
         if op.flops is not None:
             register_flop_formula(overload)(op.flops)
         if op.cast_from is not None:

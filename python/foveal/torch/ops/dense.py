@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.torch.ops.declare import Op, declare, refusing_vmap
+from foveal.torch.ops.declare import Op, declare
 from foveal.torch.ops.records import BackwardOptions, Options
 
 _ARRAYS = "Tensor q, Tensor k, Tensor v"
@@ -291,7 +291,7 @@ declare(
         "attention_forward_out",
         f"(Tensor(a!) out, {_INPUTS}) -> (Tensor lse, Tensor weights)",
         _forward_out_fake,
-        refusing_vmap("attention"),
+        None,  # it writes to an argument
         _forward_out_flops,
         cast_from=1,
     ),
