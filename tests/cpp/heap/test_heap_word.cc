@@ -1,9 +1,12 @@
 // The atomic accesses to a heap's word, as the machine does them: alone, and by two threads on one word.
 //
 // Built twice: as it is, and under ThreadSanitizer, where the accesses are the compiler's.
+#include <sys/time.h>
+
 #include <atomic>
 #include <barrier>
 #include <chrono>
+#include <csignal>
 #include <thread>
 
 #include "check.h"
@@ -44,6 +47,54 @@ void test_changes_soon_is_true_to_the_word() {
   FOVEAL_CHECK(NativeAtomics::changes_soon(word, {3, 2}));
   FOVEAL_CHECK(NativeAtomics::changes_soon(word, {1, 3}));
 }
+
+#if defined(__x86_64__) && defined(__OPTIMIZE__) && !defined(FOVEAL_WORD_BUILTIN)
+
+#define FOVEAL_SECTION(name) extern "C" const unsigned char __start_##name[], __stop_##name[]
+}  // namespace
+FOVEAL_SECTION(foveal_swap_code);
+FOVEAL_SECTION(foveal_swap_tag_code);
+namespace {
+
+__attribute__((noinline, flatten, used, section("foveal_swap_code"))) bool swap(HeapWord& word, HeapWord expected,
+                                                                                HeapWord desired) {
+  return NativeAtomics::compare_exchange(word, expected, desired);
+}
+__attribute__((noinline, flatten, used, section("foveal_swap_tag_code"))) bool swap_tag(HeapWord& word,
+                                                                                        HeapWord expected) {
+  return NativeAtomics::compare_exchange_tag(word, expected, 5);
+}
+
+// How often the two-byte instruction 0F `opcode` stands there with a REX prefix, and how often a lock prefix is before
+// that.
+struct Swaps {
+  int all = 0, locked = 0;
+  Swaps(const unsigned char* begin, const unsigned char* end, unsigned char opcode) {
+    for (const unsigned char* at = begin + 2; at + 1 < end; ++at) {
+      if (at[0] != 0x0F || at[1] != opcode || (at[-1] & 0xF8) != 0x48) continue;
+      ++all;
+      locked += at[-2] == 0xF0;
+    }
+  }
+};
+
+// Threads see what one instruction did in several steps only where they run at the same time. A busy machine may run
+// them by turns, and the tests below then see nothing; so the instructions themselves are read.
+void test_swaps_are_locked_instructions() {
+  constexpr unsigned char kCmpxchg16b = 0xC7, kCmpxchg = 0xB1;
+  HeapWord word = {1, 2};
+  FOVEAL_CHECK(swap(word, {1, 2}, {3, 4}) && swap_tag(word, {3, 4}) && word == (HeapWord{5, 4}));
+  const Swaps both(__start_foveal_swap_code, __stop_foveal_swap_code, kCmpxchg16b);
+  FOVEAL_CHECK(both.all >= 1);
+  FOVEAL_CHECK_EQ(both.locked, both.all);
+  const Swaps tag(__start_foveal_swap_tag_code, __stop_foveal_swap_tag_code, kCmpxchg);
+  FOVEAL_CHECK(tag.all >= 1);
+  FOVEAL_CHECK_EQ(tag.locked, tag.all);
+}
+
+#else
+void test_swaps_are_locked_instructions() {}  // the compiler's own atomics, or another machine's
+#endif
 
 template <class First, class Second>
 void together(First first, Second second) {
@@ -89,6 +140,39 @@ void test_loads_see_one_word() {
   FOVEAL_CHECK_EQ(backwards, 0U);
   FOVEAL_CHECK(meetings > 0);
 }
+
+#if !defined(FOVEAL_WORD_BUILTIN)
+// The same without a second thread, for machines that run threads by turns: a signal changes the word between any two
+// instructions of the load.
+HeapWord changed_by_signal = {0, 0};
+volatile std::sig_atomic_t signals = 0;
+
+void change_word(int) {
+  const uint64_t n = changed_by_signal.tag;
+  NativeAtomics::compare_exchange(changed_by_signal, {n, 3 * n}, {n + 1, 3 * n + 3});
+  signals = signals + 1;
+}
+
+void test_loads_see_one_word_between_signals() {
+  const auto before = std::signal(SIGALRM, change_word);
+  const itimerval every = {{0, 20}, {0, 20}}, never = {};
+  setitimer(ITIMER_REAL, &every, nullptr);
+  uint64_t torn = 0;
+  const Deadline deadline;
+  while (signals < 2000 && !deadline.is_over()) {
+    for (int i = 0; i < 1000; ++i) {
+      const HeapWord seen = NativeAtomics::load(changed_by_signal);
+      torn += seen.key != 3 * seen.tag;
+    }
+  }
+  setitimer(ITIMER_REAL, &never, nullptr);
+  std::signal(SIGALRM, before);
+  FOVEAL_CHECK(signals > 0);
+  FOVEAL_CHECK_EQ(torn, 0U);
+}
+#else
+void test_loads_see_one_word_between_signals() {}  // one instruction of the processor, or a lock
+#endif
 
 // Each thread adds to the word, until they have met often enough; every success counts once.
 template <class Change, class Other>
@@ -136,6 +220,8 @@ void test_no_swap_is_lost() {
 int main() {
   test_swaps_compare_the_whole_word();
   test_changes_soon_is_true_to_the_word();
+  test_swaps_are_locked_instructions();
+  test_loads_see_one_word_between_signals();
   test_loads_see_one_word();
   test_no_swap_is_lost();
   return foveal_test::result();
