@@ -65,7 +65,12 @@ class BackwardRun {
       }
       work(thread);
     });
-    if (status.ok()) add_up_sinks();
+    if (status.ok()) {
+      add_up_sinks();
+      add_up_rows(g_.dgate_tau, kGateTauSum);
+      add_up_rows(g_.dgate_temperature, kGateTemperatureSum);
+      add_up_rows(g_.dspan, kSpanSum);
+    }
     return status;
   }
 
@@ -94,6 +99,8 @@ class BackwardRun {
       for (int64_t b = 0; b < own.shape[0]; ++b)
         for (int64_t h = 0; h < own.shape[1]; ++h) fill_zero(own, b, h, 0, own.shape[2]);
     }
+    for (const TensorView* view : {&g_.dgate_tau, &g_.dgate_temperature, &g_.dspan})
+      if (view->present()) store_sums(*view, std::vector<double>(static_cast<size_t>(elements_of(*view))));
     if (g_.dsinks.present())
       for (int64_t h = 0; h < g_.dsinks.shape[0]; ++h)
         *static_cast<T*>(address_of(g_.dsinks, h * g_.dsinks.stride[0])) = 0;
@@ -145,7 +152,8 @@ class BackwardRun {
     const auto size = static_cast<int64_t>(sizeof(T));
     const auto rounded = [](int64_t nbytes) { return divide_up(nbytes, 128) * 128; };
     const int64_t num_heads = p_.q.shape[0] * kv_heads(), rows = p_.q.shape[2] * group();
-    const int64_t block = rows_a_block_ * p_.q.shape[3] * size;
+    sums_of_row_ = p_.q.shape[3] + (sums_rows() ? int64_t{kRowSums} : 0);
+    const int64_t block = rows_a_block_ * sums_of_row_ * size;
     const int64_t head_sums = parts_ == 1 ? 0 : block * row_blocks_;
     key_sums_nbytes_ = rounded(longest_part_ * kernels_.key_sums_width(h) * size);
     dq_sums_nbytes_ = rounded(parts_ == 1 ? block : 0);
@@ -154,8 +162,9 @@ class BackwardRun {
     thread_nbytes_ =
         key_sums_nbytes_ + dq_sums_nbytes_ +
         rounded(std::max(kernels_.backward_scratch_nbytes(h, rows_a_block_), kernels_.terms_scratch_nbytes(longest)));
-    const int64_t total = num_heads * (kTerms * rows * size + head_sums) + threads * thread_nbytes_;
-    rows_memory_ = allocate_scratch(num_heads * kTerms * rows * size);
+    const int64_t rows_nbytes = num_heads * (kTerms + (sums_rows() ? int64_t{kRowSums} : 0)) * rows * size;
+    const int64_t total = rows_nbytes + num_heads * head_sums + threads * thread_nbytes_;
+    rows_memory_ = allocate_scratch(rows_nbytes);
     dq_memory_ = allocate_scratch(num_heads * head_sums);
     thread_memory_ = allocate_scratch(threads * thread_nbytes_);
     if (rows_memory_ == nullptr || dq_memory_ == nullptr || thread_memory_ == nullptr) {
@@ -166,12 +175,22 @@ class BackwardRun {
     return {};
   }
 
-  static constexpr int64_t kTerms = 3;  // shift, threshold, delta
+  static constexpr int64_t kTerms = 5;  // shift, threshold, delta, and those of the entropy
 
   // A term of the rows of a head.
   T* rows_memory(int64_t b, int64_t kv_head, int64_t term) const {
     return reinterpret_cast<T*>(rows_memory_.get()) +
            ((b * kv_heads() + kv_head) * kTerms + term) * p_.q.shape[2] * group();
+  }
+
+  // Whether the gradients of a gate or a span are asked for.
+  bool sums_rows() const { return g_.dgate_tau.present() || g_.dgate_temperature.present() || g_.dspan.present(); }
+
+  // A sum (RowSum) of the rows of a head.
+  T* row_sums(int64_t b, int64_t kv_head, int64_t sum) const {
+    const int64_t num_heads = p_.q.shape[0] * kv_heads(), rows = p_.q.shape[2] * group();
+    return reinterpret_cast<T*>(rows_memory_.get()) + num_heads * kTerms * rows +
+           ((b * kv_heads() + kv_head) * kRowSums + sum) * rows;
   }
 
   std::byte* scratch(int thread) const {
@@ -193,6 +212,10 @@ class BackwardRun {
     g.shift = rows_memory(b, kv_head, 0);
     g.threshold = rows_memory(b, kv_head, 1);
     g.delta = rows_memory(b, kv_head, 2);
+    if (g_.dentropy.present()) {
+      g.entropy_slope = rows_memory(b, kv_head, 3);
+      g.entropy_shift = rows_memory(b, kv_head, 4);
+    }
     g.dq = at(g_.dq, q_head, s.q_begin);
     g.dq_stride_s = g_.dq.stride[2];
     g.dq_stride_g = g_.dq.stride[1];
@@ -203,6 +226,10 @@ class BackwardRun {
     g.dv = at(g_.dv, kv_head, s.kv_begin);
     g.dv_stride_s = g_.dv.stride[2];
     g.dv_stride_d = g_.dv.stride[3];
+    if (sums_rows()) {
+      g.row_sums = row_sums(b, kv_head, 0);
+      g.row_sums_stride = p_.q.shape[2] * group();
+    }
     if (g_.dbias.present()) {
       g.dbias = at(g_.dbias, q_head);
       g.dbias_stride_s = g_.dbias.stride[2];
@@ -232,6 +259,7 @@ class BackwardRun {
     task.grads = &g;
     task.row_end = rows_of(b);
     task.scratch = scratch;
+    if (g_.dentropy.present()) prepare_entropy(g, b, kv_head, task.row_end);
     kernels_.backward_terms(task);
     if (has_threshold(p_.normalizer) || is_pointwise(p_.normalizer)) return;  // nothing was saved of the rows
     T* lse = static_cast<T*>(g.shift);
@@ -252,6 +280,22 @@ class BackwardRun {
     }
   }
 
+  // With p = w / W and W = sum w, dH/dw_j = -(log p_j + H) / W.
+  void prepare_entropy(const GradientHead& g, int64_t b, int64_t kv_head, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t head = kv_head * group() + r % group();
+      const int64_t i = sequences_[static_cast<size_t>(b)].q_begin + r / group();
+      const auto of_row = [&](const TensorView& view) {
+        return static_cast<double>(
+            *static_cast<const T*>(address_of(view, b * view.stride[0] + head * view.stride[1] + i * view.stride[2])));
+      };
+      const double mass = of_row(p_.mass), slope = mass == 0 ? 0 : of_row(g_.dentropy) / mass;
+      static_cast<T*>(g.entropy_slope)[r] = static_cast<T>(slope * M_LN2);
+      static_cast<T*>(g.entropy_shift)[r] =
+          static_cast<T>(slope == 0 ? 0 : slope * (of_row(p_.entropy) - std::log(mass)));
+    }
+  }
+
   void add_up_sinks() {
     if (sink_sums_.empty()) return;
     for (int64_t head = 0; head < p_.q.shape[1]; ++head) {
@@ -259,6 +303,57 @@ class BackwardRun {
       for (int64_t b = 0; b < p_.q.shape[0]; ++b) sum += sink_sums_[static_cast<size_t>(b * p_.q.shape[1] + head)];
       *static_cast<T*>(address_of(g_.dsinks, head * g_.dsinks.stride[0])) = static_cast<T>(sum);
     }
+  }
+
+  // A canonical view of rank 1 to 3, whose axes of stride 0 have one element.
+  int64_t elements_of(const TensorView& view) const {
+    int64_t count = 1;
+    for (int axis = 0; axis < view.rank; ++axis) count *= extent_of(view, axis);
+    return count;
+  }
+  int64_t extent_of(const TensorView& view, int axis) const {
+    if (view.stride[axis] == 0) return 1;
+    return p_.packed() && axis == 2 ? p_.packed_rows : view.shape[axis];
+  }
+
+  // The place among these elements of one that has the index `at`.
+  size_t place_of(const TensorView& view, const int64_t (&at)[3]) const {
+    int64_t place = 0;
+    for (int axis = 0; axis < view.rank; ++axis)
+      if (view.stride[axis] != 0) place = place * extent_of(view, axis) + at[axis];
+    return static_cast<size_t>(place);
+  }
+
+  void store_sums(const TensorView& view, const std::vector<double>& sums) const {
+    if (sums.empty()) return;
+    int64_t at[3] = {};
+    for (const double sum : sums) {
+      int64_t offset = 0;
+      for (int axis = 0; axis < view.rank; ++axis) offset += at[axis] * view.stride[axis];
+      *static_cast<T*>(address_of(view, offset)) = static_cast<T>(sum);
+      for (int axis = view.rank - 1; axis >= 0; --axis) {
+        if (++at[axis] < extent_of(view, axis)) break;
+        at[axis] = 0;
+      }
+    }
+  }
+
+  // A gradient that the items have summed row by row, over the axes along which its input has one element for all.
+  void add_up_rows(const TensorView& view, RowSum which) const {
+    if (!view.present()) return;
+    std::vector<double> sums(static_cast<size_t>(elements_of(view)));
+    for (int64_t b = 0; b < p_.q.shape[0]; ++b)
+      for (int64_t kv_head = 0; kv_head < kv_heads(); ++kv_head) {
+        const T* rows = row_sums(b, kv_head, which);
+        for (int64_t r = 0; r < rows_of(b); ++r) {
+          const int64_t head = kv_head * group() + r % group();
+          const int64_t i = sequences_[static_cast<size_t>(b)].q_begin + r / group();
+          // By (B,Hq,Sq), by (B,Hq), or by (Hq,).
+          const int64_t at[3] = {view.rank == 1 ? head : b, head, i};
+          sums[place_of(view, at)] += static_cast<double>(rows[r]);
+        }
+      }
+    store_sums(view, sums);
   }
 
   // ---- then: the items
@@ -303,7 +398,7 @@ class BackwardRun {
       task.last = part == last;
       task.dq_sums = memory + key_sums_nbytes_;
       if (parts_ > 1) {
-        task.dq_sums = dq_memory_.get() + (head_index * row_blocks_ + block) * rows_a_block_ * p_.q.shape[3] *
+        task.dq_sums = dq_memory_.get() + (head_index * row_blocks_ + block) * rows_a_block_ * sums_of_row_ *
                                               static_cast<int64_t>(sizeof(T));
         if (!task.first && !wait_for_turn(head_index * row_blocks_ + block, part, thread)) return;
       }
@@ -336,7 +431,7 @@ class BackwardRun {
 
   int64_t batches_an_owner_ = 1, heads_an_owner_ = 1, owners_ = 0, parts_ = 1;
   int64_t rows_a_block_ = 0, row_blocks_ = 0, longest_part_ = 0;
-  int64_t key_sums_nbytes_ = 0, dq_sums_nbytes_ = 0, thread_nbytes_ = 0;
+  int64_t sums_of_row_ = 0, key_sums_nbytes_ = 0, dq_sums_nbytes_ = 0, thread_nbytes_ = 0;
   Scratch rows_memory_, dq_memory_, thread_memory_;
   std::vector<double> sink_sums_;                 // (B, Hq)
   std::unique_ptr<std::atomic<int64_t>[]> turn_;  // (head, row block): the part that may add to dq next

@@ -32,6 +32,7 @@ Heads::Heads(const CanonicalProblem& problem) : p_(problem) {
   if (p_.k.shape[1] > 0) group_ = p_.q.shape[1] / p_.k.shape[1];
   // Kernels have scores in base 2: a sink, and a slope times any distance, must stay finite there.
   const double most = (p_.q.dtype == DType::kFloat64 ? DBL_MAX : double{FLT_MAX}) / std::numbers::log2e * 0.999998;
+  const double least_temperature = 1 / most;  // whose inverse is finite
   const auto bounded = [](double x, double limit) { return std::isfinite(x) ? std::clamp(x, -limit, limit) : x; };
   if (p_.alibi_slopes.present()) {
     const TensorView& slopes = p_.alibi_slopes;
@@ -45,6 +46,25 @@ Heads::Heads(const CanonicalProblem& problem) : p_(problem) {
   if (p_.sinks.present())
     for (int64_t h = 0; h < p_.q.shape[1]; ++h)
       sinks_.push_back(bounded(load_element(p_.sinks, h * p_.sinks.stride[0]), most));
+  if (p_.gate_tau.present()) {
+    const TensorView &tau = p_.gate_tau, &temperature = p_.gate_temperature;
+    const int64_t longest = p_.q.shape[2];
+    gate_taus_.resize(static_cast<size_t>(p_.q.shape[0] * p_.q.shape[1] * longest));
+    for (int64_t b = 0; b < p_.q.shape[0] && !gate_taus_.empty(); ++b) {
+      const Sequence s = sequence_at(p_, b);
+      for (int64_t h = 0; h < p_.q.shape[1]; ++h)
+        for (int64_t i = 0; i < s.q_len; ++i)
+          gate_taus_[static_cast<size_t>((b * p_.k.shape[1] + h / group_) * longest * group_ + i * group_ +
+                                         h % group_)] =
+              bounded(load_element(tau, b * tau.stride[0] + h * tau.stride[1] + (s.q_begin + i) * tau.stride[2]), most);
+    }
+    for (int64_t h = 0; h < p_.q.shape[1]; ++h)
+      gate_temperatures_.push_back(std::max(load_element(temperature, h * temperature.stride[0]), least_temperature));
+  }
+  if (p_.span.present())
+    for (int64_t b = 0; b < p_.q.shape[0]; ++b)
+      for (int64_t h = 0; h < p_.q.shape[1]; ++h)
+        spans_.push_back(load_element(p_.span, b * p_.span.stride[0] + h * p_.span.stride[1]));
   if (!p_.paged()) return;
   const TensorView& table = p_.block_table;
   pages_.assign(static_cast<size_t>(table.shape[0] * table.shape[1]), 0);
@@ -100,23 +120,45 @@ HeadTask Heads::task(int64_t b, int64_t kv_head) const {
   h.k_stride_d = p.k.stride[3];
   h.v_stride_s = p.v.stride[2];
   h.v_stride_d = p.v.stride[3];
-  h.out = at(p.out, q_head, s.q_begin);
-  h.out_stride_s = p.out.stride[2];
-  h.out_stride_g = p.out.stride[1];
-  h.out_stride_d = p.out.stride[3];
   h.head_dim = p.q.shape[3];
-  h.value_dim = p.v.shape[3];
+  if (p.out.present()) {  // else no values are added up
+    h.out = at(p.out, q_head, s.q_begin);
+    h.out_stride_s = p.out.stride[2];
+    h.out_stride_g = p.out.stride[1];
+    h.out_stride_d = p.out.stride[3];
+    h.value_dim = p.v.shape[3];
+  } else {
+    h.out = const_cast<void*>(h.q);  // of no columns
+  }
   h.group = group_;
   h.kv_len = s.kv_len;
   h.q_offset = s.q_offset;
   const auto limit = [](int64_t window) { return window < 0 ? kPositionLimit : std::min(window, kPositionLimit); };
   h.window_left = limit(p.window_left);
   h.window_right = p.causal ? 0 : limit(p.window_right);
+  h.counted_left = h.window_left;
+  h.counted_right = h.window_right;
   h.scale = p.scale;
   h.softcap = p.softcap;
   h.normalizer = p.normalizer;
   if (!slopes_.empty()) h.slopes = slopes_.data() + b * p.q.shape[1] + q_head;
   if (!sinks_.empty()) h.sinks = sinks_.data() + q_head;
+  if (p.gate_tau.present()) {
+    h.gate_taus = gate_taus_.data() + (b * p.k.shape[1] + kv_head) * p.q.shape[2] * group_;
+    h.gate_temperatures = gate_temperatures_.data() + q_head;
+  }
+  if (!spans_.empty()) {
+    h.spans = spans_.data() + b * p.q.shape[1] + q_head;
+    h.span_ramp = p.span_ramp;
+    // Keys further than this weigh nothing in any head of the group.
+    double longest = -INFINITY;
+    for (int64_t g = 0; g < group_; ++g) longest = std::isnan(h.spans[g]) ? INFINITY : std::max(longest, h.spans[g]);
+    if (const double reach = p.span_ramp + longest; reach < static_cast<double>(kPositionLimit)) {
+      const auto last = static_cast<int64_t>(std::ceil(std::max(reach, 0.0)));
+      h.window_left = std::min(h.window_left, last);
+      h.window_right = std::min(h.window_right, last);
+    }
+  }
   h.dropout_threshold = static_cast<uint64_t>(std::llround(p.dropout_p * 0x1p32));
   h.dropout_scale = p.dropout_p < 1.0 ? 1.0 / (1.0 - p.dropout_p) : 0.0;
   h.seed = p.seed;

@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kDecodePartKeys = 1024;
 constexpr int64_t kForwardPartKeys = 2048;
 
+// Into how many items a head's rows are cut, at most, where each keeps sums of its own for every key.
+constexpr int64_t kMassParts = 8;
+
 // With a threshold every row may keep a list of all its keys.
 constexpr int64_t kRowsKeepingKeys = 96;
 constexpr int64_t kItemsEnough = 32;  // where fewer would be left, fewer rows share a key block
@@ -56,7 +59,8 @@ Plan make_plan(const CanonicalProblem& p, const KernelTable& table, int threads)
   const int64_t tile = plan.kernels->rows_per_tile;
   const int64_t most_rows = p.q.shape[2] * plan.group;
   const bool lists = has_threshold(p.normalizer);
-  int64_t rows_per_item = divide_up(lists ? kRowsKeepingKeys : kRowsSharingKeys, tile) * tile;
+  const int64_t most_rows_per_item = divide_up(lists ? kRowsKeepingKeys : kRowsSharingKeys, tile) * tile;
+  int64_t rows_per_item = most_rows_per_item;
   while (rows_per_item > tile && batch * plan.kv_heads * divide_up(most_rows, rows_per_item) < kItemsEnough)
     rows_per_item = std::max(divide_up(rows_per_item / 2, tile) * tile, tile);
   plan.sequences.reserve(static_cast<size_t>(batch));
@@ -65,13 +69,19 @@ Plan make_plan(const CanonicalProblem& p, const KernelTable& table, int threads)
     SequencePlan s;
     static_cast<Sequence&>(s) = sequence_at(p, b);
     s.rows = s.q_len * plan.group;
-    s.decode = s.rows <= plan.kernels->decode_rows && !p.weights.present() && p.dropout_p == 0.0 && !lists;
+    const bool plain = !p.reads_weights() && !p.has_statistics();
+    s.decode = s.rows <= plan.kernels->decode_rows && plain && p.dropout_p == 0.0 && !lists;
     s.rows_per_block = s.decode ? std::max<int64_t>(s.rows, 1) : rows_per_item;
+    s.rows_per_call = s.rows_per_block;
+    // What keys get of all rows is summed by items that are the same for any number of threads.
+    if (p.key_mass.present())
+      s.rows_per_block =
+          std::max(divide_up(divide_up(s.rows, kMassParts), most_rows_per_item), int64_t{1}) * most_rows_per_item;
     s.row_blocks = divide_up(s.rows, s.rows_per_block);
     // Where keys are cut does enter the arithmetic: by this sequence's own rows and keys only.
     s.keys_per_part = s.decode ? kDecodePartKeys : kForwardPartKeys;
     s.parts = divide_up(s.kv_len, s.keys_per_part);
-    if (s.rows > tile || s.parts < 2 || p.weights.present() || lists) {
+    if (s.rows > tile || s.parts < 2 || !plain || lists) {
       s.parts = 1;
       s.keys_per_part = s.kv_len;
     }

@@ -27,6 +27,7 @@ struct SequencePlan : Sequence {
   int64_t heads_together;  // an item's; 1 if not decode
   int64_t rows;            // q_len * group
   int64_t rows_per_block;
+  int64_t rows_per_call;  // of an item's rows, so many go to the kernel at once
   int64_t row_blocks;
   int64_t keys_per_part;
   int64_t parts;        // more than 1: partial results, merged in order

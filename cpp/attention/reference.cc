@@ -1,6 +1,8 @@
 // The plain three-pass oracle: attention one query row at a time, in float64, with every option written where it acts.
 //
 //   s_j = softcap(scale * q.k_j) + alibi + bias_j      for the keys j that this query sees
+//   s_j = s_j + log sigmoid((s_j - tau) / T)           with a gate
+//   s_j = s_j + log clamp((ramp + z - |i - j|) / ramp, 0, 1)   with a span
 //   p_j = exp(s_j - m),  m = max over j (and the sink)
 //   out = sum_j f_j p_j v_j / l,  l = sum_j p_j (plus exp(sink - m)),  lse = m + log l,  f_j = 1 without dropout
 //
@@ -17,6 +19,7 @@
 #include <functional>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "attention/element.h"
@@ -54,8 +57,16 @@ bool sees(const CanonicalProblem& p, const Row& row, int64_t j) {
   return !p.mask.present() || static_cast<const uint8_t*>(p.mask.data)[offset_of(p.mask, row.b, row.h, row.i, j)] != 0;
 }
 
-// `slope`, where given: d score / d (scale * q.k).
-double score(const CanonicalProblem& p, const Row& row, int64_t j, double* slope = nullptr) {
+double sigmoid(double x) { return x >= 0.0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
+double log_sigmoid(double x) { return std::min(x, 0.0) - std::log1p(std::exp(-std::fabs(x))); }
+
+// What a score's gradient becomes on the way back.
+struct Slopes {
+  double softcap = 0.0, gate = 0.0;                 // d after / d before
+  double tau = 0.0, temperature = 0.0, span = 0.0;  // d score / d parameter
+};
+
+double score(const CanonicalProblem& p, const Row& row, int64_t j, Slopes* slopes = nullptr) {
   double dot = 0.0;
   for (int64_t d = 0; d < p.q.shape[3]; ++d) {
     dot += load_element(p.q, offset_of(p.q, row.b, row.h, row.i, d)) *
@@ -64,12 +75,29 @@ double score(const CanonicalProblem& p, const Row& row, int64_t j, double* slope
   double s = p.scale * dot;
   const double t = p.softcap > 0.0 ? std::tanh(s / p.softcap) : 0.0;
   if (p.softcap > 0.0) s = p.softcap * t;
-  if (slope != nullptr) *slope = 1.0 - t * t;
+  if (slopes != nullptr) *slopes = {1.0 - t * t, 1.0, 0.0, 0.0, 0.0};
   if (p.alibi_slopes.present()) {
     const double slope = load_element(p.alibi_slopes, offset_of(p.alibi_slopes, row.b, row.h));
     s -= slope * static_cast<double>(std::abs(row.position - j));
   }
   if (p.bias.present()) s += load_element(p.bias, offset_of(p.bias, row.b, row.h, row.i, j));
+  if (p.gate_tau.present()) {
+    const double temperature = load_element(p.gate_temperature, offset_of(p.gate_temperature, row.h));
+    const double x = (s - load_element(p.gate_tau, offset_of(p.gate_tau, row.b, row.h, row.i))) / temperature;
+    if (slopes != nullptr) {
+      slopes->gate = 1.0 + sigmoid(-x) / temperature;
+      slopes->tau = -sigmoid(-x) / temperature;
+      slopes->temperature = -sigmoid(-x) * x / temperature;
+    }
+    s += log_sigmoid(x);
+  }
+  if (p.span.present()) {
+    const double left = p.span_ramp + load_element(p.span, offset_of(p.span, row.b, row.h)) -
+                        static_cast<double>(std::abs(row.position - j));
+    if (slopes != nullptr) slopes->span = left > 0.0 && left < p.span_ramp ? 1.0 / left : 0.0;
+    if (left <= 0.0) return -kInfinity;
+    if (!(left >= p.span_ramp)) s += std::log(left / p.span_ramp);
+  }
   return s;
 }
 
@@ -107,9 +135,6 @@ double count_of(const CanonicalProblem& p, const Row& row) {
   for (int64_t j = 0; j < row.kv_len; ++j) n += in_reach(p, row, j) ? 1.0 : 0.0;
   return n;
 }
-
-double sigmoid(double x) { return x >= 0.0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
-double log_sigmoid(double x) { return std::min(x, 0.0) - std::log1p(std::exp(-std::fabs(x))); }
 
 // The weights of a row from its scores, -inf where hidden; returns what the row saves.
 double weigh(const CanonicalProblem& p, const Row& row, const std::vector<double>& scores, double sink,
@@ -159,12 +184,61 @@ bool counts(Normalizer normalizer, double score, double weight) {
   return score != -kInfinity && !(weight == 0.0 && hides_zero_weights(normalizer));
 }
 
+// The entropy of w / sum w, and what the weights sum to.
+double entropy_of(const std::vector<double>& weights, double& mass) {
+  mass = 0.0;
+  for (const double w : weights) mass += w;
+  double entropy = 0.0;
+  for (const double w : weights)
+    if (w != 0.0) entropy -= w / mass * std::log(w / mass);
+  return entropy;
+}
+
+void describe(const CanonicalProblem& p, const Row& row, const std::vector<double>& scores,
+              const std::vector<double>& weights, double saved) {
+  double mass = 0.0, max_weight = 0.0;
+  const double entropy = entropy_of(weights, mass);
+  int64_t argmax = -1;
+  for (size_t j = 0; j < scores.size() && mass > 0.0; ++j) {
+    max_weight = std::max(max_weight, weights[j]);
+    if (scores[j] > (argmax < 0 ? -kInfinity : scores[static_cast<size_t>(argmax)])) argmax = static_cast<int64_t>(j);
+  }
+  const auto put = [&](const TensorView& view, double value) {
+    if (view.present()) store_element(view, offset_of(view, row.b, row.h, row.i), value);
+  };
+  put(p.entropy, entropy);
+  put(p.mass, mass);
+  put(p.max_weight, max_weight);
+  put(p.threshold, has_threshold(p.normalizer) ? (mass > 0.0 ? saved : kInfinity) : std::nan(""));
+  if (p.argmax.present()) static_cast<int64_t*>(p.argmax.data)[offset_of(p.argmax, row.b, row.h, row.i)] = argmax;
+
+  for (size_t j = 0; j < weights.size() && p.key_mass.present(); ++j) {
+    const int64_t at = offset_of(p.key_mass, row.b, row.h, static_cast<int64_t>(j));
+    store_element(p.key_mass, at, load_element(p.key_mass, at) + weights[j]);
+  }
+  if (!p.top_keys.present()) return;
+  std::vector<int64_t> keys(weights.size());
+  std::iota(keys.begin(), keys.end(), int64_t{0});
+  const auto weight = [&](int64_t j) { return weights[static_cast<size_t>(j)]; };
+  std::stable_sort(keys.begin(), keys.end(), [&](int64_t x, int64_t y) { return weight(x) > weight(y); });
+  for (int64_t x = 0; x < p.top_keys.shape[3]; ++x) {
+    const bool any = x < static_cast<int64_t>(weights.size()) && weight(keys[static_cast<size_t>(x)]) > 0.0;
+    static_cast<int64_t*>(p.top_keys.data)[offset_of(p.top_keys, row.b, row.h, row.i, x)] =
+        any ? keys[static_cast<size_t>(x)] : -1;
+    store_element(p.top_weights, offset_of(p.top_weights, row.b, row.h, row.i, x),
+                  any ? weight(keys[static_cast<size_t>(x)]) : 0.0);
+  }
+}
+
 // One query row; `scores` and `weights` are scratch, of kv_len elements.
 void attend(const CanonicalProblem& p, const Row& row, std::vector<double>& scores, std::vector<double>& weights) {
   const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
   for (size_t j = 0; j < scores.size(); ++j) scores[j] = sees(p, row, j) ? score(p, row, j) : -kInfinity;
   const double saved = weigh(p, row, scores, sink, weights);
   if (p.lse.present()) store_element(p.lse, offset_of(p.lse, row.b, row.h, row.i), saved);
+
+  if (p.has_statistics()) describe(p, row, scores, weights, saved);
+  if (!p.out.present()) return;
 
   // The sum of weighted values. A hidden key is stepped over: 0 * v would be NaN for an infinite v.
   std::vector<double> out(static_cast<size_t>(p.v.shape[3]), 0.0);
@@ -181,7 +255,9 @@ void attend(const CanonicalProblem& p, const Row& row, std::vector<double>& scor
 
 // What a row without any visible key holds, and where `attend` starts from: keys that it steps over have weight 0.
 void clear(const CanonicalProblem& p, const Row& row) {
-  for (int64_t d = 0; d < p.out.shape[3]; ++d) store_element(p.out, offset_of(p.out, row.b, row.h, row.i, d), 0.0);
+  if (p.has_statistics()) describe(p, row, {}, {}, 0.0);
+  for (int64_t d = 0; d < p.out.shape[3] && p.out.present(); ++d)
+    store_element(p.out, offset_of(p.out, row.b, row.h, row.i, d), 0.0);
   if (p.lse.present()) store_element(p.lse, offset_of(p.lse, row.b, row.h, row.i), -kInfinity);
   if (!p.weights.present()) return;
   for (int64_t j = 0; j < p.weights.shape[3]; ++j) {
@@ -202,6 +278,7 @@ void add(const TensorView& view, int64_t offset, double value) {
 //   relu                 ds_j = dp_j / n where w_j > 0
 //   normalized_sigmoid   that of softmax, times 1 - sigmoid(s_j)
 //
+// The entropy H of p = w / W, W = sum w, adds -dH (log p_j + H) / W to dp_j, before what is above.
 // Dropout is a factor of dp_j, and of w_j where it meets dout.
 void differentiate(const CanonicalGradients& g, const Row& row) {
   const CanonicalProblem& p = g.problem;
@@ -209,11 +286,17 @@ void differentiate(const CanonicalGradients& g, const Row& row) {
   const double sink = p.sinks.present() ? load_element(p.sinks, offset_of(p.sinks, row.h)) : -kInfinity;
   const double dlse = g.dlse.present() ? load_element(g.dlse, offset_of(g.dlse, row.b, row.h, row.i)) : 0.0;
   const auto size = static_cast<size_t>(row.kv_len);
-  std::vector<double> scores(size, -kInfinity), slopes(size, 0.0), weights;
+  std::vector<double> scores(size, -kInfinity), weights;
+  std::vector<Slopes> slopes(size);
   for (size_t j = 0; j < size; ++j)
     if (sees(p, row, static_cast<int64_t>(j))) scores[j] = score(p, row, static_cast<int64_t>(j), &slopes[j]);
   const double saved = weigh(p, row, scores, sink, weights);
   const double n = is_pointwise(normalizer) ? count_of(p, row) : 0.0;
+
+  double mass = 0.0;
+  const double entropy = entropy_of(weights, mass);
+  const double dentropy =
+      g.dentropy.present() && mass > 0.0 ? load_element(g.dentropy, offset_of(g.dentropy, row.b, row.h, row.i)) : 0.0;
 
   struct Key {
     int64_t j;
@@ -232,6 +315,7 @@ void differentiate(const CanonicalGradients& g, const Row& row) {
                 load_element(p.v, offset_of(p.v, row.b, row.kv_head, j, d));
     }
     key.dp *= key.factor;
+    if (dentropy != 0.0 && key.w > 0.0) key.dp -= dentropy / mass * (std::log(key.w / mass) + entropy);
     slope_sum += key.g;
     delta += key.g * key.dp;
     keys.push_back(key);
@@ -248,11 +332,17 @@ void differentiate(const CanonicalGradients& g, const Row& row) {
     if (normalizer == Normalizer::kSigmoid) ds = key.w * (1.0 - key.w) * key.dp;
     if (normalizer == Normalizer::kRelu) ds = key.dp / n;
     if (normalizer == Normalizer::kNormalizedSigmoid) ds *= sigmoid(-scores[x]);
+    const Slopes& slope = slopes[x];
+    if (g.dgate_tau.present()) add(g.dgate_tau, offset_of(g.dgate_tau, row.b, row.h, row.i), ds * slope.tau);
+    if (g.dgate_temperature.present())
+      add(g.dgate_temperature, offset_of(g.dgate_temperature, row.h), ds * slope.temperature);
+    if (g.dspan.present()) add(g.dspan, offset_of(g.dspan, row.b, row.h), ds * slope.span);
+    ds *= slope.gate;
     if (g.dbias.present()) add(g.dbias, offset_of(g.dbias, row.b, row.h, row.i, key.j), ds);
     for (int64_t d = 0; d < p.q.shape[3]; ++d) {
       const int64_t q = offset_of(p.q, row.b, row.h, row.i, d), k = offset_of(p.k, row.b, row.kv_head, key.j, d);
-      add(g.dq, offset_of(g.dq, row.b, row.h, row.i, d), p.scale * ds * slopes[x] * load_element(p.k, k));
-      add(g.dk, offset_of(g.dk, row.b, row.kv_head, key.j, d), p.scale * ds * slopes[x] * load_element(p.q, q));
+      add(g.dq, offset_of(g.dq, row.b, row.h, row.i, d), p.scale * ds * slope.softcap * load_element(p.k, k));
+      add(g.dk, offset_of(g.dk, row.b, row.kv_head, key.j, d), p.scale * ds * slope.softcap * load_element(p.q, q));
     }
   }
   if (g.dsinks.present() && sink != -kInfinity)
@@ -288,6 +378,7 @@ Status attention_reference(const CanonicalProblem& problem) try {
   if (problem.packed() || problem.paged())
     return {ErrorKind::kNotImplemented, "the oracle reads neither packed sequences nor pages"};
   std::vector<double> scores, weights;
+  fill(problem.key_mass, 0.0);
   for_each_row(problem, [&](const Row& row) {
     clear(problem, row);
     scores.resize(static_cast<size_t>(row.kv_len));
@@ -299,7 +390,9 @@ Status attention_reference(const CanonicalProblem& problem) try {
 }
 
 Status attention_backward_reference(const CanonicalGradients& g) try {
-  for (const TensorView* view : {&g.dq, &g.dk, &g.dv, &g.dbias, &g.dsinks}) fill(*view, 0.0);
+  for (const TensorView* view :
+       {&g.dq, &g.dk, &g.dv, &g.dbias, &g.dsinks, &g.dgate_tau, &g.dgate_temperature, &g.dspan})
+    fill(*view, 0.0);
   for_each_row(g.problem, [&](const Row& row) {
     if (row.inside) differentiate(g, row);
   });

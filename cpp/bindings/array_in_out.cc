@@ -37,6 +37,7 @@ constexpr std::pair<ElementCode, int> kNumpyIntegers[] = {
     {ElementCode::kUInt, 8},
 };
 constexpr int kNumpyFloat = 11, kNumpyDouble = 12, kNumpyHalf = 23, kNumpyUserTypes = 256;
+constexpr int kNumpyInt64 = sizeof(long) == 8 ? 7 : 9;
 
 bool is_numpy_array(py::handle object) { return NumpyApi::get().PyArray_Check_(object.ptr()); }
 
@@ -266,6 +267,18 @@ TensorView CallArrays::integers(const char* name, py::handle values, int64_t bat
               [&](int64_t i) { return load_integer(array, view.rank == 0 ? 0 : i * view.stride[0]); });
 }
 
+TensorView CallArrays::numbers(const char* name, py::handle values) {
+  if (is_numpy_array(values) || py::hasattr(values, "__dlpack__")) return view(name, values, Elements::kFloating);
+  const double number = PyFloat_AsDouble(values.ptr());
+  if (number == -1.0 && PyErr_Occurred() != nullptr) {
+    if (PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();
+    PyErr_Clear();
+    reject_type(std::string(name) + " has type " + type_text(values) + ", expected a number or a floating array");
+  }
+  numbers_.push_back(std::make_unique<double>(number));
+  return contiguous_view(numbers_.back().get(), DType::kFloat64, nullptr, 0);
+}
+
 TensorView CallArrays::table(const char* name, py::handle values, int64_t batch) {
   if (values.is_none()) return {};
   if (!is_numpy_array(values) && !py::hasattr(values, "__dlpack__")) {
@@ -294,8 +307,10 @@ py::object CallArrays::allocate(DType dtype, const int64_t* shape, int rank, Ten
   }
   const NumpyApi& numpy = NumpyApi::get();
   PyObject* descr;  // NewFromDescr takes the reference over
-  if (dtype == DType::kFloat32 || dtype == DType::kFloat64) {
-    descr = numpy.PyArray_DescrFromType_(dtype == DType::kFloat32 ? kNumpyFloat : kNumpyDouble);
+  if (dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kInt64) {
+    descr = numpy.PyArray_DescrFromType_(dtype == DType::kFloat32   ? kNumpyFloat
+                                         : dtype == DType::kFloat64 ? kNumpyDouble
+                                                                    : kNumpyInt64);
   } else {
     descr = py::reinterpret_borrow<py::object>(py::detail::array_proxy(q_.ptr())->descr).release().ptr();
   }

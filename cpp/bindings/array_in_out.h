@@ -43,6 +43,9 @@ class CallArrays {
   TensorView integers(const char* name, pybind11::handle values, int64_t batch);
   static constexpr int64_t kAnyCount = -1;  // as `batch`
 
+  // A floating array, or a Python number as one of rank 0.
+  TensorView numbers(const char* name, pybind11::handle values);
+
   // The same of an array of shape (batch, any).
   TensorView table(const char* name, pybind11::handle values, int64_t batch);
 
@@ -59,6 +62,7 @@ class CallArrays {
   bool numpy_;
   std::vector<pybind11::object> leases_;
   std::vector<std::unique_ptr<int64_t[]>> integers_;
+  std::vector<std::unique_ptr<double>> numbers_;
 };
 
 }  // namespace foveal

@@ -32,13 +32,26 @@ enum Argument {
   FOVEAL_OPTIONS(FOVEAL_ENUMERATOR, FOVEAL_ENUMERATOR) kOut,
   kReturnLse,
   kReturnWeights,
+  kReturnStats,
   kNumArguments
 };
 #undef FOVEAL_ENUMERATOR
 
 // What functions have beside, each block at a place of its own.
 enum Boundary { kCuSeqlensQ, kCuSeqlensKv, kNumBoundaries };
-enum Gradient { kLse, kDout, kDlse, kBiasGrad, kSinksGrad, kNumGradients };  // `out` is that of the forward pass
+enum Gradient {
+  kLse,
+  kDout,
+  kDlse,
+  kDentropy,
+  kEntropy,
+  kMass,
+  kBiasGrad,
+  kSinksGrad,
+  kGateGrad,
+  kSpanGrad,
+  kNumGradients
+};  // `out` is that of the forward pass
 enum Update {
   kNewK,
   kNewV,
@@ -166,6 +179,7 @@ constexpr Function kBackward = {"attention", kCommon + int{kNumGradients}, 0, kC
 constexpr Function kVarlen = {"attention_varlen", kCommon + int{kNumBoundaries}, kCommon};
 constexpr Function kVarlenBackward = {"attention_varlen", kVarlen.num_arguments + int{kNumGradients}, kCommon,
                                       kVarlen.num_arguments};
+constexpr Function kStatistics = {"attention_stats", kCommon + 1};  // top_k
 constexpr Function kCache = {"attention_kvcache", kCommon + int{kNumUpdates}, 0, 0, kCommon};
 
 // Reads options that are arrays, None for those that are not given.
@@ -179,6 +193,31 @@ struct OptionReader {
   }
   TensorView integers(const char* name, py::handle value) const { return arrays.integers(name, value, batch); }
 };
+
+// Both sides of a pair such as (tau, T).
+py::tuple to_pair(const char* name, const char* expected, py::handle value) {
+  if (!PyTuple_Check(value.ptr()) && !PyList_Check(value.ptr()))
+    reject_type(std::string(name) + " has type " + type_text(value) + ", expected " + expected);
+  auto pair = py::reinterpret_steal<py::tuple>(PySequence_Tuple(value.ptr()));
+  if (!pair) throw py::error_already_set();
+  if (pair.size() != 2)
+    reject_value(std::string(name) + " has " + std::to_string(pair.size()) + " items, expected " + expected);
+  return pair;
+}
+
+void read_gate(py::handle gate, const OptionReader& read, AttentionProblem& problem) {
+  if (gate.is_none()) return;
+  const py::tuple pair = to_pair("gate", "(tau, T)", gate);
+  problem.gate_tau = read.arrays.numbers("gate[0]", pair[0]);
+  problem.gate_temperature = read.arrays.numbers("gate[1]", pair[1]);
+}
+
+void read_span(py::handle span, const OptionReader& read, AttentionProblem& problem) {
+  if (span.is_none()) return;
+  const py::tuple pair = to_pair("span", "(z, ramp)", span);
+  problem.span = read.arrays.numbers("span[0]", pair[0]);
+  problem.span_ramp = to_double("span[1]", pair[1]);
+}
 
 AttentionProblem read_problem(const Function& function, PyObject* const* arguments, CallArrays& arrays) {
   const auto argument = [arguments](int index) { return py::handle(arguments[index]); };
@@ -249,7 +288,17 @@ void reject_if_failed(const Status& status) {
   throw Rejection{status};
 }
 
-// (out, lse, weights), None where not asked for; out alone when it is all that is asked for.
+// As arrays of the caller's kind.
+py::tuple hand_over_all(const CallArrays& arrays, std::vector<py::object>& results) {
+  py::tuple all(results.size());
+  for (size_t x = 0; x < results.size(); ++x) all[x] = arrays.hand_over(std::move(results[x]));
+  return all;
+}
+
+constexpr Result kRowStatistics[] = {Result::kEntropy, Result::kMass, Result::kMaxWeight, Result::kThreshold,
+                                     Result::kArgmax};
+
+// (out, lse, weights, statistics of the rows), None where not asked for; out alone when it is all that is asked for.
 template <class Run>
 py::object results_of(CanonicalProblem& problem, PyObject* const* arguments, const CallArrays& arrays, Run run) {
   const auto make = [&](Result result) {
@@ -263,15 +312,19 @@ py::object results_of(CanonicalProblem& problem, PyObject* const* arguments, con
   if (!problem.out.present()) out = make(Result::kOut);
   if (is_true(arguments[kReturnLse])) lse = make(Result::kLse);
   if (is_true(arguments[kReturnWeights])) weights = make(Result::kWeights);
+  std::vector<py::object> statistics;
+  if (is_true(arguments[kReturnStats]))
+    for (const Result result : kRowStatistics) statistics.push_back(make(result));
 
   reject_if_failed(run());
 
   out = out ? arrays.hand_over(std::move(out)) : py::reinterpret_borrow<py::object>(arguments[kOut]);
-  if (!lse && !weights) return out;
+  if (!lse && !weights && statistics.empty()) return out;
   const auto or_none = [&](py::object& result) {
     return result ? arrays.hand_over(std::move(result)) : py::object(py::none());
   };
-  return py::make_tuple(std::move(out), or_none(lse), or_none(weights));
+  return py::make_tuple(std::move(out), or_none(lse), or_none(weights),
+                        statistics.empty() ? py::object(py::none()) : hand_over_all(arrays, statistics));
 }
 
 py::object run(const Function& function, PyObject* const* arguments, Compute compute) {
@@ -317,7 +370,37 @@ Status compute_reference(const CanonicalProblem& problem, const CanonicalUpdate*
 
 Status compute_nothing(const CanonicalProblem&, const CanonicalUpdate*) { return {}; }
 
-// (dq, dk, dv, dbias, dsinks), None where not asked for.
+// (entropy, mass, max_weight, threshold, argmax, key_mass, top_keys, top_weights); the arguments have k for v.
+py::object run_statistics(const Function& function, PyObject* const* arguments) {
+  CallArrays arrays(arguments[kQ]);
+  const AttentionProblem given = read_problem(function, arguments, arrays);
+  Status status;
+  CanonicalProblem problem = canonicalize(given, status);
+  reject_if_failed(status);
+  const py::object index = integer_of(arguments[kCommon]);
+  if (!index) {
+    PyErr_Clear();
+    reject_type("top_k has type " + type_text(arguments[kCommon]) + ", expected an integer");
+  }
+  int overflow = 0;
+  const int64_t top_k = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow), most = problem.k.shape[2];
+  if (overflow != 0 || top_k < 0 || top_k > most)
+    reject_value("top_k is " + py::str(index).cast<std::string>() + ", expected 0 to Skv = " + std::to_string(most));
+  std::vector<py::object> results;
+  const auto make = [&](Result result) {
+    const TensorView wanted = problem.wanted(result, top_k);
+    TensorView view;
+    results.push_back(arrays.allocate(wanted.dtype, wanted.shape, wanted.rank, view));
+    problem.take(result, view);
+  };
+  for (const Result result : kRowStatistics) make(result);
+  for (const Result result : {Result::kKeyMass, Result::kTopKeys, Result::kTopWeights}) make(result);
+  reject_if_failed(
+      compute_released([&](const ExecutionOptions& options) { return attention_forward(problem, options); }));
+  return hand_over_all(arrays, results);
+}
+
+// (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan), None where not asked for.
 py::object run_backward(const Function& function, PyObject* const* arguments) {
   PyObject* const* own = arguments + function.gradients;
   CallArrays arrays(arguments[kQ]);
@@ -326,8 +409,14 @@ py::object run_backward(const Function& function, PyObject* const* arguments) {
   AttentionGradients g;
   problem.lse = arrays.view("lse", own[kLse], Elements::kFloating);
   g.dout = arrays.view("dout", own[kDout], Elements::kFloating);
-  if (own[kDlse] != Py_None) g.dlse = arrays.view("dlse", own[kDlse], Elements::kFloating);
-  py::object results[5];
+  const auto optional = [&](const char* name, Gradient index) {
+    return own[index] == Py_None ? TensorView{} : arrays.view(name, own[index], Elements::kFloating);
+  };
+  g.dlse = optional("dlse", kDlse);
+  g.dentropy = optional("dentropy", kDentropy);
+  problem.entropy = optional("entropy", kEntropy);
+  problem.mass = optional("mass", kMass);
+  py::object results[8];
   const auto allocate = [&](size_t index, const TensorView& like, DType of, TensorView& gradient) {
     results[index] = arrays.allocate(of, like.shape, like.rank, gradient);
   };
@@ -336,13 +425,18 @@ py::object run_backward(const Function& function, PyObject* const* arguments) {
   allocate(2, problem.v, dtype, g.dv);
   if (problem.bias.present() && is_true(own[kBiasGrad])) allocate(3, problem.bias, accumulator, g.dbias);
   if (problem.sinks.present() && is_true(own[kSinksGrad])) allocate(4, problem.sinks, accumulator, g.dsinks);
+  if (problem.gate_tau.present() && is_true(own[kGateGrad])) {
+    allocate(5, problem.gate_tau, accumulator, g.dgate_tau);
+    allocate(6, problem.gate_temperature, accumulator, g.dgate_temperature);
+  }
+  if (problem.span.present() && is_true(own[kSpanGrad])) allocate(7, problem.span, accumulator, g.dspan);
   Status status;
   const CanonicalGradients gradients = canonicalize(problem, g, status);
   reject_if_failed(status);
   reject_if_failed(
       compute_released([&](const ExecutionOptions& options) { return attention_backward(gradients, options); }));
   for (py::object& result : results) result = result ? arrays.hand_over(std::move(result)) : py::none();
-  return py::make_tuple(results[0], results[1], results[2], results[3], results[4]);
+  return py::make_tuple(results[0], results[1], results[2], results[3], results[4], results[5], results[6], results[7]);
 }
 
 // ---- entry points ---------------------------------------------------------------------------------------------------
@@ -375,11 +469,16 @@ PyObject* backward_entry(PyObject*, PyObject* const* arguments, Py_ssize_t count
   return enter(function, arguments, count, [](PyObject* const* given) { return run_backward(function, given); });
 }
 
+PyObject* statistics_entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return enter(kStatistics, arguments, count,
+               [](PyObject* const* given) { return run_statistics(kStatistics, given); });
+}
+
 #define FOVEAL_NAME(enumerator, name, statement) ", " #name
 #define FOVEAL_SIGNATURE \
-  "($module, q, k, v" FOVEAL_OPTIONS(FOVEAL_NAME, FOVEAL_NAME) ", out, return_lse, return_weights"
+  "($module, q, k, v" FOVEAL_OPTIONS(FOVEAL_NAME, FOVEAL_NAME) ", out, return_lse, return_weights, return_stats"
 #define FOVEAL_VARLEN ", cu_seqlens_q, cu_seqlens_kv"
-#define FOVEAL_GRADIENTS ", lse, dout, dlse, bias_grad, sinks_grad"
+#define FOVEAL_GRADIENTS ", lse, dout, dlse, dentropy, entropy, mass, bias_grad, sinks_grad, gate_grad, span_grad"
 #define FOVEAL_CACHE \
   ", new_k, new_v, block_table, cache_batch_idx, k_scale, v_scale, rotary_cos, rotary_sin, rotary_interleaved"
 #define FOVEAL_END ", /)\n--\n\n"
@@ -395,6 +494,8 @@ PyMethodDef methods[] = {
      "attention_reference" FOVEAL_SIGNATURE FOVEAL_END "The same by the plain float64 oracle."},
     {"check_attention", function_of(entry<compute_nothing, kAttention>), METH_FASTCALL,
      "check_attention" FOVEAL_SIGNATURE FOVEAL_END "Raise what `attention` raises when it refuses its arguments."},
+    {"attention_stats", function_of(statistics_entry), METH_FASTCALL,
+     "attention_stats" FOVEAL_SIGNATURE ", top_k" FOVEAL_END "foveal.attention_stats, likewise; v is k."},
     {"attention_varlen", function_of(entry<compute_forward, kVarlen>), METH_FASTCALL,
      "attention_varlen" FOVEAL_SIGNATURE FOVEAL_VARLEN FOVEAL_END "foveal.attention_varlen, likewise."},
     {"check_attention_varlen", function_of(entry<compute_nothing, kVarlen>), METH_FASTCALL,
@@ -408,10 +509,11 @@ PyMethodDef methods[] = {
      "Raise what `attention_kvcache` raises when it refuses its arguments."},
     {"attention_varlen_backward", function_of(backward_entry<kVarlenBackward>), METH_FASTCALL,
      "attention_varlen_backward" FOVEAL_SIGNATURE FOVEAL_VARLEN FOVEAL_GRADIENTS FOVEAL_END
-     "The gradients (dq, dk, dv, dbias, dsinks), likewise."},
+     "The gradients (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan), likewise."},
     {"attention_backward", function_of(backward_entry<kBackward>), METH_FASTCALL,
      "attention_backward" FOVEAL_SIGNATURE FOVEAL_GRADIENTS FOVEAL_END
-     "The gradients (dq, dk, dv, dbias, dsinks), from the out and lse of the forward pass."},
+     "The gradients (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan), from the out and lse of the "
+     "forward pass."},
     {nullptr, nullptr, 0, nullptr},
 };
 

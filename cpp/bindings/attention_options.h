@@ -10,6 +10,8 @@
   ARRAY(kBias, bias, problem.bias = read.array("bias", value, Elements::kFloating))                                \
   ARRAY(kAlibiSlopes, alibi_slopes, problem.alibi_slopes = read.array("alibi_slopes", value, Elements::kFloating)) \
   ARRAY(kSinks, sinks, problem.sinks = read.array("sinks", value, Elements::kFloating))                            \
+  ARRAY(kGate, gate, read_gate(value, read, problem))                                                              \
+  ARRAY(kSpan, span, read_span(value, read, problem))                                                              \
   ARRAY(kQLens, q_lens, problem.q_lens = read.integers("q_lens", value))                                           \
   ARRAY(kKvLens, kv_lens, problem.kv_lens = read.integers(read.kv_lens, value))                                    \
   NUMBER(kCausal, causal, problem.causal = to_bool("causal", value))                                               \

@@ -101,15 +101,19 @@ uint64_t seed_of(const Tensor& tensor, double dropout_p) {
 
 }  // namespace
 
-AttentionProblem problem_of(ProblemArguments& arguments) {
+AttentionProblem problem_of(ProblemArguments& arguments, bool with_values) {
   AttentionProblem problem;
   problem.q = view_of("q", arguments.q);
   problem.k = view_of("k", arguments.k);
-  problem.v = view_of("v", arguments.v);
+  problem.v = with_values ? view_of("v", arguments.v) : problem.k;
   problem.mask = optional_view("mask", arguments.mask);
   problem.bias = optional_view("bias", arguments.bias);
   problem.alibi_slopes = optional_view("alibi_slopes", arguments.alibi_slopes);
   problem.sinks = optional_view("sinks", arguments.sinks);
+  problem.gate_tau = optional_view("gate[0]", arguments.gate_tau);
+  problem.gate_temperature = optional_view("gate[1]", arguments.gate_temperature);
+  problem.span = optional_view("span[0]", arguments.span);
+  problem.span_ramp = arguments.span_ramp;
   problem.q_lens = optional_view("q_lens", arguments.q_lens);
   problem.kv_lens = optional_view("kv_lens", arguments.kv_lens);
   problem.q_offset = optional_view("q_offset", arguments.q_offsets);

@@ -101,11 +101,11 @@ class ArgumentReader {
 
 // What every op but `attention_plain` has. Each op reads its own arguments in its schema's order.
 struct ProblemArguments {
-  Tensor q, k, v, mask, bias, alibi_slopes, sinks, q_lens, kv_lens, q_offsets, seed;
+  Tensor q, k, v, mask, bias, alibi_slopes, sinks, gate_tau, gate_temperature, span, q_lens, kv_lens, q_offsets, seed;
   bool causal = false;
   std::optional<int64_t> q_offset, window_left, window_right;
   std::optional<double> scale;
-  double softcap = 0.0, dropout_p = 0.0;
+  double span_ramp = 0.0, softcap = 0.0, dropout_p = 0.0;
   int64_t normalizer = 0;  // place in kNormalizerNames
   bool bshd = false;
 
@@ -119,10 +119,14 @@ struct ProblemArguments {
     bias = read.optional_tensor();
     alibi_slopes = read.optional_tensor();
     sinks = read.optional_tensor();
+    gate_tau = read.optional_tensor();
+    gate_temperature = read.optional_tensor();
+    span = read.optional_tensor();
   }
   void read_numbers(ArgumentReader& read) {
     q_offsets = read.optional_tensor();
     seed = read.optional_tensor();
+    span_ramp = read.real();
     causal = read.boolean();
     q_offset = read.optional_integer();
     window_left = read.optional_integer();
@@ -142,7 +146,7 @@ struct ProblemArguments {
   }
 };
 
-// Borrows from `arguments`.
-AttentionProblem problem_of(ProblemArguments& arguments);
+// Borrows from `arguments`. Without values, k stands in their place, for its shape.
+AttentionProblem problem_of(ProblemArguments& arguments, bool with_values = true);
 
 }  // namespace foveal::torch_shim

@@ -74,21 +74,30 @@ void execute(Pass pass) {
 
 struct Results {
   Tensor out, lse, weights;  // none where not asked for; `out` when it was given
+  std::vector<Tensor> statistics;
 };
 
+constexpr Result kRowStatistics[] = {Result::kEntropy, Result::kMass, Result::kMaxWeight, Result::kThreshold,
+                                     Result::kArgmax};
+
+Tensor make_result(CanonicalProblem& problem, Result result, int64_t top_k = 0) {
+  const TensorView wanted = problem.wanted(result, top_k);
+  TensorView view;
+  Tensor made = allocate(wanted.dtype, wanted.shape, wanted.rank, view);
+  problem.take(result, view);
+  return made;
+}
+
 template <class Pass>
-Results results_of(CanonicalProblem& problem, bool with_lse, bool with_weights, Pass pass) {
-  const auto make = [&](Result result) {
-    const TensorView wanted = problem.wanted(result);
-    TensorView view;
-    Tensor made = allocate(wanted.dtype, wanted.shape, wanted.rank, view);
-    problem.take(result, view);
-    return made;
-  };
+Results results_of(CanonicalProblem& problem, bool with_lse, bool with_weights, Pass pass,
+                   bool with_statistics = false) {
+  const auto make = [&](Result result) { return make_result(problem, result); };
   Results results;
   if (!problem.out.present()) results.out = make(Result::kOut);
   if (with_lse) results.lse = make(Result::kLse);
   if (with_weights) results.weights = make(Result::kWeights);
+  if (with_statistics)
+    for (const Result result : kRowStatistics) results.statistics.push_back(make(result));
   execute(pass);
   return results;
 }
@@ -102,10 +111,11 @@ auto canonical(const Given&... given) {
   return judged;
 }
 
-Results compute(const AttentionProblem& given, bool with_lse, bool with_weights) {
+Results compute(const AttentionProblem& given, bool with_lse, bool with_weights, bool with_statistics = false) {
   CanonicalProblem problem = canonical(given);
-  return results_of(problem, with_lse, with_weights,
-                    [&](const ExecutionOptions& options) { return attention_forward(problem, options); });
+  return results_of(
+      problem, with_lse, with_weights,
+      [&](const ExecutionOptions& options) { return attention_forward(problem, options); }, with_statistics);
 }
 
 StableIValue result(Tensor& tensor) { return reinterpret_cast<StableIValue>(tensor.release()); }
@@ -153,6 +163,42 @@ void attention_forward_boxed(StableIValue* stack) {
   stack[0] = result(results.out);
 }
 
+void attention_forward_stats(StableIValue* stack) {
+  ArgumentReader read(stack);
+  ForwardArguments arguments(read);
+  AttentionProblem problem = problem_of(arguments);
+  Results results = compute(problem, true, arguments.return_weights, true);
+  for (size_t x = 0; x < results.statistics.size(); ++x) stack[3 + x] = result(results.statistics[x]);
+  stack[2] = result_or_empty(results.weights, problem.q.dtype);
+  stack[1] = result(results.lse);
+  stack[0] = result(results.out);
+}
+
+// Of q, k and the options; no values are read.
+void attention_stats_op(StableIValue* stack) {
+  ArgumentReader read(stack);
+  ProblemArguments arguments;
+  arguments.q = read.tensor();
+  arguments.k = read.tensor();
+  arguments.read_arrays(read);
+  arguments.q_lens = read.optional_tensor();
+  arguments.kv_lens = read.optional_tensor();
+  arguments.read_numbers(read);
+  arguments.bshd = read.boolean();
+  const int64_t top_k = read.integer();
+  AttentionProblem given = problem_of(arguments, /*with_values=*/false);
+  CanonicalProblem problem = canonical(given);
+  if (top_k < 0 || top_k > problem.k.shape[2])
+    fail({ErrorKind::kValue,
+          "top_k is " + std::to_string(top_k) + ", expected 0 to Skv = " + std::to_string(problem.k.shape[2])});
+  std::vector<Tensor> results;
+  for (const Result result : kRowStatistics) results.push_back(make_result(problem, result));
+  for (const Result result : {Result::kKeyMass, Result::kTopKeys, Result::kTopWeights})
+    results.push_back(make_result(problem, result, top_k));
+  execute([&](const ExecutionOptions& options) { return attention_forward(problem, options); });
+  for (size_t x = 0; x < results.size(); ++x) stack[x] = result(results[x]);
+}
+
 void attention_forward_out_boxed(StableIValue* stack) {
   ArgumentReader read(stack);
   const Tensor out = read.tensor();
@@ -165,25 +211,61 @@ void attention_forward_out_boxed(StableIValue* stack) {
   stack[0] = result(results.lse);
 }
 
-// Puts (dq, dk, dv, dbias, dsinks) on the stack.
-void differentiate(StableIValue* stack, const AttentionProblem& problem, const Tensor& dout, const Tensor& dlse,
-                   bool bias_grad, bool sinks_grad) {
+// What every backward op begins with.
+struct SavedArguments {
+  explicit SavedArguments(ArgumentReader& read)
+      : dout(read.tensor()),
+        dlse(read.optional_tensor()),
+        out(read.tensor()),
+        lse(read.tensor()),
+        dentropy(read.optional_tensor()),
+        entropy(read.optional_tensor()),
+        mass(read.optional_tensor()) {}
+
+  Tensor dout, dlse, out, lse, dentropy, entropy, mass;
+};
+
+// What every backward op ends with.
+struct WantedGradients {
+  explicit WantedGradients(ArgumentReader& read)
+      : bias(read.boolean()), sinks(read.boolean()), gate(read.boolean()), span(read.boolean()) {}
+
+  bool bias, sinks, gate, span;
+};
+
+// Puts (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan) on the stack.
+void differentiate(StableIValue* stack, AttentionProblem& problem, const SavedArguments& saved,
+                   const WantedGradients& wanted) {
   const DType dtype = problem.q.dtype, accumulator = accumulator_of(dtype);
   const auto allocate_like = [](const TensorView& view, DType of, TensorView& gradient) {
     if (view.rank > kMaxRank) throw std::runtime_error("too many dimensions");
     return allocate(of, view.shape, view.rank, gradient);
   };
+  problem.out = view_of("out", saved.out);
+  problem.lse = view_of("lse", saved.lse);
+  problem.entropy = optional_view("entropy", saved.entropy);
+  problem.mass = optional_view("mass", saved.mass);
   AttentionGradients given;
-  given.dout = view_of("dout", dout);
-  given.dlse = optional_view("dlse", dlse);
+  given.dout = view_of("dout", saved.dout);
+  given.dlse = optional_view("dlse", saved.dlse);
+  given.dentropy = optional_view("dentropy", saved.dentropy);
   Tensor dq = allocate_like(problem.q, dtype, given.dq);
   Tensor dk = allocate_like(problem.k, dtype, given.dk);
   Tensor dv = allocate_like(problem.v, dtype, given.dv);
-  Tensor dbias, dsinks;
-  if (bias_grad && problem.bias.present()) dbias = allocate_like(problem.bias, accumulator, given.dbias);
-  if (sinks_grad && problem.sinks.present()) dsinks = allocate_like(problem.sinks, accumulator, given.dsinks);
+  Tensor dbias, dsinks, dgate_tau, dgate_temperature, dspan;
+  const auto allocate_if = [&](bool asked, const TensorView& option, Tensor& made, TensorView& gradient) {
+    if (asked && option.present()) made = allocate_like(option, accumulator, gradient);
+  };
+  allocate_if(wanted.bias, problem.bias, dbias, given.dbias);
+  allocate_if(wanted.sinks, problem.sinks, dsinks, given.dsinks);
+  allocate_if(wanted.gate, problem.gate_tau, dgate_tau, given.dgate_tau);
+  allocate_if(wanted.gate, problem.gate_temperature, dgate_temperature, given.dgate_temperature);
+  allocate_if(wanted.span, problem.span, dspan, given.dspan);
   const CanonicalGradients gradients = canonical(problem, given);
   execute([&](const ExecutionOptions& options) { return attention_backward(gradients, options); });
+  stack[7] = result_or_empty(dspan, accumulator);
+  stack[6] = result_or_empty(dgate_temperature, accumulator);
+  stack[5] = result_or_empty(dgate_tau, accumulator);
   stack[4] = result_or_empty(dsinks, accumulator);
   stack[3] = result_or_empty(dbias, accumulator);
   stack[2] = result(dv);
@@ -191,26 +273,14 @@ void differentiate(StableIValue* stack, const AttentionProblem& problem, const T
   stack[0] = result(dq);
 }
 
-struct BackwardArguments {
-  explicit BackwardArguments(ArgumentReader& read)
-      : dout(read.tensor()), dlse(read.optional_tensor()), out(read.tensor()), lse(read.tensor()) {
-    problem.read_all(read);
-    bias_grad = read.boolean();
-    sinks_grad = read.boolean();
-  }
-
-  Tensor dout, dlse, out, lse;
-  ProblemArguments problem;
-  bool bias_grad, sinks_grad;
-};
-
 void attention_backward_boxed(StableIValue* stack) {
   ArgumentReader read(stack);
-  BackwardArguments arguments(read);
-  AttentionProblem problem = problem_of(arguments.problem);
-  problem.out = view_of("out", arguments.out);
-  problem.lse = view_of("lse", arguments.lse);
-  differentiate(stack, problem, arguments.dout, arguments.dlse, arguments.bias_grad, arguments.sinks_grad);
+  const SavedArguments saved(read);
+  ProblemArguments arguments;
+  arguments.read_all(read);
+  const WantedGradients wanted(read);
+  AttentionProblem problem = problem_of(arguments);
+  differentiate(stack, problem, saved, wanted);
 }
 
 struct VarlenArguments : ProblemArguments {
@@ -244,13 +314,11 @@ void attention_varlen_forward(StableIValue* stack) {
 
 void attention_varlen_backward(StableIValue* stack) {
   ArgumentReader read(stack);
-  const Tensor dout = read.tensor(), dlse = read.optional_tensor(), out = read.tensor(), lse = read.tensor();
+  const SavedArguments saved(read);
   VarlenArguments arguments(read);
-  const bool bias_grad = read.boolean(), sinks_grad = read.boolean();
+  const WantedGradients wanted(read);
   AttentionProblem problem = varlen_problem_of(arguments);
-  problem.out = view_of("out", out);
-  problem.lse = view_of("lse", lse);
-  differentiate(stack, problem, dout, dlse, bias_grad, sinks_grad);
+  differentiate(stack, problem, saved, wanted);
 }
 
 void attention_kvcache_op(StableIValue* stack) {
@@ -300,7 +368,8 @@ void boxed_as(StableIValue* stack, uint64_t, uint64_t) {
   }
 }
 
-constexpr char kDense[] = "attention", kVarlen[] = "attention_varlen", kCache[] = "attention_kvcache";
+constexpr char kDense[] = "attention", kVarlen[] = "attention_varlen", kCache[] = "attention_kvcache",
+               kStats[] = "attention_stats";
 
 // --- Python ----------------------------------------------------------------------------------------------------------
 
@@ -315,6 +384,8 @@ std::string register_torch_ops(const std::vector<std::string>& libraries) {
   };
   implement("attention_plain", boxed_as<attention_plain, kDense>);
   implement("attention_forward", boxed_as<attention_forward_boxed, kDense>);
+  implement("attention_forward_stats", boxed_as<attention_forward_stats, kDense>);
+  implement("attention_stats", boxed_as<attention_stats_op, kStats>);
   implement("attention_forward_out", boxed_as<attention_forward_out_boxed, kDense>);
   implement("attention_backward", boxed_as<attention_backward_boxed, kDense>);
   implement("attention_varlen_forward", boxed_as<attention_varlen_forward, kVarlen>);

@@ -1,4 +1,4 @@
-// exp2, tanh and log1p over vectors.
+// exp2, tanh, log1p and log2 over vectors.
 //
 // 2^x = 2^n * 2^f with n = round(x), f = x - n in [-1/2, 1/2], and 2^f = 1 + f*q(f), q a minimax polynomial (Remez,
 // relative error of 2^f): degree 5 for float (2.6e-9, below rounding), 10 for double (1.8e-17). 2^0 is exactly 1, so a
@@ -63,6 +63,27 @@ FOVEAL_INLINE V log1p(V t) {
   for (int k = kTerms - 2; k >= 1; --k)
     sum = fma(sum, square, broadcast<V>(static_cast<typename V::T>(1.0 / (2 * k + 1))));
   return (z + z) * fma(sum, square, broadcast<V>(1));
+}
+
+// log2(x) for x >= 0, to 2 units in the last place of the result or of 1: what is below the smallest normal number
+// counts as that, 0 included. With x = m 2^e and m in [1/sqrt 2, sqrt 2), e + 2 log2(e) atanh((m - 1) / (m + 1)), by
+// its series, |argument| <= 0.172.
+template <class V>
+FOVEAL_INLINE V log2(V x) {
+  using T = typename V::T;
+  constexpr int kTerms = sizeof(T) == 4 ? 5 : 11;
+  constexpr double kTwoLog2E = 2.8853900817779268;
+  V e;
+  const V m =
+      split(max(broadcast<V>(sizeof(T) == 4 ? static_cast<T>(__FLT_MIN__) : static_cast<T>(__DBL_MIN__)), x), e);
+  const V one = broadcast<V>(1);
+  const auto high = greater(m, broadcast<V>(static_cast<T>(1.4142135623730951)));
+  const V reduced = select(high, m * broadcast<V>(static_cast<T>(0.5)), m);
+  const V z = (reduced - one) / (reduced + one), square = z * z;
+  V sum = broadcast<V>(static_cast<T>(kTwoLog2E / (2 * kTerms - 1)));
+#pragma GCC unroll 16
+  for (int k = kTerms - 2; k >= 0; --k) sum = fma(sum, square, broadcast<V>(static_cast<T>(kTwoLog2E / (2 * k + 1))));
+  return fma(z, sum, select(high, e + one, e));
 }
 
 template <class V>

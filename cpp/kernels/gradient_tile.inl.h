@@ -26,7 +26,9 @@ struct GradientTile {
   T *qt, *dot;
   Rows<T> q, dout;               // steps of rows, padded to whole vectors with anything finite, in place: by nothing
   T *shift, *threshold, *delta;  // RowTerms, a lane a row; +inf, 0 and 0 beyond the last
+  T *entropy_slope, *entropy_shift;  // a lane a row; null: no gradient of the entropy
   T* dq;
+  T* row_sums;     // [kRowSums][rows]; null: not asked for
   bool untouched;  // dq is undefined and counts as 0
   bool finite;     // the terms, q and dout are
 
@@ -88,6 +90,9 @@ static void begin_gradient_tile(const GradientTask& task, GradientTile<V>& tile,
       tile.shift[done + lane] = inside ? static_cast<const T*>(g.shift)[first + lane] : static_cast<T>(__builtin_inf());
       tile.threshold[done + lane] = inside ? static_cast<const T*>(g.threshold)[first + lane] : T{0};
       tile.delta[done + lane] = inside ? static_cast<const T*>(g.delta)[first + lane] : T{0};
+      if (g.entropy_slope == nullptr) continue;
+      tile.entropy_slope[done + lane] = inside ? static_cast<const T*>(g.entropy_slope)[first + lane] : T{0};
+      tile.entropy_shift[done + lane] = inside ? static_cast<const T*>(g.entropy_shift)[first + lane] : T{0};
     }
   }
   tile.q = gradient_rows<V, S, Dot>(h, tile, h.q, h.q_stride_s, h.q_stride_g, h.q_stride_d, h.head_dim, q_buffer);

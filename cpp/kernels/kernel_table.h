@@ -34,12 +34,18 @@ struct HeadTask {
   // Query i sits at position q_offset + i and sees the keys [position - window_left, position + window_right]; causal
   // is window_right = 0; kPositionLimit = unlimited.
   int64_t q_offset, window_left, window_right;
+  // The same without what a span hides: how many keys a row counts (kernels/pointwise.inl.h).
+  int64_t counted_left, counted_right;
 
   double scale;
   double softcap;  // 0: none
   Normalizer normalizer;
-  const double* slopes;  // ALiBi, one per head in the group; null: none
-  const double* sinks;   // one per head in the group; null: none
+  const double* slopes;             // ALiBi, one per head in the group; null: none
+  const double* sinks;              // one per head in the group; null: none
+  const double* gate_taus;          // one per row; null: none
+  const double* gate_temperatures;  // with gate_taus: one per head in the group
+  const double* spans;              // one per head in the group; null: none
+  double span_ramp;
 
   const uint8_t* mask;  // null: none; (Sq, group, Skv)
   int64_t mask_stride_s, mask_stride_g, mask_stride_k;
@@ -63,6 +69,10 @@ constexpr int64_t kMaxHeadsTogether = 8;
 // in base 2, and the sum of 2^(score - max).
 enum RowMember { kRowMax, kRowSum, kRowMembers };
 
+// The statistics of a row (kernels/statistics.inl.h): the entropy of its weights in nats, what they sum to, the largest
+// of them, and the threshold in the units of the normaliser's formula.
+enum RowStat { kRowEntropy, kRowMass, kRowMaxWeight, kRowThreshold, kRowStats };
+
 // Rows [row_begin, row_end) of a head over the keys [key_begin, key_end).
 struct RowTask {
   const HeadTask* head;
@@ -79,7 +89,18 @@ struct RowTask {
   // Not null: the unnormalised sums of weighted values go here, (rows, value_dim) in the accumulator type, instead of
   // the finished rows to `out`, for a later merge with other key ranges.
   void* partial;
-  void* scratch;  // scratch_nbytes(), 64-byte aligned
+  // Not null: the statistics of the rows (T), member m of row_begin + r at row_stats[m * stats_stride + r], where
+  // whole vectors of rows have room; and the key of the largest weight, -1 where there is none. Not with `partial`.
+  void* row_stats;
+  int64_t stats_stride;
+  int64_t* row_argmax;
+  // T, not null: where the weights of every key are added up, over the rows, one row of kv_len a head of the group.
+  void* key_mass;
+  // The `top_k` heaviest keys of each row, -1 and 0 where there are fewer: of row_begin + r at [r * top_k].
+  int64_t top_k;
+  int64_t* top_keys;
+  void* top_weights;  // T
+  void* scratch;      // scratch_nbytes(), 64-byte aligned
 };
 
 // What the backward pass adds to a head. Rows that are numbered, not strided, are in the order of `row`; T is the
@@ -91,6 +112,8 @@ struct GradientHead {
   // T, one a row each: what the normaliser's gradient reads (RowTerms in kernels/normalizer.inl.h). Of softmax, shift
   // is the log-sum-exp in base 2 (0 for a row that sees nothing) and delta is dout . out, less the gradient of the lse.
   void *shift, *threshold, *delta;
+  // T, null: not asked for. The gradient of the row's entropy adds -(slope * log2 w + shift) to that of a weight w.
+  void *entropy_slope, *entropy_shift;
   void* dq;  // (Sq, group, D), q's dtype
   int64_t dq_stride_s, dq_stride_g, dq_stride_d;
   void* dk;  // (Skv, D), q's dtype
@@ -99,15 +122,28 @@ struct GradientHead {
   int64_t dv_stride_s, dv_stride_d;
   void* dbias;  // T, null: not asked for; (Sq, group, Skv), added to; stride 0: an axis that is summed
   int64_t dbias_stride_s, dbias_stride_g, dbias_stride_k;
+  // T, null: not asked for; member m of a row at [m * row_sums_stride + row].
+  void* row_sums;
+  int64_t row_sums_stride;
 };
+
+// What the backward pass sums a row beside dq, over its keys: the gradients of the gate's threshold, of its temperature
+// and of the span.
+enum RowSum { kGateTauSum, kGateTemperatureSum, kSpanSum, kRowSums };
+
+// The sums of a row, in elements: of dq, and of the others where they are asked for.
+inline int64_t sums_of_row(const GradientHead& g) {
+  return g.head->head_dim + (g.row_sums != nullptr ? int64_t{kRowSums} : 0);
+}
 
 // Rows [row_begin, row_end) of a head against the keys [key_begin, key_end).
 struct GradientTask {
   const GradientHead* grads;
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;
-  // T: the sums of dq of these rows, transposed tile by tile. They start from 0 when `first` and become dq when `last`.
-  void* dq_sums;  // rows_per_tile * head_dim for each tile
+  // T: the sums of these rows, transposed tile by tile. They start from 0 when `first`, and become dq and row_sums when
+  // `last`.
+  void* dq_sums;  // rows_per_tile * sums_of_row() for each tile
   bool first, last;
   void* key_sums;  // T: key_sums_width() for each key from key_begin on, added to
   void* scratch;   // backward_scratch_nbytes(), 64-byte aligned

@@ -7,6 +7,7 @@
 #include "kernels/kernel_table.h"
 #include "kernels/mask.inl.h"
 #include "kernels/row_state.inl.h"
+#include "kernels/statistics.inl.h"
 #include "simd/vectors.h"
 
 namespace foveal {
@@ -19,8 +20,9 @@ struct Pointwise {
   static constexpr bool kSumsOverLanes[kRowMembers] = {false, false};
 
   static int64_t visible_count(const HeadTask& h, int64_t row) {
-    const KeyRange keys = visible_keys(h, row / h.group);
-    return max64(keys.end - keys.begin, 0);
+    const int64_t position = h.q_offset + row / h.group;
+    return max64(clamp64(position + h.counted_right + 1, 0, h.kv_len) - clamp64(position - h.counted_left, 0, h.kv_len),
+                 0);
   }
 
   template <class T>
@@ -32,7 +34,7 @@ struct Pointwise {
   // With `mark_masked` a weight of 0 is -0: that of a score of -inf, or of a key that the normaliser itself hides.
   template <class V, int NV>
   FOVEAL_INLINE static void step(RowState<V, NV>& state, typename V::T* s, int64_t steps, const V (&)[NV],
-                                 V (&rescale)[NV], bool mark_masked) {
+                                 V (&rescale)[NV], bool mark_masked, const TileStats<V>& stats = {}) {
     const V masked = zero<V>() * broadcast<V>(-1);
     for (int r = 0; r < NV; ++r) rescale[r] = broadcast<V>(1);
     for (int64_t j = 0; j < steps; ++j)
@@ -45,6 +47,7 @@ struct Pointwise {
           w = select(N::kHidesZeros ? equal(w, zero<V>()) : equal(score, negative_infinity<V>()), masked, w);
         store(x, w);
       }
+    if (stats.state != nullptr) add_weights<V, NV>(stats, s, steps);
   }
 
   template <class V, int NV>
@@ -56,6 +59,11 @@ struct Pointwise {
   template <class V, int NV>
   FOVEAL_INLINE static V final_weight(const RowState<V, NV>& state, int r, V score) {
     return N::weight(score, state.of[kRowSum][r]) * scale(state, r);
+  }
+
+  template <class V>
+  FOVEAL_INLINE static V largest_weight(V highest, const RowState<V, 1>& state) {
+    return N::weight(highest, state.of[kRowSum][0]);
   }
 
   template <class V>

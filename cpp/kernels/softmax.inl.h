@@ -5,6 +5,7 @@
 #include "kernels/elementary.inl.h"
 #include "kernels/kernel_table.h"
 #include "kernels/row_state.inl.h"
+#include "kernels/statistics.inl.h"
 #include "simd/vectors.h"
 
 namespace foveal {
@@ -26,10 +27,11 @@ struct Softmax {
   }
 
   // `s` holds `steps` steps of NV vectors, `highest` their maxima. With `mark_masked` the weight of a score of -inf is
-  // -0, which its sign tells from a weight that is too small.
+  // -0, which its sign tells from a weight that is too small. `stats`, where it has a state, takes the block along.
   template <class V, int NV>
   FOVEAL_INLINE static void step(RowState<V, NV>& state, typename V::T* s, int64_t steps, const V (&highest)[NV],
-                                 V (&rescale)[NV], bool mark_masked) {
+                                 V (&rescale)[NV], bool mark_masked, const TileStats<V>& stats = {}) {
+    if (stats.state != nullptr) return step_with_statistics(state, s, steps, highest, rescale, mark_masked, stats);
     V base[NV], sum[NV];
 #pragma GCC unroll 4
     for (int r = 0; r < NV; ++r) {
@@ -109,6 +111,12 @@ struct Softmax {
     return result;
   }
 
+  // The largest weight, in units of the sums.
+  template <class V>
+  FOVEAL_INLINE static V largest_weight(V highest, const RowState<V, 1>& state) {
+    return exp2_nonpositive(highest - or_zero_if_unseen(state.of[kRowMax][0]));
+  }
+
   // shift is the lse of the row. Scores may be of the size of finfo.min, and the rounding of the lse alone could then
   // make a weight infinite.
   template <class V>
@@ -127,6 +135,34 @@ struct Softmax {
   }
 
  private:
+  // The same weights, and sums of them without a sink. When the base moves by d, a sum of w log2 w does by d sum(w).
+  template <class V, int NV>
+  static void step_with_statistics(RowState<V, NV>& state, typename V::T* s, int64_t steps, const V (&highest)[NV],
+                                   V (&rescale)[NV], bool mark_masked, const TileStats<V>& stats) {
+    const V lowest = broadcast<V>(Exp2<typename V::T>::kLowest);
+    const V masked = mark_masked ? zero<V>() * broadcast<V>(-1) : zero<V>();
+    for (int r = 0; r < NV; ++r) {
+      V& max_so_far = state.of[kRowMax][r];
+      const V before = max_so_far;
+      max_so_far = max(before, highest[r]);
+      const V base = or_zero_if_unseen(max_so_far), moved = max(lowest, before - base);
+      rescale[r] = exp2_nonpositive(before - base);
+      V sum = zero<V>(), logs = zero<V>();
+      for (int64_t j = 0; j < steps; ++j) {
+        typename V::T* at = s + (j * NV + r) * V::kLanes;
+        const V score = load(at), x = score - base, w = exp2_nonpositive(x);
+        sum = sum + w;
+        logs = fma(w, max(lowest, x), logs);
+        store(at, select(equal(score, negative_infinity<V>()), masked, w));
+      }
+      state.of[kRowSum][r] = fma(state.of[kRowSum][r], rescale[r], sum);
+      typename V::T *own_sum = stats.member(kStatSum, r), *own_logs = stats.member(kStatLogs, r);
+      const V had = load(own_sum);
+      store(own_logs, fma(fma(moved, had, load(own_logs)), rescale[r], logs));
+      store(own_sum, fma(had, rescale[r], sum));
+    }
+  }
+
   // What to subtract from the scores of a row: its max, or 0 where that would be -inf - -inf.
   template <class V>
   FOVEAL_INLINE static V or_zero_if_unseen(V highest) {

@@ -13,7 +13,7 @@
 // (gradient_pairs.inl.h).
 //
 //   p, ds       [kGradientKeys][rows]          of one key block
-//   dq_sums     [head_dim][rows]               over all key blocks
+//   dq_sums     [head_dim][rows]               over all key blocks; then [kRowSums][rows], where they are asked for
 //   key_sums    [keys][head_dim | value_dim]   dk then dv of each key, over all rows
 //
 // Every sum runs over tiles of rows, or over keys, in ascending order and one step at a time, wherever blocks begin: so
@@ -42,22 +42,30 @@ namespace foveal {
 namespace {
 
 constexpr int64_t kGradientKeys = 64;  // p and ds of a tile stay in the first-level cache
+constexpr int64_t kRowTerms = 5;       // of a tile: RowTerms, and those of the entropy
 
 // What a call works with beside its tiles: of one tile and key block, and of one key block for all tiles.
 template <class V, class Dot>
 struct GradientScratch {
   using T = typename V::T;
-  T *p, *ds, *slope;                       // slope: of the policies before the bias; then of those after it
+  T *p, *ds;
+  PolicyGradients<T> policies;
   typename Dot::Key *packed_k, *packed_v;  // where they cannot be read in place
   // Of pairs: ds by keys, the keys; and q, dout and k as guarded sums read them.
   T *listed_k = nullptr, *listed_v = nullptr, *listed_sums = nullptr;  // of the keys that some row weighs
   T *ds_pairs = nullptr, *k_pairs = nullptr, *wide_q = nullptr, *wide_dout = nullptr, *wide_k = nullptr;
 
-  GradientScratch(Arena<T>& arena, const HeadTask& h) {
+  GradientScratch(Arena<T>& arena, const GradientHead& g) {
     using Key = typename Dot::Key;
-    p = arena.take(kGradientKeys * kTileRows<V>);
-    ds = arena.take(kGradientKeys * kTileRows<V>);
-    slope = arena.take(2 * kGradientKeys * kTileRows<V>);
+    const HeadTask& h = *g.head;
+    const auto take = [&arena] { return arena.take(kGradientKeys * kTileRows<V>); };
+    p = take();
+    ds = take();
+    if (bends_scores(h)) policies.softcap = take();
+    if (has_gate(h)) policies.gate = take();
+    if (has_gate(h)) policies.gate_argument = take();
+    if (has_span(h) && g.row_sums != nullptr) policies.span = take();
+    if (takes_log_sigmoid(h)) policies.log_sigmoid = take();
     packed_k = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.head_dim));
     packed_v = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.value_dim));
     if constexpr (Dot::kStep == 1) {
@@ -114,8 +122,8 @@ static void keep_seen(const uint64_t* seen, int64_t n, typename V::T* ds) {
 // The weights with every policy of the scores, and the slopes of those that bend them.
 template <class V, class Dot, int NV>
 static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
-                                  const uint64_t* seen, typename V::T* p, typename V::T* slope,
-                                  typename V::T* late_slope) {
+                                  const uint64_t* seen, typename V::T* p,
+                                  const PolicyGradients<typename V::T>& policies) {
   const int64_t n = keys.end - keys.begin;
   const V scale = score_scale<V>(h);
   key_products<V, Dot, NV>(tile.qt, h.head_dim, keys.k.p, keys.k.stride, n,
@@ -123,9 +131,8 @@ static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile
                              store(p + (j * NV + r) * V::kLanes, Dot::finish(dot, scale));
                            });
   const RowLanes<V, NV> lanes{tile.row_begin, tile.rows};
-  apply_policies<V>(h, lanes, keys.begin, n, p, slope, late_slope);
-  if (bends_scores(h) && seen != nullptr) keep_seen<V, NV>(seen, n, slope);
-  if (bends_biased_scores(h) && seen != nullptr) keep_seen<V, NV>(seen, n, late_slope);
+  apply_policies<V>(h, lanes, keys.begin, n, p, policies);
+  if (seen != nullptr) for_each_array(policies, [&](typename V::T* x) { keep_seen<V, NV>(seen, n, x); });
   RowTerms<V> terms[NV];
   for (int r = 0; r < NV; ++r) terms[r] = tile.terms(r);
   with_gradient(h, [&]<class N>(N) {
@@ -184,6 +191,12 @@ static void add_sums_guarded(const HeadTask& h, const GradientTile<V>& tile, con
                             [seen](int64_t j, int r) { return mask_from_bits<V>(~seen[j] >> (r * V::kLanes)); });
 }
 
+// What the gradient of the entropy takes from that of a weight of row `lane`, counted in the tile.
+template <class V>
+FOVEAL_INLINE V entropy_gradient(const GradientTile<V>& tile, int64_t lane, V w) {
+  return fma(load(tile.entropy_slope + lane), log2(w), load(tile.entropy_shift + lane));
+}
+
 // Whether the weights are those of softmax, of whatever became of the scores.
 FOVEAL_INLINE bool is_softmax(const HeadTask& h) { return !has_threshold(h.normalizer) && !is_pointwise(h.normalizer); }
 
@@ -198,12 +211,19 @@ static void softmax_gradients(const HeadTask& h, const GradientTile<V>& tile, co
                              const V w = load(p + j * width + r * V::kLanes);
                              store(ds + j * width + r * V::kLanes, Softmax::score_gradient(w, dp, tile.terms(r)));
                            });
+  // The mean of the entropy's gradient over the weights is 0, so it does not enter delta. Dropout is none of its.
+  const auto add_entropy = [&](int64_t x, V w) __attribute__((always_inline)) {
+    if (tile.entropy_slope != nullptr) store(ds + x, load(ds + x) - w * entropy_gradient(tile, x % width, w));
+  };
   if (drops(h))  // p and dp times f, so ds = p (f dp - delta)
     for_each_dropout<V, NV>(h, tile.row_begin, keys.begin, n, [&](int64_t x, V f) {
       const V w = load(p + x), delta = load(tile.delta + x % width);
       store(ds + x, fma(f, load(ds + x), (f - broadcast<V>(1)) * w * delta));
+      add_entropy(x, w);
       store(p + x, f * w);
     });
+  else if (tile.entropy_slope != nullptr)
+    for (int64_t x = 0; x < n * width; x += V::kLanes) add_entropy(x, load(p + x));
 }
 
 // The same of any other normaliser.
@@ -217,6 +237,9 @@ static void other_gradients(const HeadTask& h, const GradientTile<V>& tile, cons
                                __attribute__((always_inline)) { store(ds + j * width + r * V::kLanes, dp); });
   if (drops(h))
     for_each_dropout<V, NV>(h, tile.row_begin, keys.begin, n, [&](int64_t x, V f) { store(ds + x, f * load(ds + x)); });
+  if (tile.entropy_slope != nullptr)
+    for (int64_t x = 0; x < n * width; x += V::kLanes)
+      store(ds + x, load(ds + x) - entropy_gradient(tile, x % width, load(p + x)));
   RowTerms<V> terms[NV];
   for (int r = 0; r < NV; ++r) terms[r] = tile.terms(r);
   with_gradient(h, [&]<class N>(N) {
@@ -290,6 +313,43 @@ struct ListedKeys {
   }
 };
 
+// Sums over the n keys of a block what `of(x)` gives for x in [key][rows], into one vector of rows each, in their
+// order.
+template <class V, int NV, class Of>
+FOVEAL_INLINE void add_to_rows(int64_t n, typename V::T* sums, const Of& of) {
+  for (int r = 0; r < NV; ++r) {
+    V sum = load(sums + r * V::kLanes);
+    for (int64_t j = 0; j < n; ++j) sum = of((j * NV + r) * V::kLanes, sum);
+    store(sums + r * V::kLanes, sum);
+  }
+}
+
+// From the gradients of the scores as the normaliser sees them to those of the biased scores, policy by policy.
+template <class V, int NV>
+static void through_late_policies(const HeadTask& h, const GradientTile<V>& tile,
+                                  const PolicyGradients<typename V::T>& policies, int64_t n, typename V::T* ds) {
+  using T = typename V::T;
+  constexpr int64_t width = int64_t{NV} * V::kLanes;
+  if (takes_log_sigmoid(h))
+    for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, load(ds + x) * load(policies.log_sigmoid + x));
+  const auto sums = [&](RowSum m) { return tile.row_sums + m * kTileRows<V>; };
+  if (has_span(h) && tile.row_sums != nullptr)
+    add_to_rows<V, NV>(n, sums(kSpanSum), [&](int64_t x, V sum) __attribute__((always_inline)) {
+      return fma(load(ds + x), load(policies.span + x), sum);
+    });
+  if (!has_gate(h)) return;
+  const T *gate = policies.gate, *argument = policies.gate_argument;
+  if (tile.row_sums != nullptr) {
+    add_to_rows<V, NV>(n, sums(kGateTauSum), [&](int64_t x, V sum) __attribute__((always_inline)) {
+      return sum - load(ds + x) * load(gate + x);
+    });
+    add_to_rows<V, NV>(n, sums(kGateTemperatureSum), [&](int64_t x, V sum) __attribute__((always_inline)) {
+      return sum - load(ds + x) * load(gate + x) * load(argument + x);
+    });
+  }
+  for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, fma(load(ds + x), load(gate + x), load(ds + x)));
+}
+
 // From the weights of a tile and keys to their share of all sums.
 template <class V, class Dot, int NV>
 static void finish_gradients(const GradientHead& g, GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
@@ -297,18 +357,16 @@ static void finish_gradients(const GradientHead& g, GradientTile<V>& tile, const
   const HeadTask& h = *g.head;
   constexpr int64_t width = int64_t{NV} * V::kLanes;
   const int64_t n = keys.end - keys.begin;
-  typename V::T *p = scratch.p, *ds = scratch.ds, *slope = scratch.slope,
-                *late_slope = scratch.slope + kGradientKeys * kTileRows<V>;
+  typename V::T *p = scratch.p, *ds = scratch.ds;
   if (is_softmax(h))
     softmax_gradients<V, Dot, NV>(h, tile, keys, p, ds);
   else
     other_gradients<V, Dot, NV>(h, tile, keys, p, ds);
   if (seen != nullptr) keep_seen<V, NV>(seen, n, ds);
-  if (bends_biased_scores(h))
-    for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, load(ds + x) * load(late_slope + x));
+  through_late_policies<V, NV>(h, tile, scratch.policies, n, ds);
   if (g.dbias != nullptr) add_to_bias<V, NV>(g, tile.row_begin, tile.rows, keys.begin, n, ds);
   if (bends_scores(h))
-    for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, load(ds + x) * load(slope + x));
+    for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, load(ds + x) * load(scratch.policies.softcap + x));
 
   if (seen != nullptr && !(tile.finite && all_finite<V>(keys.k.p, keys.k.stride, n, h.head_dim)))
     add_sums_guarded<V, Dot, NV>(h, tile, keys, scratch, seen);
@@ -323,13 +381,13 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
   const HeadTask& h = *g.head;
   constexpr int64_t width = int64_t{NV} * V::kLanes;
   const int64_t n = keys.end - keys.begin;
-  typename V::T *p = scratch.p, *slope = scratch.slope, *late_slope = scratch.slope + kGradientKeys * kTileRows<V>;
+  typename V::T* p = scratch.p;
   uint64_t bits[kGradientKeys];
   const Visibility visibility = visible_bits(h, tile.row_begin, tile.rows, keys.begin, n, bits);
   if (visibility == Visibility::kNone) return;
   const uint64_t* seen = visibility == Visibility::kPartial ? bits : nullptr;
   if (changes_scores(h) || seen != nullptr || !is_softmax(h)) {
-    weights_with_policies<V, Dot, NV>(h, tile, keys, seen, p, slope, late_slope);
+    weights_with_policies<V, Dot, NV>(h, tile, keys, seen, p, scratch.policies);
   } else {
     const V scale = score_scale<V>(h);
     key_products<V, Dot, NV>(
@@ -351,7 +409,7 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
         const GradientKeys<V, Dot> listed = list.gather(h, keys, scratch);
         list.compact(bits);
         list.compact(p);
-        if (bends_scores(h)) list.compact(slope);
+        for_each_array(scratch.policies, [&](typename V::T* x) { list.compact(x); });
         finish_gradients<V, Dot, NV>(g, tile, listed, scratch, bits);
         return list.bring_back(listed, keys);
       }
@@ -370,8 +428,8 @@ template <class V, class Dot>
 static int64_t backward_scratch_nbytes(const HeadTask& h, int64_t rows) {
   const int64_t tiles = (rows + kTileRows<V> - 1) / kTileRows<V>;
   const int64_t dims = padded<V>(h.head_dim) + padded<V>(h.value_dim);
-  const int64_t per_tile = kTileRows<V> * (2 * dims + 3) + static_cast<int64_t>(sizeof(GradientTile<V>));
-  int64_t shared = kGradientKeys * (4 * kTileRows<V> + h.head_dim + h.value_dim);
+  const int64_t per_tile = kTileRows<V> * (2 * dims + kRowTerms) + static_cast<int64_t>(sizeof(GradientTile<V>));
+  int64_t shared = kGradientKeys * ((2 + kPolicyGradients) * kTileRows<V> + h.head_dim + h.value_dim);
   if constexpr (Dot::kStep == 1)
     shared += hides_zero_weights(h.normalizer) ? kGradientKeys * 2 * dims : 0;
   else
@@ -439,7 +497,7 @@ static void backward(const GradientTask& task) {
   const HeadTask& h = *g.head;
   Arena<T> arena{static_cast<T*>(task.scratch)};
   const int64_t tiles = (task.row_end - task.row_begin + kTileRows<V> - 1) / kTileRows<V>;
-  const GradientScratch<V, Dot> scratch(arena, h);
+  const GradientScratch<V, Dot> scratch(arena, g);
   GradientTile<V>* tile =
       reinterpret_cast<GradientTile<V>*>(arena.take(tiles * static_cast<int64_t>(sizeof(GradientTile<V>) / sizeof(T))));
   for (int64_t t = 0; t < tiles; ++t) {
@@ -452,8 +510,13 @@ static void backward(const GradientTask& task) {
     x.shift = arena.take(kTileRows<V>);
     x.threshold = arena.take(kTileRows<V>);
     x.delta = arena.take(kTileRows<V>);
-    x.dq = static_cast<T*>(task.dq_sums) + t * kTileRows<V> * h.head_dim;
+    x.entropy_slope = g.entropy_slope != nullptr ? arena.take(kTileRows<V>) : nullptr;
+    x.entropy_shift = g.entropy_slope != nullptr ? arena.take(kTileRows<V>) : nullptr;
+    x.dq = static_cast<T*>(task.dq_sums) + t * kTileRows<V> * sums_of_row(g);
+    x.row_sums = g.row_sums != nullptr ? x.dq + kTileRows<V> * h.head_dim : nullptr;
     x.untouched = task.first;
+    if (task.first && x.row_sums != nullptr)
+      for (int64_t at = 0; at < kRowSums * kTileRows<V>; ++at) x.row_sums[at] = 0;
     T* q_buffer = arena.take(kTileRows<V> * padded<V>(h.head_dim));
     T* dout_buffer = arena.take(kTileRows<V> * padded<V>(h.value_dim));
     begin_gradient_tile<V, S, Dot>(task, x, q_buffer, dout_buffer);
@@ -502,6 +565,10 @@ static void backward(const GradientTask& task) {
     if (x.untouched)
       for (int64_t at = 0; at < h.head_dim * width; at += V::kLanes) store(x.dq + at, zero<V>());
     if (!task.last) continue;
+    if (x.row_sums != nullptr)
+      for (int m = 0; m < kRowSums; ++m)
+        for (int64_t r = 0; r < x.rows; ++r)
+          static_cast<T*>(g.row_sums)[m * g.row_sums_stride + x.row_begin + r] = x.row_sums[m * kTileRows<V> + r];
     for (int r = 0; r < x.vectors; ++r) {
       S* rows[V::kLanes];
       const int64_t done = int64_t{r} * V::kLanes;

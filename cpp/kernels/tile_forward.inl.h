@@ -26,6 +26,7 @@
 #include "kernels/products.inl.h"
 #include "kernels/rows.inl.h"
 #include "kernels/score_policy.inl.h"
+#include "kernels/statistics.inl.h"
 #include "kernels/storage.inl.h"
 #include "simd/vectors.h"
 
@@ -40,6 +41,7 @@ struct Tile {
   bool untouched;  // no key block yet: ot is undefined and counts as 0
   typename V::T *qt, *ot;
   typename V::T* state;  // [kRowMembers][kTileRows<V>]
+  TileStats<V> stats;
 };
 
 // ---- a tile and a key block -----------------------------------------------------------------------------------------
@@ -101,8 +103,9 @@ static void accumulate(const HeadTask& h, Tile<V>& tile, const KeyBlock<typename
   if (seen == Visibility::kNone) return;
   const bool hides = seen == Visibility::kPartial || hides_zero_weights(h.normalizer);
   const bool guarded = hides && !values_finite<V>(h, block);
+  if (tile.stats.state != nullptr) find_argmax<V, NV>(tile.stats, block.begin, n, s, highest);
   auto state = RowState<V, NV>::read(tile.state, kTileRows<V>);
-  with_normalizer(h, [&]<class N>(N) { N::step(state, s, n, highest, rescale, guarded); });
+  with_normalizer(h, [&]<class N>(N) { N::step(state, s, n, highest, rescale, guarded, tile.stats); });
   state.write(tile.state, kTileRows<V>);
   if (drops(h)) apply_dropout<V, NV>(h, tile.row_begin, block.begin, n, s);  // after the sums
   if (guarded)
@@ -142,6 +145,27 @@ static void begin_tile(const RowTask& task, Tile<V>& tile) {
   tile.untouched = true;
 }
 
+// The statistics of a tile of a one-pass normaliser.
+template <class V>
+static void finish_tile_statistics(const RowTask& task, const Tile<V>& tile) {
+  using T = typename V::T;
+  T* to = static_cast<T*>(task.row_stats) + (tile.row_begin - task.row_begin);
+  for (int r = 0; r < tile.vectors; ++r) {
+    const auto state = RowState<V, 1>::read(tile.state + r * V::kLanes, kTileRows<V>);
+    const V highest = load(tile.stats.member(kStatHighest, r));
+    V largest, unit;
+    with_normalizer(*task.head, [&]<class N>(N) {
+      largest = N::largest_weight(highest, state);
+      unit = N::scale(state, 0);
+    });
+    finish_statistics<V>(load(tile.stats.member(kStatSum, r)), load(tile.stats.member(kStatLogs, r)), largest, unit,
+                         broadcast<V>(static_cast<T>(__builtin_nan(""))), to + r * V::kLanes, task.stats_stride);
+  }
+  for (int64_t x = 0; x < tile.rows; ++x)
+    task.row_argmax[tile.row_begin - task.row_begin + x] =
+        to[kRowMass * task.stats_stride + x] == 0 ? -1 : tile.stats.argmax[x];
+}
+
 template <class V, class S>
 static void finish_tile(const RowTask& task, const Tile<V>& tile) {
   using T = typename V::T;
@@ -168,14 +192,16 @@ static void finish_tile(const RowTask& task, const Tile<V>& tile) {
       write_transposed(ot, width, h.value_dim, scale, rows, h.out_stride_d);
     }
   }
+  if (task.row_stats != nullptr && !has_threshold(h.normalizer)) finish_tile_statistics<V>(task, tile);
   T* result = static_cast<T*>(task.row_state) + (tile.row_begin - task.row_begin);
   for (int m = 0; m < kRowMembers; ++m)
     for (int64_t x = 0; x < tile.rows; ++x) result[m * task.member_stride + x] = tile.state[m * kTileRows<V> + x];
 }
 
+// The second time that a block is seen: its final weights, for those who asked for something made of them.
 template <class V, class S, class Dot, int NV>
-static void write_weights(const RowTask& task, const Tile<V>& tile,
-                          const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s) {
+static void use_weights(const RowTask& task, const Tile<V>& tile,
+                        const KeyBlock<typename Dot::Key, typename V::T>& block, typename V::T* s) {
   const HeadTask& h = *task.head;
   V highest[NV];
   if (block_scores<V, Dot, NV>(h, tile, block, s, highest) == Visibility::kNone) return;
@@ -188,6 +214,22 @@ static void write_weights(const RowTask& task, const Tile<V>& tile,
         store(x, N::final_weight(state, r, load(x)));
       }
   });
+  if (task.key_mass != nullptr || task.top_k > 0) {
+    for (int r = 0; r < NV; ++r) {
+      const int64_t rows = tile.rows - int64_t{r} * V::kLanes;
+      if (rows >= V::kLanes) continue;
+      const auto inside = mask_from_bits<V>(low_bits(max64(0, rows)));
+      for (int64_t j = 0; j < n; ++j) {
+        typename V::T* x = s + (j * NV + r) * V::kLanes;
+        store(x, select(inside, load(x), zero<V>()));
+      }
+    }
+    if (task.key_mass != nullptr) add_key_mass<V, NV>(task, tile.row_begin, tile.rows, block.begin, n, s);
+    if (task.top_k > 0)
+      find_top<V, NV>(task, tile.stats, 0, tile.row_begin - task.row_begin, n, s,
+                      [&](int64_t j) { return block.begin + j; });
+  }
+  if (h.weights == nullptr) return;
   if (drops(h)) apply_dropout<V, NV>(h, tile.row_begin, block.begin, n, s);
   for (int r = 0; r < NV; ++r) {
     S* rows[V::kLanes];
@@ -242,8 +284,8 @@ FOVEAL_INLINE KeyBlock<Key, T> intersect(KeyBlock<Key, T> block, KeyRange range)
 template <class V>
 static int64_t forward_scratch_nbytes(const HeadTask& h, int64_t rows) {
   const int64_t tiles = (rows + kTileRows<V> - 1) / kTileRows<V>;
-  const int64_t per_tile =
-      kTileRows<V> * (h.head_dim + h.value_dim + kRowMembers) + static_cast<int64_t>(sizeof(Tile<V>));
+  const int64_t per_tile = kTileRows<V> * (h.head_dim + h.value_dim + kRowMembers + kStatMembers + 3) +
+                           static_cast<int64_t>(sizeof(Tile<V>));
   const int64_t shared = kKeyBlock * (kTileRows<V> + h.head_dim + h.value_dim);
   return round_up((tiles * per_tile + shared) * static_cast<int64_t>(sizeof(typename V::T)) + 4 * 64, 64);
 }
@@ -277,7 +319,14 @@ struct ForwardWork {
                  true,
                  arena.take(kTileRows<V> * h.head_dim),
                  arena.take(kTileRows<V> * h.value_dim),
-                 arena.take(kRowMembers * kTileRows<V>)};
+                 arena.take(kRowMembers * kTileRows<V>),
+                 {}};
+      if (task.row_stats != nullptr) {
+        tile[x].stats = {arena.take(kStatMembers * kTileRows<V>),
+                         reinterpret_cast<int64_t*>(arena.take(2 * kTileRows<V>)), arena.take(kTileRows<V>),
+                         kTileRows<V>};
+        tile[x].stats.begin();
+      }
       begin_tile<V, S, Dot>(task, tile[x]);
     }
   }
@@ -317,15 +366,15 @@ static void forward(const RowTask& task) {
       accumulate<V, Dot, 3>(h, t, block, work.s);
   });
   for (int64_t t = 0; t < work.tiles; ++t) finish_tile<V, S>(task, work.tile[t]);
-  if (h.weights == nullptr) return;
+  if (h.weights == nullptr && task.key_mass == nullptr && task.top_k == 0) return;
   work.for_each_block(false, [&](int64_t x, const auto& block) {
     const Tile<V>& t = work.tile[x];
     if (t.vectors == 1)
-      write_weights<V, S, Dot, 1>(task, t, block, work.s);
+      use_weights<V, S, Dot, 1>(task, t, block, work.s);
     else if (t.vectors == 2)
-      write_weights<V, S, Dot, 2>(task, t, block, work.s);
+      use_weights<V, S, Dot, 2>(task, t, block, work.s);
     else
-      write_weights<V, S, Dot, 3>(task, t, block, work.s);
+      use_weights<V, S, Dot, 3>(task, t, block, work.s);
   });
 }
 

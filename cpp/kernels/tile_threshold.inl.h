@@ -183,25 +183,63 @@ static void write_listed_weights(const HeadTask& h, const Tile<V>& tile, int r, 
   }
 }
 
+// The statistics of a vector of rows from the weights of its list.
+template <class V>
+static void finish_list_statistics(const RowTask& task, const Tile<V>& tile, int r, const KeyList<V>& list,
+                                   V threshold) {
+  using T = typename V::T;
+  V sum = zero<V>(), logs = zero<V>(), largest = zero<V>();
+  for (int64_t e = 0; e < list.size; ++e) {
+    const V w = load(list.values + e * V::kLanes);
+    sum = sum + w;
+    logs = fma(w, log2(w), logs);
+    largest = max(largest, w);
+  }
+  const int64_t first = tile.row_begin - task.row_begin + int64_t{r} * V::kLanes;
+  finish_statistics<V>(sum, logs, largest, broadcast<V>(1), threshold, static_cast<T*>(task.row_stats) + first,
+                       task.stats_stride);
+  alignas(64) T lanes[V::kLanes];
+  store(lanes, largest);
+  for (int64_t lane = 0; lane < min64(V::kLanes, tile.rows - int64_t{r} * V::kLanes); ++lane) {
+    int64_t& argmax = task.row_argmax[first + lane];
+    argmax = -1;
+    for (int64_t e = 0; e < list.size && argmax < 0 && lanes[lane] > 0; ++e)
+      if (list.values[e * V::kLanes + lane] == lanes[lane]) argmax = list.keys[e];
+  }
+  const int64_t rows = tile.rows - int64_t{r} * V::kLanes;
+  const auto inside = mask_from_bits<V>(low_bits(max64(0, rows)));
+  if (task.key_mass == nullptr && task.top_k == 0) return;
+  for (int64_t e = 0; e < list.size; ++e)
+    store(list.values + e * V::kLanes, select(inside, load(list.values + e * V::kLanes), zero<V>()));
+  if (task.key_mass != nullptr)
+    for (int64_t e = 0; e < list.size; ++e)
+      add_key_mass<V, 1>(task, tile.row_begin + int64_t{r} * V::kLanes, min64(rows, V::kLanes), list.keys[e], 1,
+                         list.values + e * V::kLanes);
+  if (task.top_k > 0)
+    find_top<V, 1>(task, tile.stats, r, first, list.size, list.values, [&](int64_t e) { return list.keys[e]; });
+}
+
 // From the lists of a tile to its rows' sums and states. What a row saves is its threshold, as a number of the
 // formula's own: of s for sparsemax, of s/2 for 1.5-entmax.
 template <class V, class S>
-static void finish_thresholds(const HeadTask& h, Tile<V>& tile, ThresholdTile<V>& at, typename V::T* buffer) {
+static void finish_thresholds(const RowTask& task, Tile<V>& tile, ThresholdTile<V>& at, typename V::T* buffer) {
   using T = typename V::T;
+  const HeadTask& h = *task.head;
   const int64_t width = int64_t{tile.vectors} * V::kLanes;
   for (int r = 0; r < tile.vectors; ++r) {
     KeyList<V>& list = at.lists[r];
     const V shift = at.shift(r);
-    V threshold;
+    V threshold, saved;
     with_threshold(h, [&]<class N>(N) {
       threshold = find_threshold<N>(list, shift);
       weigh(list, threshold, [](V above) __attribute__((always_inline)) { return N::weight(above); });
-      const V saved = fma(shift, broadcast<V>(static_cast<T>(N::kArgument)), threshold);
+      saved = fma(shift, broadcast<V>(static_cast<T>(N::kArgument)), threshold);
       store(tile.state + kRowMax * kTileRows<V> + r * V::kLanes, saved * broadcast<V>(static_cast<T>(kLog2E)));
     });
     const V seen =
         select(equal(at.highest[r], negative_infinity<V>()), zero<V>(), fma(threshold, zero<V>(), broadcast<V>(1)));
     store(tile.state + kRowSum * kTileRows<V> + r * V::kLanes, seen);
+    if (task.row_stats != nullptr) finish_list_statistics<V>(task, tile, r, list, saved);
     if (drops(h)) drop_listed(h, tile.row_begin + int64_t{r} * V::kLanes, list);
     if (h.weights != nullptr) write_listed_weights<V, S>(h, tile, r, list);
     add_listed_values<V, S>(h, list, buffer, tile.ot + r * V::kLanes, width);
@@ -231,7 +269,7 @@ static void forward_threshold(const RowTask& task) {
   ThresholdTile<V>* at = list_keys(work, arena);
   T* buffer = arena.take(kListedValues * h.value_dim);
   for (int64_t t = 0; t < work.tiles; ++t) {
-    finish_thresholds<V, S>(h, work.tile[t], at[t], buffer);
+    finish_thresholds<V, S>(task, work.tile[t], at[t], buffer);
     finish_tile<V, S>(task, work.tile[t]);
   }
 }
@@ -271,16 +309,24 @@ static void threshold_terms(const GradientTask& task) {
       for (int r = 0; r < tile.vectors; ++r) {
         KeyList<V>& list = at[x].lists[r];
         const V shift = at[x].shift(r);
-        V threshold, slopes = zero<V>();
+        const int64_t first = tile.row_begin + int64_t{r} * V::kLanes;
+        const int64_t n = min64(V::kLanes, tile.rows - int64_t{r} * V::kLanes);
+        V threshold, slopes = zero<V>(), entropy = zero<V>();
+        V entropy_slope = zero<V>(), entropy_shift = zero<V>();
+        if (g.entropy_slope != nullptr) {
+          entropy_slope = widen_n(static_cast<const T*>(g.entropy_slope) + first, n);
+          entropy_shift = widen_n(static_cast<const T*>(g.entropy_shift) + first, n);
+        }
         with_threshold(h, [&]<class N>(N) {
           threshold = find_threshold<N>(list, shift);
           weigh(list, threshold, [&](V above) __attribute__((always_inline)) {
             const V slope = N::slope(above);
             slopes = slopes + slope;
+            if (g.entropy_slope != nullptr)
+              entropy = fma(slope, fma(entropy_slope, log2(N::weight(above)), entropy_shift), entropy);
             return slope;
           });
         });
-        const int64_t first = tile.row_begin + int64_t{r} * V::kLanes;
         if (drops(h)) drop_listed(h, first, list);
         T* sums = tile.ot + r * V::kLanes;
         add_listed_values<V, S>(h, list, buffer, sums, width);
@@ -288,11 +334,10 @@ static void threshold_terms(const GradientTask& task) {
         row_pointers(h, tile, r, static_cast<const S*>(g.dout), g.dout_stride_s, g.dout_stride_g, pointers);
         load_transposed<V, S, WidenedDot<V, S>>(pointers, g.dout_stride_d, h.value_dim, broadcast<V>(1), dout,
                                                 V::kLanes);
-        V delta = zero<V>();
+        V delta = zero<V>() - entropy;
         for (int64_t c = 0; c < h.value_dim; ++c)
           delta = fma(load(sums + c * width), load(dout + c * V::kLanes), delta);
         const auto unseen = equal(at[x].highest[r], negative_infinity<V>());
-        const int64_t n = min64(V::kLanes, tile.rows - int64_t{r} * V::kLanes);
         narrow_n(static_cast<T*>(g.shift) + first, select(unseen, zero<V>(), shift), n);
         narrow_n(static_cast<T*>(g.threshold) + first, select(unseen, zero<V>(), threshold), n);
         narrow_n(static_cast<T*>(g.delta) + first, select(unseen, zero<V>(), delta / slopes), n);

@@ -79,6 +79,20 @@ FOVEAL_INLINE F64 exp2_scale(F64 p, F64 n) {
   return {_mm256_mul_pd(p.v, _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(biased.v), 52)))};
 }
 
+FOVEAL_INLINE F32 split(F32 a, F32& exponent) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  exponent = {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127)))};
+  const __m256i mantissa = _mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff));
+  return {_mm256_castsi256_ps(_mm256_or_si256(mantissa, _mm256_set1_epi32(0x3f800000)))};
+}
+FOVEAL_INLINE F64 split(F64 a, F64& exponent) {
+  const __m256i bits = _mm256_castpd_si256(a.v);
+  const __m256d shifted = _mm256_or_pd(_mm256_castsi256_pd(_mm256_srli_epi64(bits, 52)), _mm256_set1_pd(0x1p52));
+  exponent = {_mm256_sub_pd(shifted, _mm256_set1_pd(0x1p52 + 1023))};
+  const __m256i mantissa = _mm256_and_si256(bits, _mm256_set1_epi64x(0x000fffffffffffff));
+  return {_mm256_castsi256_pd(_mm256_or_si256(mantissa, _mm256_set1_epi64x(0x3ff0000000000000)))};
+}
+
 template <>
 FOVEAL_INLINE Mask32 mask_from_bits<F32>(uint64_t bits) {
   const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);

@@ -65,6 +65,15 @@ FOVEAL_INLINE F64 round(F64 a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO
 FOVEAL_INLINE F32 exp2_scale(F32 p, F32 n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 FOVEAL_INLINE F64 exp2_scale(F64 p, F64 n) { return {_mm512_scalef_pd(p.v, n.v)}; }
 
+FOVEAL_INLINE F32 split(F32 a, F32& exponent) {
+  exponent = {_mm512_getexp_ps(a.v)};
+  return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src)};
+}
+FOVEAL_INLINE F64 split(F64 a, F64& exponent) {
+  exponent = {_mm512_getexp_pd(a.v)};
+  return {_mm512_getmant_pd(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src)};
+}
+
 template <>
 FOVEAL_INLINE __mmask16 mask_from_bits<F32>(uint64_t bits) {
   return static_cast<__mmask16>(bits);

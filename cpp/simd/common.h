@@ -9,6 +9,7 @@
 //   round(a)          to the nearest integer, ties to even, for |a| < 2^22
 //   exp2_scale(p, n)  p * 2^n for 1/2 <= p <= 2 (or NaN) and integral n <= 64, however negative;
 //                     results below the smallest normal number may be 0, those far below are
+//   split(a, e)       m in [1, 2) and integral e with a = m * 2^e, for normal a > 0
 //   greater(a, b)     a > b; false where either is NaN
 //   sqrt(a)           rounded once
 //   reciprocal(a)     1 / a within two units in the last place, for 1 <= a < 2^64

@@ -76,6 +76,19 @@ FOVEAL_INLINE F64 exp2_scale(F64 p, F64 n) {
   return {vmulq_f64(p.v, vreinterpretq_f64_s64(vshlq_n_s64(biased, 52)))};
 }
 
+FOVEAL_INLINE F32 split(F32 a, F32& exponent) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
+  exponent = {vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(vshrq_n_u32(bits, 23)), vdupq_n_s32(127)))};
+  const uint32x4_t mantissa = vandq_u32(bits, vdupq_n_u32(0x007fffff));
+  return {vreinterpretq_f32_u32(vorrq_u32(mantissa, vdupq_n_u32(0x3f800000)))};
+}
+FOVEAL_INLINE F64 split(F64 a, F64& exponent) {
+  const uint64x2_t bits = vreinterpretq_u64_f64(a.v);
+  exponent = {vcvtq_f64_s64(vsubq_s64(vreinterpretq_s64_u64(vshrq_n_u64(bits, 52)), vdupq_n_s64(1023)))};
+  const uint64x2_t mantissa = vandq_u64(bits, vdupq_n_u64(0x000fffffffffffff));
+  return {vreinterpretq_f64_u64(vorrq_u64(mantissa, vdupq_n_u64(0x3ff0000000000000)))};
+}
+
 template <>
 FOVEAL_INLINE Mask32 mask_from_bits<F32>(uint64_t bits) {
   const uint32x4_t lane_bit = {1, 2, 4, 8};

@@ -112,6 +112,16 @@ FOVEAL_INLINE Vec<A...> exp2_scale(Vec<A...> p, Vec<A...> n) {
   return p * V::from_bits(biased.bits() << V::kMantissaBits);
 }
 
+// The exponent field becomes the last bits of a large number.
+template <class... A>
+FOVEAL_INLINE Vec<A...> split(Vec<A...> a, Vec<A...>& exponent) {
+  using V = Vec<A...>;
+  constexpr typename V::T kOnes = sizeof(typename V::T) == 4 ? 0x1p23 : 0x1p52;
+  exponent = V::from_bits((a.bits() >> V::kMantissaBits) | broadcast<V>(kOnes).bits()) - broadcast<V>(kOnes + V::kBias);
+  return V::from_bits((a.bits() << (V::kMantissaBits == 23 ? 9 : 12) >> (V::kMantissaBits == 23 ? 9 : 12)) |
+                      broadcast<V>(1).bits());
+}
+
 template <>
 FOVEAL_INLINE Mask<F32> mask_from_bits<F32>(uint64_t bits) {
   const uint32_t b = static_cast<uint32_t>(bits);

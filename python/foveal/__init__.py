@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from foveal import _core as _core  # first: it refuses a subinterpreter before NumPy is loaded into it for good
 from foveal._attention.dense import Attention, attention
 from foveal._attention.sequences import attention_kvcache, attention_varlen
+from foveal._attention.stats import AttentionStats, attention_stats
 from foveal._runtime import Info, get_num_threads, info, set_num_threads
 from foveal.queues import AsyncPriorityQueue, Empty, IndexedHeap, PriorityMap, PriorityQueue, ShutDown, SumTree
 
@@ -25,6 +26,7 @@ __all__ = [
     "AsyncPriorityQueue",
     "Attention",
     "AttentionScorer",
+    "AttentionStats",
     "DeadlineExceeded",
     "Empty",
     "IndexedHeap",
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_kvcache",
+    "attention_stats",
     "attention_varlen",
     "get_num_threads",
     "info",

@@ -52,17 +52,28 @@ class View(ctypes.Structure):
         super().__init__(rank=-1)
 
 
-_VIEWS = (
+VIEWS = (
     "q",
     "k",
     "v",
     "out",
     "lse",
     "weights",
+    "entropy",
+    "mass",
+    "max_weight",
+    "threshold",
+    "argmax",
+    "key_mass",
+    "top_keys",
+    "top_weights",
     "mask",
     "bias",
     "alibi_slopes",
     "sinks",
+    "gate_tau",
+    "gate_temperature",
+    "span",
     "q_lens",
     "kv_lens",
     "q_offset",
@@ -78,7 +89,7 @@ class Problem(ctypes.Structure):
     """`foveal::AttentionProblem`: what the library reads is judged there, with the texts of the CPU."""
 
     _fields_ = [
-        *((name, View) for name in _VIEWS),
+        *((name, View) for name in VIEWS),
         ("layout", ctypes.c_uint8),
         ("causal", ctypes.c_bool),
         ("window_left", ctypes.c_int64),
@@ -86,6 +97,7 @@ class Problem(ctypes.Structure):
         ("has_scale", ctypes.c_bool),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        ("span_ramp", ctypes.c_double),
         ("normalizer", ctypes.c_uint8),
         ("dropout_p", ctypes.c_double),
         ("seed", ctypes.c_uint64),
@@ -93,11 +105,23 @@ class Problem(ctypes.Structure):
 
     def __init__(self) -> None:
         super().__init__(window_left=UNLIMITED, window_right=UNLIMITED)
-        for name in _VIEWS:
+        for name in VIEWS:
             getattr(self, name).rank = -1
 
 
-_GRADIENTS = ("dout", "dlse", "dq", "dk", "dv", "dbias", "dsinks")
+_GRADIENTS = (
+    "dout",
+    "dlse",
+    "dentropy",
+    "dq",
+    "dk",
+    "dv",
+    "dbias",
+    "dsinks",
+    "dgate_tau",
+    "dgate_temperature",
+    "dspan",
+)
 
 
 class Gradients(ctypes.Structure):

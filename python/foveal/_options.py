@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-ATTENTION, VARLEN, KVCACHE = FUNCTIONS = ("attention", "attention_varlen", "attention_kvcache")
+ATTENTION, VARLEN, KVCACHE, STATS = FUNCTIONS = (
+    "attention",
+    "attention_varlen",
+    "attention_kvcache",
+    "attention_stats",
+)
 
 
 class OpArgument(NamedTuple):
@@ -38,8 +43,20 @@ OPTIONS = (
     _tensor("bias"),
     _tensor("alibi_slopes"),
     _tensor("sinks"),
-    _tensor("q_lens", (ATTENTION,)),
-    _tensor("kv_lens", (ATTENTION,)),  # of a cache: cache_lens, which is no option
+    Option(
+        "gate",
+        None,
+        (OpArgument("gate_tau", "Tensor?", None), OpArgument("gate_temperature", "Tensor?", None)),
+        (ATTENTION, VARLEN, STATS),
+    ),
+    Option(
+        "span",
+        None,
+        (OpArgument("span", "Tensor?", None), OpArgument("span_ramp", "float", 0.0)),
+        (ATTENTION, VARLEN, STATS),
+    ),
+    _tensor("q_lens", (ATTENTION, STATS)),
+    _tensor("kv_lens", (ATTENTION, STATS)),  # of a cache: cache_lens, which is no option
     Option("causal", False, (OpArgument("causal", "bool", False),)),
     Option("q_offset", None, (OpArgument("q_offsets", "Tensor?", None), OpArgument("q_offset", "SymInt?", None))),
     Option(
@@ -52,13 +69,13 @@ OPTIONS = (
     Option("dropout_p", 0.0, (OpArgument("dropout_p", "float", 0.0),), (ATTENTION, VARLEN)),
     Option("seed", None, (OpArgument("seed", "Tensor?", None),), (ATTENTION, VARLEN)),
     Option("normalizer", "softmax", (OpArgument("normalizer", "int", 0),)),  # its place in _core.NORMALIZERS
-    Option("layout", "bhsd", (OpArgument("bshd", "bool", False),), (ATTENTION,)),
+    Option("layout", "bhsd", (OpArgument("bshd", "bool", False),), (ATTENTION, STATS)),
 )
 NAMES = tuple(option.name for option in OPTIONS)
 DEFAULTS = {option.name: option.default for option in OPTIONS}
 
 # What follows q, k, v and the options in every function of ``_core``.
-REQUESTS = {"out": None, "return_lse": False, "return_weights": False}
+REQUESTS = {"out": None, "return_lse": False, "return_weights": False, "return_stats": False}
 
 
 def core_arguments(options: dict[str, Any], **requests: Any) -> dict[str, Any]:
@@ -71,6 +88,6 @@ def op_arguments(function: str) -> tuple[OpArgument, ...]:
 
     The ops of a cache have the arguments of dropout too, so that they end as the ops of packed sequences do.
     """
-    has = (ATTENTION, VARLEN) if function == ATTENTION else (VARLEN,)
+    has = (ATTENTION, VARLEN) if function in (ATTENTION, STATS) else (VARLEN,)
     arguments = [x for option in OPTIONS if set(has) & set(option.functions) for x in option.op_arguments]
     return tuple(sorted(arguments, key=lambda x: x.type != "Tensor?"))

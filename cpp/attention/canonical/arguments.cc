@@ -22,6 +22,9 @@ void for_each_array(const CanonicalProblem& p, const Names& names, Visit visit) 
       if (member == &P::k) name = names.k;
       if (member == &P::v) name = names.v;
       if (member == &P::kv_lens) name = names.kv_lens;
+      if (member == &P::gate_tau) name = "gate[0]";
+      if (member == &P::gate_temperature) name = "gate[1]";
+      if (member == &P::span) name = "span[0]";
       visit(name, view);
     }
   });
@@ -67,6 +70,9 @@ void Canonicalizer::check_dtypes() const {
   require_floating("bias", p_.bias, p_.bias.dtype == DType::kBool ? " (a bool array is `mask`)" : "");
   require_floating("alibi_slopes", p_.alibi_slopes);
   require_floating("sinks", p_.sinks);
+  require_floating("gate[0]", p_.gate_tau);
+  require_floating("gate[1]", p_.gate_temperature);
+  require_floating("span[0]", p_.span);
   require_integer("q_lens", p_.q_lens);
   require_integer(names_.kv_lens, p_.kv_lens);
   require_integer("q_offset", p_.q_offset);

@@ -32,7 +32,9 @@ CanonicalProblem Canonicalizer::judged(const AttentionProblem& given, Status& st
   status = status_of([&] {
     Canonicalizer x(canonical, {});
     x.judge();
-    x.pack({&canonical.q, &canonical.out, &canonical.lse}, {&canonical.k, &canonical.v});
+    x.pack({&canonical.q, &canonical.out, &canonical.lse, &canonical.gate_tau, &canonical.entropy, &canonical.mass,
+            &canonical.max_weight, &canonical.threshold, &canonical.argmax},
+           {&canonical.k, &canonical.v});
   });
   return canonical;
 }
@@ -44,7 +46,8 @@ CanonicalGradients Canonicalizer::judged(const AttentionProblem& given, const At
     Canonicalizer x(g.problem, {});
     x.judge();
     x.judge_gradients(g);
-    x.pack({&g.problem.q, &g.problem.out, &g.problem.lse, &g.dout, &g.dlse, &g.dq},
+    x.pack({&g.problem.q, &g.problem.out, &g.problem.lse, &g.problem.gate_tau, &g.problem.entropy, &g.problem.mass,
+            &g.dout, &g.dlse, &g.dentropy, &g.dq, &g.dgate_tau},
            {&g.problem.k, &g.problem.v, &g.dk, &g.dv});
   });
   return g;
@@ -73,6 +76,8 @@ void Canonicalizer::judge() {
   broadcast_to_scores("mask", p_.mask);
   broadcast_to_scores("bias", p_.bias);
   rewrite_alibi_slopes();
+  rewrite_gate();
+  rewrite_span();
   check_normalizer();
   check_sinks();
   check_lens("q_lens", p_.q_lens, scores_[2], "q");
@@ -158,9 +163,42 @@ void Canonicalizer::rewrite_outputs() {
       reject_shape("weights", p_.weights, "(B, Hq, Sq, Skv) = " + text_of(scores_, 4));
     }
   }
+  rewrite_statistics();
   require_own_memory("out", p_.out);
   require_own_memory("lse", p_.lse);
   require_own_memory("weights", p_.weights);
+}
+
+void Canonicalizer::rewrite_statistics() {
+  using P = AttentionProblem;
+  const DType accumulator = accumulator_of(p_.q.dtype);
+  for (const auto& [name, member] :
+       {std::pair("entropy", &P::entropy), std::pair("mass", &P::mass), std::pair("max_weight", &P::max_weight),
+        std::pair("threshold", &P::threshold), std::pair("argmax", &P::argmax)}) {
+    TensorView& view = p_.*member;
+    if (!view.present()) continue;
+    const DType dtype = member == &P::argmax ? DType::kInt64 : accumulator;
+    if (view.dtype != dtype) reject_dtype(name, view.dtype, name_of(dtype));
+    rewrite_lse(name, view);
+    require_own_memory(name, view);
+  }
+  if (!p_.key_mass.present() && !p_.top_keys.present() && !p_.top_weights.present()) return;
+  if (p_.packed() || p_.paged()) reject_value("key_mass or top_keys is asked for with cu_seqlens or block_table");
+  if (p_.top_keys.present() != p_.top_weights.present())
+    reject_value(std::string(p_.top_keys.present() ? "top_weights" : "top_keys") + " is absent, expected both");
+  const auto require = [&](const char* name, const TensorView& view, DType dtype, int rank, const int64_t* shape) {
+    if (!view.present()) return;
+    if (view.dtype != dtype) reject_dtype(name, view.dtype, name_of(dtype));
+    if (view.rank != rank || !std::equal(shape, shape + rank, view.shape))
+      reject_shape(name, view, text_of(shape, rank));
+    require_own_memory(name, view);
+  };
+  const int64_t keys[] = {scores_[0], scores_[1], scores_[3]};
+  require("key_mass", p_.key_mass, accumulator, 3, keys);
+  const int64_t top_k = p_.top_keys.rank == 4 ? p_.top_keys.shape[3] : 0;
+  const int64_t top[] = {scores_[0], scores_[1], scores_[2], top_k};
+  require("top_keys", p_.top_keys, DType::kInt64, 4, top);
+  require("top_weights", p_.top_weights, accumulator, 4, top);
 }
 
 void Canonicalizer::rewrite_lse(const char* name, TensorView& lse) const {
@@ -212,14 +250,82 @@ CanonicalUpdate canonicalize(const AttentionProblem& problem, const CacheUpdate&
   return Canonicalizer::judged(problem, update, status);
 }
 
-TensorView CanonicalProblem::wanted(Result result) const {
+namespace {
+
+// The shape of a result in the order (B,Hq,Sq,last), how many of these axes it has, and its dtype.
+struct ResultForm {
+  int axes;
+  int64_t last = 0;
+  DType dtype;
+};
+
+ResultForm form_of(const CanonicalProblem& p, Result result, int64_t top_k) {
+  const DType accumulator = accumulator_of(p.q.dtype);
+  switch (result) {
+    case Result::kOut:
+      return {4, p.v.shape[kDim], p.q.dtype};
+    case Result::kWeights:
+      return {4, p.k.shape[kSeq], p.q.dtype};
+    case Result::kArgmax:
+      return {3, 0, DType::kInt64};
+    case Result::kKeyMass:
+      return {2, p.k.shape[kSeq], accumulator};
+    case Result::kTopKeys:
+      return {4, top_k, DType::kInt64};
+    case Result::kTopWeights:
+      return {4, top_k, accumulator};
+    default:
+      return {3, 0, accumulator};
+  }
+}
+
+TensorView& member_of(CanonicalProblem& p, Result result) {
+  switch (result) {
+    case Result::kOut:
+      return p.out;
+    case Result::kLse:
+      return p.lse;
+    case Result::kWeights:
+      return p.weights;
+    case Result::kEntropy:
+      return p.entropy;
+    case Result::kMass:
+      return p.mass;
+    case Result::kMaxWeight:
+      return p.max_weight;
+    case Result::kThreshold:
+      return p.threshold;
+    case Result::kArgmax:
+      return p.argmax;
+    case Result::kKeyMass:
+      return p.key_mass;
+    case Result::kTopKeys:
+      return p.top_keys;
+    case Result::kTopWeights:
+      break;
+  }
+  return p.top_weights;
+}
+
+// Without the axes that q lacks, an array of (B,Hq,Skv) keeps the last.
+bool is_of_keys(Result result) { return result == Result::kKeyMass; }
+
+}  // namespace
+
+TensorView CanonicalProblem::wanted(Result result, int64_t top_k) const {
   const int64_t rows = packed() ? packed_rows : q.shape[kSeq];
-  const int64_t last = result == Result::kOut ? v.shape[kDim] : k.shape[kSeq];
-  const int64_t whole[] = {q.shape[kBatch], q.shape[kHead], rows, last};
+  const ResultForm form = form_of(*this, result, top_k);
+  const int64_t whole[] = {q.shape[kBatch], q.shape[kHead], rows, form.last};
   TensorView view;
-  view.dtype = result == Result::kLse ? accumulator_of(q.dtype) : q.dtype;
+  view.dtype = form.dtype;
   view.device = q.device;
-  view.rank = result == Result::kLse ? rank - 1 : rank;
+  if (is_of_keys(result)) {
+    view.rank = 0;
+    for (int axis = 4 - rank; axis < 2; ++axis) view.shape[view.rank++] = whole[axis];
+    view.shape[view.rank++] = form.last;
+    return view;
+  }
+  view.rank = form.axes == 4 ? rank : rank - 1;
   for (int axis = 0; axis < 4; ++axis) {
     const int position = position_of(axis, rank, result == Result::kOut ? layout : Layout::kBhsd);
     if (position >= 0) view.shape[position] = whole[axis];
@@ -228,10 +334,21 @@ TensorView CanonicalProblem::wanted(Result result) const {
 }
 
 void CanonicalProblem::take(Result result, const TensorView& made) {
-  TensorView& view = result == Result::kOut ? out : result == Result::kLse ? lse : weights;
-  view = result == Result::kOut   ? canonical_view(made, layout)
-         : result == Result::kLse ? canonical_lse(made)
-                                  : canonical_view(made, Layout::kBhsd);
+  TensorView& view = member_of(*this, result);
+  if (is_of_keys(result)) {
+    const int missing = 3 - made.rank;
+    view = made;
+    view.rank = 3;
+    for (int axis = 2; axis >= 0; --axis) {
+      view.shape[axis] = axis < missing ? 1 : made.shape[axis - missing];
+      view.stride[axis] = axis < missing ? 0 : made.stride[axis - missing];
+    }
+    return;
+  }
+  const bool of_rows = form_of(*this, result, 0).axes == 3;
+  view = result == Result::kOut ? canonical_view(made, layout)
+         : of_rows              ? canonical_lse(made)
+                                : canonical_view(made, Layout::kBhsd);
   if (!packed()) return;
   view.shape[kBatch] = q.shape[kBatch];
   view.shape[kSeq] = q.shape[kSeq];

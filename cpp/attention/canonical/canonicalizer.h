@@ -49,6 +49,7 @@ class Canonicalizer {
   void rewrite_qkv();
   void check_sizes() const;
   void rewrite_outputs();
+  void rewrite_statistics();
   void rewrite_lse(const char* name, TensorView& lse) const;
   void pack(std::initializer_list<TensorView*> rows, std::initializer_list<TensorView*> keys);
   void require_rank(const char* name, const TensorView& view, int rank) const;
@@ -57,7 +58,11 @@ class Canonicalizer {
 
   // scores.cc: what scores and weights go through
   void broadcast_to_scores(const char* name, TensorView& view) const;
+  void broadcast_to_rows(const char* name, TensorView& view) const;
+  void broadcast_to_heads(const char* name, TensorView& view) const;
   void rewrite_alibi_slopes();
+  void rewrite_gate();
+  void rewrite_span();
   void check_normalizer() const;
   void check_sinks() const;
   void rewrite_numbers();

@@ -26,10 +26,38 @@ void Canonicalizer::judge_gradients(CanonicalGradients& g) {
       reject_value(std::string("dlse is given, expected none with normalizer='") + name_of(p_.normalizer) +
                    "', whose rows have no log-sum-exp");
   }
+  if (g.dentropy.present()) {
+    check_gradient("dentropy", g.dentropy, accumulator);
+    rewrite_lse("dentropy", g.dentropy);
+    if (!p_.entropy.present() || !p_.mass.present())
+      reject_value("dentropy is given without entropy and mass, expected those of the forward pass");
+  }
   if (g.dbias.present()) {
     check_gradient("dbias", g.dbias, accumulator);
     require_no_overlap("dbias", g.dbias);
     broadcast_to_scores("dbias", g.dbias);
+  }
+  const auto of_option = [&](const char* name, TensorView& gradient, const TensorView& option, const char* of) {
+    check_gradient(name, gradient, accumulator);
+    require_no_overlap(name, gradient);
+    if (!option.present()) reject_value(std::string(name) + " is given without " + of);
+  };
+  if (g.dgate_tau.present()) {
+    of_option("dgate_tau", g.dgate_tau, p_.gate_tau, "gate");
+    broadcast_to_rows("dgate_tau", g.dgate_tau);
+  }
+  if (g.dgate_temperature.present()) {
+    of_option("dgate_temperature", g.dgate_temperature, p_.gate_temperature, "gate");
+    TensorView& view = g.dgate_temperature;
+    if (view.rank > 1 || (view.rank == 1 && view.shape[0] != 1 && view.shape[0] != scores_[1]))
+      reject_shape("dgate_temperature", view, "() or (Hq,) = " + text_of(scores_ + 1, 1));
+    if (view.rank == 0 || view.shape[0] == 1) view.stride[0] = 0;
+    view.rank = 1;
+    view.shape[0] = scores_[1];
+  }
+  if (g.dspan.present()) {
+    of_option("dspan", g.dspan, p_.span, "span");
+    broadcast_to_heads("dspan", g.dspan);
   }
   if (g.dsinks.present()) {
     check_gradient("dsinks", g.dsinks, accumulator);

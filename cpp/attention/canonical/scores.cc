@@ -6,6 +6,7 @@
 #include <string>
 
 #include "attention/canonical/canonicalizer.h"
+#include "attention/element.h"
 #include "attention/rejection.h"
 
 namespace foveal {
@@ -50,6 +51,71 @@ void Canonicalizer::rewrite_alibi_slopes() {
   slopes.rank = 2;
   slopes.shape[0] = scores_[0];
   slopes.shape[1] = scores_[1];
+}
+
+// To (B,Hq,Sq) of the caller's q; packed: to (Hq,Tq).
+void Canonicalizer::broadcast_to_rows(const char* name, TensorView& view) const {
+  const int most = p_.packed() ? 2 : 3;
+  TensorView canonical = view;
+  canonical.rank = 3;
+  bool fits = view.rank <= most;
+  for (int axis = 0; axis < 3 && fits; ++axis) {
+    const int position = axis - (3 - view.rank);
+    const int64_t extent = position < 0 ? 1 : view.shape[position];
+    fits = extent == 1 || extent == rows_[axis];
+    canonical.shape[axis] = rows_[axis];
+    canonical.stride[axis] = extent == 1 ? 0 : view.stride[position];
+  }
+  if (!fits)
+    reject_shape(name, view,
+                 "an array that broadcasts to " +
+                     (p_.packed() ? "(Hq, Tq) = " + text_of(rows_ + 1, 2) : "(B, Hq, Sq) = " + text_of(rows_, 3)));
+  view = canonical;
+}
+
+// To (B,Hq).
+void Canonicalizer::broadcast_to_heads(const char* name, TensorView& view) const {
+  TensorView canonical = view;
+  canonical.rank = 2;
+  bool fits = view.rank <= 2;
+  for (int axis = 0; axis < 2 && fits; ++axis) {
+    const int position = axis - (2 - view.rank);
+    const int64_t extent = position < 0 ? 1 : view.shape[position];
+    fits = extent == 1 || extent == scores_[axis];
+    canonical.shape[axis] = scores_[axis];
+    canonical.stride[axis] = extent == 1 ? 0 : view.stride[position];
+  }
+  if (!fits) reject_shape(name, view, "(Hq,) = " + text_of(scores_ + 1, 1) + " or (B, Hq) = " + text_of(scores_, 2));
+  view = canonical;
+}
+
+void Canonicalizer::rewrite_gate() {
+  TensorView &tau = p_.gate_tau, &temperature = p_.gate_temperature;
+  if (tau.present() != temperature.present())
+    reject_value(std::string(tau.present() ? "gate[1]" : "gate[0]") + " is absent, expected both of (tau, T)");
+  if (!tau.present()) return;
+  broadcast_to_rows("gate[0]", tau);
+  if (temperature.rank > 1 ||
+      (temperature.rank == 1 && temperature.shape[0] != 1 && temperature.shape[0] != scores_[1]))
+    reject_shape("gate[1]", temperature, "() or (Hq,) = " + text_of(scores_ + 1, 1));
+  if (temperature.rank == 0 || temperature.shape[0] == 1) temperature.stride[0] = 0;
+  temperature.rank = 1;
+  temperature.shape[0] = scores_[1];
+  if (temperature.device.type != DeviceType::kCpu) return;
+  for (int64_t h = 0; h < (temperature.stride[0] == 0 ? std::min<int64_t>(scores_[1], 1) : scores_[1]); ++h) {
+    const double value = load_element(temperature, h * temperature.stride[0]);
+    if (!(value > 0.0 && std::isfinite(value)))
+      reject_value("gate[1] has the element " + text_of(value) + ", expected finite numbers above 0");
+  }
+}
+
+void Canonicalizer::rewrite_span() {
+  if (!p_.span.present()) return;
+  broadcast_to_heads("span[0]", p_.span);
+  if (!(p_.span_ramp > 0.0 && std::isfinite(p_.span_ramp)))
+    reject_value("span[1] is " + text_of(p_.span_ramp) + ", expected a finite number above 0");
+  // 1 / ramp is finite in the accumulator type.
+  p_.span_ramp = std::max(p_.span_ramp, p_.q.dtype == DType::kFloat64 ? DBL_MIN : double{FLT_MIN});
 }
 
 void Canonicalizer::check_normalizer() const {

@@ -48,17 +48,29 @@ constexpr int64_t kUnlimited = -1;  // a window side without a limit
 
 // As the caller gives it: rank 2..4 in `layout`.
 struct AttentionProblem {
-  TensorView q, k, v;       // (B,Hq,Sq,D), (B,Hkv,Skv,D), (B,Hkv,Skv,Dv)
-  TensorView out;           // (B,Hq,Sq,Dv), q's dtype
-  TensorView lse;           // optional (B,Hq,Sq), accumulator dtype, natural log
-  TensorView weights;       // optional (B,Hq,Sq,Skv), q's dtype
+  TensorView q, k, v;  // (B,Hq,Sq,D), (B,Hkv,Skv,D), (B,Hkv,Skv,Dv)
+  TensorView out;      // (B,Hq,Sq,Dv), q's dtype
+  TensorView lse;      // optional (B,Hq,Sq), accumulator dtype, natural log
+  TensorView weights;  // optional (B,Hq,Sq,Skv), q's dtype
+  // Statistics of the weights before dropout, optional: like lse, argmax int64. With p = w / sum w: the entropy
+  // -sum p log p in nats; sum w; the largest w, and the first key with the largest score (-1 where all weights are 0);
+  // the normaliser's threshold, in the units of its formula (NaN without one, inf where a row sees nothing).
+  TensorView entropy, mass, max_weight, threshold, argmax;
+  TensorView key_mass;  // optional (B,Hq,Skv), accumulator dtype: the sum of each key's weights over the queries
+  // Optional, both: the heaviest keys of each query (B,Hq,Sq,n), int64, and their weights, of the accumulator dtype; -1
+  // and 0 where fewer have a weight above 0.
+  TensorView top_keys, top_weights;
   TensorView mask;          // optional bool, broadcastable to (B,Hq,Sq,Skv); true = attend
   TensorView bias;          // optional floating, broadcastable to (B,Hq,Sq,Skv)
   TensorView alibi_slopes;  // optional floating, (Hq,) or (B,Hq)
   TensorView sinks;         // optional floating, (Hq,)
-  TensorView q_lens;        // optional int32/int64, (B,)
-  TensorView kv_lens;       // optional int32/int64, (B,)
-  TensorView q_offset;      // optional int32/int64, () or (B,); absent: kv_len - q_len (bottom-right)
+  // Optional, both: adds log sigmoid((s - tau) / T) to a score s. Floating, tau broadcastable to (B,Hq,Sq) (packed: to
+  // (Hq,Tq)), T > 0 of shape () or (Hq,).
+  TensorView gate_tau, gate_temperature;
+  TensorView span;     // optional floating, broadcastable to (B,Hq): adds log clamp((ramp + z - distance) / ramp, 0, 1)
+  TensorView q_lens;   // optional int32/int64, (B,)
+  TensorView kv_lens;  // optional int32/int64, (B,)
+  TensorView q_offset;  // optional int32/int64, () or (B,); absent: kv_len - q_len (bottom-right)
   // Packed sequences, both or none, int32/int64 (B+1,): q (Tq,Hq,D), k (Tk,Hkv,D), v (Tk,Hkv,Dv), out (Tq,Hq,Dv), lse
   // (Hq,Tq), layout kBshd. Element b has the rows cu_seqlens_q[b] to cu_seqlens_q[b+1], keys likewise. Masks and biases
   // count from the first row and key of each element: Sq and Skv are the longest lengths.
@@ -73,12 +85,16 @@ struct AttentionProblem {
   int64_t window_right = kUnlimited;
   bool has_scale = false;  // false: 1/sqrt(D)
   double scale = 0.0;
-  double softcap = 0.0;  // 0: none
+  double softcap = 0.0;    // 0: none
+  double span_ramp = 0.0;  // > 0, with a span
   Normalizer normalizer = Normalizer::kSoftmax;
   double dropout_p = 0.0;  // the chance of a weight to be 0; the others are multiplied by 1 / (1 - dropout_p)
   uint64_t seed = 0;       // of dropout: with the places of a pair (b, h, i, j), all that decides about it
 
   bool packed() const { return cu_seqlens_q.present(); }
+  bool has_statistics() const { return entropy.present(); }
+  // Whether something is made of all final weights, which takes the keys a second time.
+  bool reads_weights() const { return weights.present() || key_mass.present() || top_keys.present(); }
   bool paged() const { return block_table.present(); }
 };
 
@@ -86,9 +102,12 @@ struct AttentionProblem {
 struct AttentionGradients {
   TensorView dout;        // like out
   TensorView dlse;        // optional, like lse
+  TensorView dentropy;    // optional, like lse; the problem's entropy and mass are those of the forward pass
   TensorView dq, dk, dv;  // like q, k, v
   TensorView dbias;       // optional, accumulator dtype, broadcastable to (B,Hq,Sq,Skv): summed over axes of extent 1
   TensorView dsinks;      // optional (Hq,), accumulator dtype
+  // Optional, accumulator dtype, of the shapes that their inputs may have: summed over axes of extent 1.
+  TensorView dgate_tau, dgate_temperature, dspan;
 };
 
 // Tokens to append to the cache of keys and values that a problem reads, layout kBshd, before it is computed. The
@@ -101,12 +120,25 @@ struct CacheUpdate {
   TensorView cache_batch_idx;         // optional int32/int64 (B,): the row of k and v that holds a sequence
 };
 
-enum class Result : uint8_t { kOut, kLse, kWeights };
+// What a call can give, each the member of a problem of this name.
+enum class Result : uint8_t {
+  kOut,
+  kLse,
+  kWeights,
+  kEntropy,
+  kMass,
+  kMaxWeight,
+  kThreshold,
+  kArgmax,
+  kKeyMass,
+  kTopKeys,
+  kTopWeights
+};
 
 // A problem in the one form that planners and runners take. `canonicalize` alone makes one:
 //
 //   q, k, v, out, weights, mask, bias   rank 4 in (B,H,S,D) order; broadcast axes have stride 0
-//   lse                                 rank 3;  alibi_slopes rank 2 (B,Hq);  sinks rank 1
+//   lse, gate_tau                       rank 3;  alibi_slopes, span rank 2 (B,Hq);  sinks, gate_temperature rank 1
 //   q_lens, kv_lens, q_offset           rank 1 (B,);  scale filled in
 //   packed: q, k, v, out, lse as (B,H,longest,.) with batch stride 0; element b begins at row cu_seqlens[b]
 //   paged: k, v stay (pages,Hkv,page size,.)
@@ -123,7 +155,7 @@ struct CanonicalProblem : AttentionProblem {
 
   // A result that the caller did not bring can be made once the arguments are accepted: `wanted` has its dtype, and its
   // shape in the caller's rank and layout; `take` makes a new array of that shape part of the problem.
-  TensorView wanted(Result result) const;
+  TensorView wanted(Result result, int64_t top_k = 0) const;
   void take(Result result, const TensorView& made);
 
  private:
@@ -173,9 +205,10 @@ struct ExecutionOptions {
   void* interrupted_context = nullptr;
 };
 
-// Fills problem.out (and lse, weights when present). Bitwise the same for any num_threads and any batch composition.
-// kMemory when scratch cannot be allocated, kInterrupted when `interrupted` returned true, kForked in a child that
-// `interrupted` left behind: its outputs are undefined, and the call's other threads are not there.
+// Fills the results of the problem that are present; `out` may be absent where statistics are asked for. Bitwise the
+// same for any num_threads and any batch composition. kMemory when scratch cannot be allocated, kInterrupted when
+// `interrupted` returned true, kForked in a child that `interrupted` left behind: its outputs are undefined, and the
+// call's other threads are not there.
 Status attention_forward(const CanonicalProblem& problem, const ExecutionOptions& options);
 
 // Writes the new tokens into the cache, then attention_forward.

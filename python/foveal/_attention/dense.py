@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypedDict,
 from numpy import ndarray
 
 from foveal import _core
+from foveal._attention.stats import stats_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ class _Options(TypedDict, total=False):
     softcap: float
     alibi_slopes: Any
     sinks: Any
+    gate: tuple[Any, Any] | None
+    span: tuple[Any, float] | None
     q_lens: Sequence[int] | Any | None
     kv_lens: Sequence[int] | Any | None
     dropout_p: float
@@ -97,6 +100,17 @@ def attention(
     *,
     return_lse: bool = ...,
     return_weights: bool = ...,
+    return_stats: Literal[True],
+    **options: Unpack[_Options],
+) -> Attention: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    *,
+    return_lse: bool = ...,
+    return_weights: bool = ...,
     return_stats: bool = ...,
     **options: Unpack[_Options],
 ) -> ArrayT | Attention: ...
@@ -124,6 +138,8 @@ def attention(
     return_lse: bool = False,
     return_weights: bool = False,
     return_stats: bool = False,
+    gate: tuple[Any, Any] | None = None,
+    span: tuple[Any, float] | None = None,
 ) -> Any:
     r"""Compute exact scaled dot-product attention, block by block, without the array of scores.
 
@@ -132,6 +148,8 @@ def attention(
         s = scale * q k^T                          (Sq, Skv), never held
         s = softcap * tanh(s / softcap)            where softcap > 0
         s = s - slope * |q_offset + i - j| + bias  where given
+        s = s + log(sigmoid((s - tau) / T))        with a gate
+        s = s + log(clamp((ramp + z - |q_offset + i - j|) / ramp, 0, 1))  with a span
         out = dropout(softmax(s)) v                over the keys j that query i sees
 
     Symbols: B batch, Hq query heads, Hkv key/value heads (Hkv divides Hq; query head h reads key/value head
@@ -186,8 +204,16 @@ def attention(
 
         A key with weight 0 (sparsemax, entmax15, relu) never reaches the output, NaN included. Other normalisers than
         softmax have no ``sinks`` and no ``return_lse``. docs/mechanisms.md says when to use which.
-    return_stats
-        Not built yet, except for the default.
+    return_stats : bool
+        Return an :class:`Attention` with ``stats``, an :class:`AttentionStats` of the weights before dropout: entropy,
+        breadth, largest weight and its key, and the threshold of sparsemax and entmax15. For tensors, entropy and breadth
+        have a gradient.
+    gate : (tau, T), optional
+        Learned threshold: a key's weight is that of its score times sigmoid((s - tau) / T), before the normaliser. tau is
+        a number or a floating array broadcastable to (B, Hq, Sq), T > 0 a number or a (Hq,) array.
+    span : (z, ramp), optional
+        Learned span [5]_: keys further from the query's position than z fade out over ``ramp`` positions, and blocks
+        beyond are skipped. z is a number or a (Hq,) or (B, Hq) floating array, ramp > 0 a number.
     layout : "bhsd" or "bshd"
         "bshd": q, k, v and the output are (B, Sq, Hq, D) and so on, and (S, H, D) without B. Nothing is copied.
     out : array, optional
@@ -228,6 +254,7 @@ def attention(
     .. [2] Peters, Niculae and Martins 2019, "Sparse Sequence-to-Sequence Models".
     .. [3] Ramapuram et al. 2025, "Theory, Analysis, and Best Practices for Sigmoid Self-Attention".
     .. [4] Wortsman et al. 2023, "Replacing softmax with ReLU in Vision Transformers".
+    .. [5] Sukhbaatar et al. 2019, "Adaptive Attention Span in Transformers", eq. 4 and 5.
 
     Examples
     --------
@@ -247,8 +274,6 @@ def attention(
     """
     if normalizer != "softmax" and return_lse:
         refuse_lse("attention", normalizer)
-    if return_stats:
-        raise NotImplementedError("attention: return_stats is not built yet, expected False")
     call = _core.attention
     if not isinstance(q, ndarray) and hasattr(q, "__torch_function__"):
         call = _torch_attention or _load_torch_attention()
@@ -261,6 +286,8 @@ def attention(
         bias,
         alibi_slopes,
         sinks,
+        gate,
+        span,
         q_lens,
         kv_lens,
         causal,
@@ -275,8 +302,12 @@ def attention(
         out,
         return_lse,
         return_weights,
+        return_stats,
     )
-    return Attention(*result) if return_lse or return_weights else result
+    if not (return_lse or return_weights or return_stats):
+        return result
+    attended, lse, weights, stats = result
+    return Attention(attended, lse, weights, stats_of(stats, normalizer) if return_stats else None)
 
 
 def refuse_lse(function: str, normalizer: str) -> NoReturn:

@@ -34,6 +34,8 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    gate: tuple[Any, Any] | None = None,
+    span: tuple[Any, float] | None = None,
     normalizer: str = "softmax",
     dropout_p: float = 0.0,
     seed: int | None = None,
@@ -58,6 +60,8 @@ def attention_varlen(
     causal, q_offset, window, scale, softcap, alibi_slopes, sinks, normalizer
         As in :func:`attention`, within each sequence. ``q_offset`` is by default the number of its keys less that of
         its queries, so the last query sits at the last key.
+    gate, span
+        As in :func:`attention`, tau broadcastable to (Hq, Tq).
     dropout_p, seed
         As in :func:`attention`, where sequence b is batch element b.
     return_lse : bool
@@ -76,7 +80,7 @@ def attention_varlen(
     TypeError, ValueError
         As :func:`attention`, and where the boundaries fall or leave the tokens.
     NotImplementedError
-        ``alibi_slopes`` that require grad: of tensors, q, k, v, ``bias`` and ``sinks`` have a gradient.
+        ``alibi_slopes`` that require grad: of tensors, q, k, v, ``bias``, ``sinks``, ``gate`` and ``span`` have a gradient.
 
     Examples
     --------
@@ -102,6 +106,8 @@ def attention_varlen(
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
+        "gate": gate,
+        "span": span,
         "dropout_p": dropout_p,
         "seed": seed,
         "normalizer": normalizer,
@@ -113,7 +119,7 @@ def attention_varlen(
     else:
         arguments = core_arguments(options, layout="bshd", return_lse=True)
         values = [*arguments.values(), cu_seqlens_q, cu_seqlens_kv]
-        out, lse, _ = _core.attention_varlen(q, k, v, *values)
+        out, lse, *_ = _core.attention_varlen(q, k, v, *values)
     return Attention(out, lse) if return_lse else out
 
 
@@ -244,5 +250,5 @@ def attention_kvcache(
         out, lse = _attention_kvcache(q, k_cache, v_cache, cache_lens, update, options)
     else:
         arguments = core_arguments(options, kv_lens=cache_lens, layout="bshd", return_lse=True)
-        out, lse, _ = _core.attention_kvcache(q, k_cache, v_cache, *arguments.values(), *update.values())
+        out, lse, *_ = _core.attention_kvcache(q, k_cache, v_cache, *arguments.values(), *update.values())
     return Attention(out, lse) if return_lse else out

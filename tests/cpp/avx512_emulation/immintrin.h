@@ -245,6 +245,21 @@ EMULATED __m512 _mm512_scalef_ps(__m512 p, __m512 n) {
 EMULATED __m512d _mm512_scalef_pd(__m512d p, __m512d n) {
   return emu::each<__m512d, double>([&](int i) { return emu::scale_double(p[i], n[i]); });
 }
+#define _MM_MANT_NORM_1_2 0
+#define _MM_MANT_SIGN_src 0
+// Of normal numbers.
+EMULATED __m512 _mm512_getexp_ps(__m512 a) {
+  return emu::each<__m512, float>([&](int i) { return __builtin_logbf(a[i]); });
+}
+EMULATED __m512d _mm512_getexp_pd(__m512d a) {
+  return emu::each<__m512d, double>([&](int i) { return __builtin_logb(a[i]); });
+}
+EMULATED __m512 _mm512_getmant_ps(__m512 a, int, int) {
+  return emu::each<__m512, float>([&](int i) { return emu::scale_float(a[i], -__builtin_logbf(a[i])); });
+}
+EMULATED __m512d _mm512_getmant_pd(__m512d a, int, int) {
+  return emu::each<__m512d, double>([&](int i) { return emu::scale_double(a[i], -__builtin_logb(a[i])); });
+}
 template <int kLanes, class V>
 EMULATED auto emulated_reduce_add(V a) {
   auto x = emu::lanes_of<decltype(a[0] + a[0])>(a);

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
+from foveal.torch.ops.records import ASKED, OPTION_GRADIENTS
+
 _functorch = torch._C._functorch
 
 
@@ -62,8 +64,9 @@ class Differentiable:
     function : str
         The public function, for errors.
     forward, backward : op
-        ``forward(*arrays, *options)`` gives (out, lse, ...), the rest without a gradient; ``backward(dout, dlse, out,
-        lse, *arrays, *options, bias_grad, sinks_grad)`` gives the gradients of q, k, v, the bias and the sinks.
+        ``forward(*arrays, *options)`` gives (out, lse, ...), the rest without a gradient, or with statistics (out, lse,
+        weights, entropy, mass, ...), where the entropy has one; ``backward(dout, dlse, out, lse, dentropy, entropy,
+        mass, *arrays, *options, *asked)`` gives the gradients of q, k, v and of the options (OPTION_GRADIENTS).
     num_arrays : int
         How many arrays come first; all but q, k and v have no gradient.
     options, backward_options : record
@@ -74,8 +77,9 @@ class Differentiable:
         self, function: str, forward: Any, backward: Any, num_arrays: int, options: Any, backward_options: Any
     ) -> None:
         self._function, self._forward, self._backward, self._options = function, forward, backward, options
-        bias, sinks = (num_arrays + options._fields.index(name) for name in ("bias", "sinks"))
-        end = num_arrays + len(backward_options._fields) - 2
+        places = {name: num_arrays + options._fields.index(name) for name in OPTION_GRADIENTS}
+        end = num_arrays + len(backward_options._fields) - len(ASKED)
+        has_stats = len(forward._schema.returns) > 3
         num_tensors = num_arrays + options.num_tensors
         num_inputs = num_arrays + len(options._fields)
         normalizer = num_arrays + options._fields.index("normalizer")
@@ -89,22 +93,26 @@ class Differentiable:
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
                 out, lse, *others = output
                 ctx.has_lse = inputs[normalizer] == 0  # of softmax; what others save of a row is no result
-                ctx.mark_non_differentiable(*others if ctx.has_lse else (lse, *others))
-                ctx.save_for_backward(out, lse, *inputs[:num_tensors])
+                entropy = others[1:3] if has_stats else (None, None)  # and mass
+                without = [x for x in others if not has_stats or x is not others[1]]
+                ctx.mark_non_differentiable(*without if ctx.has_lse else (lse, *without))
+                ctx.save_for_backward(out, lse, *entropy, *inputs[:num_tensors])
                 ctx.numbers = inputs[num_tensors:end]
 
             @staticmethod
-            def backward(ctx: Any, dout: Tensor, dlse: Tensor, *_: Tensor) -> Any:
-                out, lse, *tensors = ctx.saved_tensors
-                bias_grad, sinks_grad = ctx.needs_input_grad[bias], ctx.needs_input_grad[sinks]
-                dq, dk, dv, dbias, dsinks = backward(
-                    dout, dlse if ctx.has_lse else None, out, lse, *tensors, *ctx.numbers, bias_grad, sinks_grad
+            def backward(ctx: Any, dout: Tensor, dlse: Tensor, *others: Tensor) -> Any:
+                out, lse, entropy, mass, *tensors = ctx.saved_tensors
+                dentropy = others[1] if has_stats else None
+                wanted = {name: ctx.needs_input_grad[place] for name, place in places.items()}
+                asked = [any(wanted[name] for name, by in OPTION_GRADIENTS.items() if by == x) for x in ASKED]
+                dlse_or_none = dlse if ctx.has_lse else None
+                dq, dk, dv, *found = backward(
+                    dout, dlse_or_none, out, lse, dentropy, entropy, mass, *tensors, *ctx.numbers, *asked
                 )
                 gradients: list[Tensor | None] = [dq, dk, dv] + [None] * (num_inputs - 3)
-                if bias_grad:
-                    gradients[bias] = dbias.to(tensors[bias].dtype)
-                if sinks_grad:
-                    gradients[sinks] = dsinks.to(tensors[sinks].dtype)
+                for (name, place), gradient in zip(places.items(), found, strict=True):
+                    if wanted[name]:
+                        gradients[place] = gradient.to(tensors[place].dtype)
                 return tuple(gradients)
 
         class NoSecondDerivative(torch.autograd.Function):
@@ -142,8 +150,8 @@ class Differentiable:
             arrays = (*qkv, *arrays[3:])
         return apply(self._apply, (*arrays, *options))
 
-    def register(self, library: torch.library.Library) -> None:
-        """Give both ops their autograd kernels."""
+    def register(self, library: torch.library.Library, *, backward_too: bool = True) -> None:
+        """Give both ops their autograd kernels, or the forward op alone, whose backward op is another's too."""
 
         def forward(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
             if not is_differentiated(*values):
@@ -156,4 +164,5 @@ class Differentiable:
             return apply(self._apply_backward, values)
 
         library.impl(self._forward, forward, "Autograd", with_keyset=True)
-        library.impl(self._backward, backward, "Autograd", with_keyset=True)
+        if backward_too:
+            library.impl(self._backward, backward, "Autograd", with_keyset=True)

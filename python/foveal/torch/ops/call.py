@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
 from foveal import _core
-from foveal._options import DEFAULTS, NAMES, REQUESTS
-from foveal.torch.ops.gradients import OUT_HAS_NO_GRADIENT, differentiable_attention
+from foveal._options import DEFAULTS, NAMES, REQUESTS, core_arguments
+from foveal.torch.ops.gradients import OUT_HAS_NO_GRADIENT, differentiable_attention, differentiable_stats
+from foveal.torch.ops.records import StatsOptions
 
 _plain = torch.ops.foveal.attention_plain.default
 _forward = torch.ops.foveal.attention_forward.default
+_forward_stats = torch.ops.foveal.attention_forward_stats.default
+_stats = torch.ops.foveal.attention_stats.default
 _forward_out = torch.ops.foveal.attention_forward_out.default
 
 # What a call of the op forwards to, 0.2 microseconds sooner; Dynamo knows only the op itself.
@@ -42,6 +45,8 @@ def _attention(
     bias: Any,
     alibi_slopes: Any,
     sinks: Any,
+    gate: Any,
+    span: Any,
     q_lens: Any,
     kv_lens: Any,
     causal: Any,
@@ -56,6 +61,7 @@ def _attention(
     out: Any,
     return_lse: Any,
     return_weights: Any,
+    return_stats: Any,
     /,
 ) -> Any:
     """Take and return what ``_core.attention`` does, for tensors."""
@@ -70,6 +76,8 @@ def _attention(
             and q_offset is None
             and alibi_slopes is None
             and sinks is None
+            and gate is None
+            and span is None
             and q_lens is None
             and kv_lens is None
             and out is None
@@ -78,7 +86,7 @@ def _attention(
             and normalizer == "softmax"
             and window == _UNLIMITED
             and layout == "bhsd"
-            and not (return_lse or return_weights)
+            and not (return_lse or return_weights or return_stats)
             and (causal is False or causal is True)
         ):
             if seen:
@@ -86,8 +94,11 @@ def _attention(
             with _BelowAutograd():  # the op's autograd kernel is in Python
                 return _plain_eager(q, k, v, causal, scale)
 
+        gate_tau, gate_temperature = _gate(gate, q)
+        z, ramp = _span(span, q)
         if not gradient and not seen and _is_grad_enabled():
-            gradient = any(isinstance(x, Tensor) and x.requires_grad for x in (bias, alibi_slopes, sinks))
+            parameters = (bias, alibi_slopes, sinks, gate_tau, gate_temperature, z)
+            gradient = any(isinstance(x, Tensor) and x.requires_grad for x in parameters)
         window_left, window_right = window
         offset, offsets = _offset(q_offset, q.device)
         inputs = (
@@ -98,10 +109,14 @@ def _attention(
             bias,
             alibi_slopes,
             sinks,
+            gate_tau,
+            gate_temperature,
+            z,
             _integers(q_lens, q.device),
             _integers(kv_lens, q.device),
             offsets,
             _seed(seed, dropout_p, q.device),
+            ramp,
             _flag(causal),
             offset,
             _side(window_left),
@@ -113,9 +128,21 @@ def _attention(
             _is_bshd(layout),
             bool(return_weights),
         )
-        if gradient:
+        rows: Any = None
+        if gradient and out is not None:
+            raise NotImplementedError(OUT_HAS_NO_GRADIENT)
+        if return_stats:
+            if gradient:
+                result, lse, weights, *rows = differentiable_stats(*inputs)
+            elif seen:
+                result, lse, weights, *rows = _forward_stats(*inputs)
+            else:
+                with _BelowAutograd():
+                    result, lse, weights, *rows = _forward_stats(*inputs)
             if out is not None:
-                raise NotImplementedError(OUT_HAS_NO_GRADIENT)
+                _forward_out(out, *inputs)
+                result = out
+        elif gradient:
             result, lse, weights = differentiable_attention(*inputs)
         elif out is None and seen:
             result, lse, weights = _forward(*inputs)
@@ -126,8 +153,12 @@ def _attention(
             lse, weights = _forward_out(out, *inputs)
             result = out
     except Exception as error:
-        given: tuple[Any, ...] = (mask, bias, alibi_slopes, sinks, q_lens, kv_lens, causal, q_offset, window, scale)
+        given: tuple[Any, ...] = (mask, bias, alibi_slopes, sinks, gate, span, q_lens, kv_lens)
         given += (
+            causal,
+            q_offset,
+            window,
+            scale,
             softcap,
             dropout_p,
             0 if isinstance(seed, Tensor) else seed,
@@ -136,12 +167,45 @@ def _attention(
             out,
             return_lse,
             return_weights,
+            return_stats,
         )
         arguments = {"q": q, "k": k, "v": v, **dict(zip((*NAMES, *REQUESTS), given, strict=True))}
         raise _explained(error, arguments) from None
-    if not (return_lse or return_weights):
+    if not (return_lse or return_weights or return_stats):
         return result
-    return result, lse if return_lse else None, weights if return_weights else None
+    return result, lse if return_lse else None, weights if return_weights else None, rows
+
+
+def _attention_stats(q: Any, k: Any, top_k: Any, options: dict[str, Any]) -> Any:
+    """Take and return what ``_core.attention_stats`` does, for tensors; ``options`` are by name."""
+    try:
+        if isinstance(top_k, bool):
+            raise TypeError
+        gate_tau, gate_temperature = _gate(options["gate"], q)
+        z, ramp = _span(options["span"], q)
+        offset, offsets = _offset(options["q_offset"], q.device)
+        window_left, window_right = options["window"]
+        made = {
+            "gate_tau": gate_tau,
+            "gate_temperature": gate_temperature,
+            "span": z,
+            "span_ramp": ramp,
+            "q_lens": _integers(options["q_lens"], q.device),
+            "kv_lens": _integers(options["kv_lens"], q.device),
+            "q_offsets": offsets,
+            "q_offset": offset,
+            "causal": _flag(options["causal"]),
+            "window_left": _side(window_left),
+            "window_right": _side(window_right),
+            "normalizer": _normalizer(options["normalizer"]),
+            "bshd": _is_bshd(options["layout"]),
+            "top_k": top_k if isinstance(top_k, _INTEGER) else operator.index(top_k),
+        }
+        kept = {name: x for name, x in options.items() if name in StatsOptions._fields}
+        return _stats(q, k, *StatsOptions(**{**kept, **made}))
+    except Exception as error:
+        arguments = {"q": q, "k": k, "v": k, **core_arguments(options), "top_k": top_k}
+        raise _explained(error, arguments, "attention_stats", _core.attention_stats) from None
 
 
 # The options as an op takes them. What they cannot be made of raises anything; `_explained` finds the words.
@@ -159,6 +223,37 @@ def _offset(q_offset: Any, device: torch.device) -> tuple[int | None, Tensor | N
     if isinstance(q_offset, np.integer):
         return int(q_offset), None
     return None, _integers(q_offset, device)
+
+
+def _number(value: Any, q: Tensor) -> Tensor:
+    """Make a tensor of a number; a tensor stays as it is."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (str, bytes, np.ndarray)):
+        raise TypeError
+    return torch.full((), float(value), dtype=torch.float64, device=q.device)
+
+
+def _gate(gate: Any, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if gate is None:
+        return None, None
+    tau, temperature = _pair(gate)
+    return _number(tau, q), _number(temperature, q)
+
+
+def _span(span: Any, q: Tensor) -> tuple[Tensor | None, float]:
+    if span is None:
+        return None, 0.0
+    z, ramp = _pair(span)
+    if isinstance(ramp, Tensor):
+        raise TypeError
+    return _number(z, q), float(ramp)
+
+
+def _pair(value: Any) -> Any:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError
+    return value
 
 
 def _normalizer(name: Any) -> int:

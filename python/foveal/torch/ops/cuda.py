@@ -10,7 +10,7 @@ No GPU has run these kernels yet, so they are registered only under ``FOVEAL_CUD
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,21 +23,12 @@ from foveal.torch.ops.records import BackwardOptions, Options, PackedBackwardOpt
 
 # What the backend reads under the name that the ops have for it.
 _TENSOR_OPTIONS = (
-    *(
-        option.name
-        for option in OPTIONS
-        if [(x.name, x.type) for x in option.op_arguments] == [(option.name, "Tensor?")]
-    ),
+    *(x.name for option in OPTIONS for x in option.op_arguments if x.type == "Tensor?" and x.name in _cuda.VIEWS),
     "cu_seqlens_q",
     "cu_seqlens_kv",
     "block_table",
 )
-_NUMBERS = tuple(
-    option.name
-    for option in OPTIONS
-    for x in option.op_arguments
-    if x.name == option.name and x.type in ("float", "int")
-)
+_NUMBERS = tuple(x.name for option in OPTIONS for x in option.op_arguments if x.type in ("float", "int"))
 
 
 def _view(name: str, tensor: Tensor, device: torch.device) -> _cuda.View:
@@ -143,11 +134,23 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
             dsinks = lse.new_empty(options["sinks"].shape)
             _put_views(given, q.device, dsinks=dsinks)
         call.enqueue(library, stream_of(q.device), given)
-        return dq, dk, dv, dbias, dsinks
+        return dq, dk, dv, dbias, dsinks, lse.new_empty(0), lse.new_empty(0), lse.new_empty(0)
 
     def backward(
-        dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        dentropy: Tensor | None,
+        entropy: Tensor | None,
+        mass: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *values: Any,
     ) -> tuple[Tensor, ...]:
+        if dentropy is not None:
+            refuse_statistics()
         problem = BackwardOptions(*values)
         call = _Call(q, k, v, problem._asdict(), problem.bshd)
         return differentiate(dout, dlse, out, lse, call, problem._asdict())
@@ -211,6 +214,9 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        dentropy: Tensor | None,
+        entropy: Tensor | None,
+        mass: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -221,7 +227,12 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
         options = _named(values, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
         return differentiate(dout, dlse, out, lse, _Call(q, k, v, options, bshd=True), options)
 
+    def refuse_statistics(*_: Any) -> NoReturn:
+        raise NotImplementedError("attention: statistics are asked for, which the CUDA backend lacks; expected cpu")
+
     return {
+        "attention_forward_stats": refuse_statistics,
+        "attention_stats": refuse_statistics,
         "attention_plain": plain,
         "attention_forward": forward,
         "attention_forward_out": forward_out,
@@ -246,6 +257,6 @@ def register(library: torch.library.Library | None, *ops: Op) -> bool:
         library.impl(op.name, implementations[op.name], "CUDA")
         if op.cast_from is not None:
             overload = getattr(torch.ops.foveal, op.name).default
-            rule = autocast_rule(overload, op.cast_from, "cuda")
+            rule = autocast_rule(overload, op.cast_from, op.num_cast, "cuda")
             library.impl(overload, rule, "AutocastCUDA", with_keyset=True)
     return True

@@ -27,6 +27,7 @@ class Op(NamedTuple):
     vmap: Callable[..., Any] | None  # None: torch itself refuses, naming the op
     flops: Callable[..., Any] | None = None
     cast_from: int | None = None  # autocast: where q is, which k and v follow
+    num_cast: int = 3
 
 
 def _libtorch() -> list[str]:
@@ -55,7 +56,7 @@ def declare(*ops: Op) -> None:
         if op.flops is not None:
             register_flop_formula(overload)(op.flops)
         if op.cast_from is not None:
-            rule = autocast_rule(overload.default, op.cast_from, "cpu")
+            rule = autocast_rule(overload.default, op.cast_from, op.num_cast, "cpu")
             library.impl(overload.default, rule, "AutocastCPU", with_keyset=True)
 
     from foveal.torch.ops import cuda
@@ -63,8 +64,8 @@ def declare(*ops: Op) -> None:
     cuda.register(library, *ops)
 
 
-def autocast_rule(op: torch._ops.OpOverload, first: int, device: str) -> Callable[..., Any]:
-    """Cast q, k and v, which share a dtype, and nothing else; ``first`` is the place of q."""
+def autocast_rule(op: torch._ops.OpOverload, first: int, count: int, device: str) -> Callable[..., Any]:
+    """Cast q, k and v, which share a dtype, and nothing else; ``first`` is the place of q, ``count`` 2 without v."""
     key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}[device]
 
     def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,7 +75,8 @@ def autocast_rule(op: torch._ops.OpOverload, first: int, device: str) -> Callabl
     def rule(_: torch._C.DispatchKeySet, *values: Any, **named: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         arguments = [*values]
-        arguments[first : first + 3] = [cast(tensor, dtype) for tensor in arguments[first : first + 3]]
+        end = first + count
+        arguments[first:end] = [cast(tensor, dtype) for tensor in arguments[first:end]]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return op(*arguments, **named)
 

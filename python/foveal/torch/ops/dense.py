@@ -7,7 +7,9 @@ The kernels are in C++ (cpp/bindings/torch_ops.cc); ``_fallback`` stands in wher
                             make a call 1.6 microseconds cheaper
 ``attention_forward``       every option, and the log-sum-exp that a backward pass needs
 ``attention_forward_out``   the same into a given tensor
-``attention_backward``      the gradients of ``attention_forward``'s inputs from those of ``out`` and ``lse``
+``attention_backward``      the gradients of ``attention_forward``'s inputs from those of ``out``, ``lse`` and ``entropy``
+``attention_forward_stats`` ``attention_forward`` with statistics of the rows
+``attention_stats``         statistics of the rows and keys alone, of q and k
 ==========================  ==========================================================================================
 
 Arguments mean what they mean in :func:`foveal.attention`. ``q_offset`` is an integer and ``q_offsets`` a tensor, used
@@ -26,10 +28,18 @@ import torch
 from torch import Tensor
 
 from foveal.torch.ops.declare import Op, declare
-from foveal.torch.ops.records import BackwardOptions, Options
+from foveal.torch.ops.records import (
+    GRADIENTS_SCHEMA,
+    OPTION_GRADIENTS,
+    SAVED_SCHEMA,
+    BackwardOptions,
+    Options,
+    StatsOptions,
+)
 
 _ARRAYS = "Tensor q, Tensor k, Tensor v"
 _INPUTS = f"{_ARRAYS}, {Options.schema}"
+_ROWS = "Tensor entropy, Tensor mass, Tensor max_weight, Tensor threshold, Tensor argmax"
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -125,6 +135,31 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *values: Any, **named: Any) -
     return _new_out(q, v), *_new_lse_and_weights(q, k, options)
 
 
+def _new_rows(lse: Tensor) -> list[Tensor]:
+    """Make the statistics of the rows."""
+    return [*(lse.new_empty(lse.shape) for _ in range(4)), lse.new_empty(lse.shape, dtype=torch.int64)]
+
+
+def _forward_stats_fake(q: Tensor, k: Tensor, v: Tensor, *values: Any, **named: Any) -> tuple[Tensor, ...]:
+    out, lse, weights = _forward_fake(q, k, v, *values, **named)
+    return out, lse, weights, *_new_rows(lse)
+
+
+def _stats_fake(q: Tensor, k: Tensor, *values: Any, **named: Any) -> tuple[Tensor, ...]:
+    options = StatsOptions(*values, **named)
+    _check(q, k, k, *options)
+    _check_shapes(q, k, k, options.bshd, options.mask, options.bias)
+    lse, _ = _new_lse_and_weights(q, k, Options(bshd=options.bshd))
+    num_keys = k.shape[-3] if options.bshd and q.ndim > 2 else k.shape[-2]
+    top = (*lse.shape, options.top_k)
+    return (
+        *_new_rows(lse),
+        lse.new_empty((*lse.shape[:-1], num_keys)),
+        lse.new_empty(top, dtype=torch.int64),
+        (lse.new_empty(top)),
+    )
+
+
 def _forward_out_fake(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, *values: Any, **named: Any
 ) -> tuple[Tensor, Tensor]:
@@ -139,22 +174,28 @@ def _backward_fake(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    dentropy: Tensor | None,
+    entropy: Tensor | None,
+    mass: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *values: Any,
     **named: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     problem = BackwardOptions(*values, **named)
-    _check(q, k, v, dout, dlse, out, lse, *problem)
+    _check(q, k, v, dout, dlse, out, lse, dentropy, entropy, mass, *problem)
     _check_shapes(q, k, v, problem.bshd, problem.mask, problem.bias)
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *_option_gradients(lse, problem)
 
-    def of(asked: bool, x: Tensor | None) -> Tensor:
-        return q.new_empty(x.shape if asked and x is not None else (0,), dtype=accumulator)
 
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, of(problem.bias_grad, problem.bias), of(problem.sinks_grad, problem.sinks)
+def _option_gradients(lse: Tensor, options: Any) -> list[Tensor]:
+    """Make the gradients of options that are asked for, and empty ones of the others."""
+
+    def of(x: Tensor | None, asked: bool) -> Tensor:
+        return lse.new_empty(x.shape if asked and x is not None else (0,))
+
+    return [of(getattr(options, name), getattr(options, asked)) for name, asked in OPTION_GRADIENTS.items()]
 
 
 # --- vmap ------------------------------------------------------------------------------------------------------------
@@ -201,25 +242,53 @@ def _plain_vmap(info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *scalar
     return fold.unfold(torch.ops.foveal.attention_plain(*arrays, *scalars), 1), 0
 
 
-def _forward_vmap(info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
+def _forward_vmap(info: Any, dims: _Dims, *values: Any) -> Any:
+    return _mapped(torch.ops.foveal.attention_forward, info, dims, *values)
+
+
+def _forward_stats_vmap(info: Any, dims: _Dims, *values: Any) -> Any:
+    return _mapped(torch.ops.foveal.attention_forward_stats, info, dims, *values)
+
+
+def _mapped(op: Any, info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
     options = Options(*values)
     dim_of = dict(zip(Options._fields, dims[3:], strict=False))
-    # A head has one sink for the whole batch, and dropout depends on the place in it; so each example is a call.
-    if dim_of.get("sinks") is not None or options.dropout_p:
-        calls = [torch.ops.foveal.attention_forward(*x) for x in _examples(info.batch_size, dims, (q, k, v, *values))]
-        results = [torch.stack(result) for result in zip(*calls, strict=True)]
-        return tuple(results), (0, 0, 0)
+    # A head has one sink and one temperature for the whole batch, and dropout depends on the place in it; so each example
+    # is a call.
+    one_a_head = any(dim_of.get(name) is not None for name in ("sinks", "gate_temperature"))
+    if one_a_head or options.dropout_p:
+        return _by_examples(op, info, dims, q, k, v, *values)
 
     fold = _Fold(info.batch_size, q, dims[0], options.bshd)
     arrays = [fold.array(x, dim) for x, dim in zip((q, k, v), dims, strict=False)]
-    ranks = {"mask": 4, "bias": 4, "alibi_slopes": 2, "q_lens": 1, "kv_lens": 1, "q_offsets": 1}
+    ranks = {
+        "mask": 4,
+        "bias": 4,
+        "alibi_slopes": 2,
+        "gate_tau": 3,
+        "span": 2,
+        "q_lens": 1,
+        "kv_lens": 1,
+        "q_offsets": 1,
+    }
     folded: dict[str, Any] = {
         name: fold.option(getattr(options, name), dim_of.get(name), rank) for name, rank in ranks.items()
     }
-    out, lse, weights = torch.ops.foveal.attention_forward(*arrays, *options._replace(**folded))
-    if not options.return_weights:
-        return (fold.unfold(out, fold.head_axis), fold.unfold(lse, 1), weights), (0, 0, None)
-    return (fold.unfold(out, fold.head_axis), fold.unfold(lse, 1), fold.unfold(weights, 1)), (0, 0, 0)
+    out, lse, weights, *rows = op(*arrays, *options._replace(**folded))
+    mapped = (fold.unfold(out, fold.head_axis), fold.unfold(lse, 1))
+    mapped += (fold.unfold(weights, 1) if options.return_weights else weights,)
+    mapped += tuple(fold.unfold(x, 1) for x in rows)
+    return mapped, (0, 0, 0 if options.return_weights else None, *(0 for _ in rows))
+
+
+def _by_examples(op: Any, info: Any, dims: _Dims, *values: Any) -> Any:
+    results = [op(*chosen) for chosen in _examples(info.batch_size, dims, values)]
+    stacked = tuple(torch.stack(result) for result in zip(*results, strict=True))
+    return stacked, tuple(0 for _ in stacked)
+
+
+def _stats_vmap(info: Any, dims: _Dims, *values: Any) -> Any:
+    return _by_examples(torch.ops.foveal.attention_stats, info, dims, *values)
 
 
 def _examples(count: int, dims: _Dims, values: tuple[Any, ...]) -> Iterator[list[Any]]:
@@ -228,8 +297,7 @@ def _examples(count: int, dims: _Dims, values: tuple[Any, ...]) -> Iterator[list
 
 
 def _backward_vmap(info: Any, dims: _Dims, *values: Any) -> Any:
-    results = [torch.ops.foveal.attention_backward(*chosen) for chosen in _examples(info.batch_size, dims, values)]
-    return tuple(torch.stack(result) for result in zip(*results, strict=True)), (0, 0, 0, 0, 0)
+    return _by_examples(torch.ops.foveal.attention_backward, info, dims, *values)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -256,12 +324,29 @@ def _forward_flops(q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, 
     return _flops(q, k, v, Options(*values, **named).bshd)
 
 
+def _stats_flops(q: Any, k: Any, *values: Any, out_shape: Any = None, **named: Any) -> int:
+    """The scores, twice."""
+    return 2 * 2 * _pairs(q, k, StatsOptions(*values, **named).bshd) * int(q[-1])
+
+
 def _forward_out_flops(out: Any, q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, **named: Any) -> int:
     return _flops(q, k, v, Options(*values, **named).bshd)
 
 
 def _backward_flops(
-    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *values: Any, out_shape: Any = None, **named: Any
+    dout: Any,
+    dlse: Any,
+    out: Any,
+    lse: Any,
+    dentropy: Any,
+    entropy: Any,
+    mass: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    *values: Any,
+    out_shape: Any = None,
+    **named: Any,
 ) -> int:
     """Five products: scores, dP, dV, dK, dQ."""
     products: int = 3 * q[-1] + 2 * v[-1]
@@ -288,6 +373,24 @@ declare(
         cast_from=0,
     ),
     Op(
+        "attention_forward_stats",
+        f"({_INPUTS}) -> (Tensor out, Tensor lse, Tensor weights, {_ROWS})",
+        _forward_stats_fake,
+        _forward_stats_vmap,
+        _forward_flops,
+        cast_from=0,
+    ),
+    Op(
+        "attention_stats",
+        f"(Tensor q, Tensor k, {StatsOptions.schema})"
+        f" -> ({_ROWS}, Tensor key_mass, Tensor top_keys, Tensor top_weights)",
+        _stats_fake,
+        _stats_vmap,
+        _stats_flops,
+        cast_from=0,
+        num_cast=2,
+    ),
+    Op(
         "attention_forward_out",
         f"(Tensor(a!) out, {_INPUTS}) -> (Tensor lse, Tensor weights)",
         _forward_out_fake,
@@ -297,8 +400,7 @@ declare(
     ),
     Op(
         "attention_backward",
-        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARRAYS}, {BackwardOptions.schema})"
-        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+        f"({SAVED_SCHEMA}, {_ARRAYS}, {BackwardOptions.schema}) -> ({GRADIENTS_SCHEMA})",
         _backward_fake,
         _backward_vmap,
         _backward_flops,

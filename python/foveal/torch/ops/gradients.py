@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,9 +21,13 @@ _ops = torch.ops.foveal
 _plain = _ops.attention_plain.default
 _forward_out = _ops.attention_forward_out.default
 _kvcache = _ops.attention_kvcache.default
+_stats = _ops.attention_stats.default
 
 differentiable_attention = Differentiable(
     ATTENTION, _ops.attention_forward.default, _ops.attention_backward.default, 3, Options, BackwardOptions
+)
+differentiable_stats = Differentiable(
+    ATTENTION, _ops.attention_forward_stats.default, _ops.attention_backward.default, 3, Options, BackwardOptions
 )
 differentiable_varlen = Differentiable(
     VARLEN,
@@ -62,9 +66,25 @@ def _kvcache_kernel(keyset: torch._C.DispatchKeySet, *values: Any, **named: Any)
     return _kvcache.redispatch(keyset & torch._C._after_autograd_keyset, *values, **named)
 
 
+def refuse_gradient_of_stats() -> NoReturn:
+    """Refuse to differentiate attention_stats."""
+    raise NotImplementedError(
+        "attention_stats: an input requires grad, expected no gradient: entropy and breadth have one in "
+        "attention(..., return_stats=True); detach the inputs or call under torch.no_grad()"
+    )
+
+
+def _stats_kernel(keyset: torch._C.DispatchKeySet, *values: Any, **named: Any) -> Any:
+    if is_differentiated(*values, *named.values()):
+        refuse_gradient_of_stats()
+    return _stats.redispatch(keyset & torch._C._after_autograd_keyset, *values, **named)
+
+
 differentiable_attention.register(library)
+differentiable_stats.register(library, backward_too=False)
 differentiable_varlen.register(library)
 library.impl(_plain, _plain_kernel, "Autograd", with_keyset=True)
 library.impl(_forward_out, _forward_out_kernel, "Autograd", with_keyset=True)
 library.impl(_forward_out, _forward_out_version_kernel, "ADInplaceOrView", with_keyset=True)
+library.impl(_stats, _stats_kernel, "Autograd", with_keyset=True)
 library.impl(_kvcache, _kvcache_kernel, "Autograd", with_keyset=True)

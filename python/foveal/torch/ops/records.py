@@ -22,9 +22,22 @@ def _record(name: str, function: str, *requests: OpArgument) -> Any:
     return record
 
 
-_GRADIENTS = (OpArgument("bias_grad", "bool", False), OpArgument("sinks_grad", "bool", False))
+# What a backward op is asked for beside dq, dk and dv, in the order of its results; the gate has two.
+ASKED = ("bias_grad", "sinks_grad", "gate_grad", "span_grad")
+_GRADIENTS = tuple(OpArgument(name, "bool", False) for name in ASKED)
+OPTION_GRADIENTS = {  # by the argument whose gradient it is: what asks for it
+    "bias": "bias_grad",
+    "sinks": "sinks_grad",
+    "gate_tau": "gate_grad",
+    "gate_temperature": "gate_grad",
+    "span": "span_grad",
+}
+GRADIENTS_SCHEMA = ", ".join(f"Tensor d{name}" for name in ("q", "k", "v", *OPTION_GRADIENTS))
+# What a backward op begins with; the last three where the entropy of the rows has a gradient.
+SAVED_SCHEMA = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor? dentropy, Tensor? entropy, Tensor? mass"
 
 # What follows q, k and v in attention_forward and in attention_backward.
+StatsOptions = _record("StatsOptions", ATTENTION, OpArgument("top_k", "SymInt", 0))  # of attention_stats
 Options = _record("Options", ATTENTION, OpArgument("return_weights", "bool", False))
 BackwardOptions = _record("BackwardOptions", ATTENTION, *_GRADIENTS)
 # What the ops of packed sequences and caches end with, and that of the packed backward pass.

@@ -17,8 +17,14 @@ from torch import Tensor
 
 from foveal._options import KVCACHE, VARLEN
 from foveal.torch.ops.declare import Op, declare, refusing_vmap
-from foveal.torch.ops.dense import _check, _new_lse_and_weights, _new_out
-from foveal.torch.ops.records import Options, PackedBackwardOptions, PackedOptions
+from foveal.torch.ops.dense import _check, _new_lse_and_weights, _new_out, _option_gradients
+from foveal.torch.ops.records import (
+    GRADIENTS_SCHEMA,
+    SAVED_SCHEMA,
+    Options,
+    PackedBackwardOptions,
+    PackedOptions,
+)
 
 _PACKED = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_kv"
 
@@ -54,6 +60,9 @@ def _varlen_backward_fake(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    dentropy: Tensor | None,
+    entropy: Tensor | None,
+    mass: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -64,12 +73,7 @@ def _varlen_backward_fake(
 ) -> tuple[Tensor, ...]:
     options = PackedBackwardOptions(*values, **named)
     _check(q, k, v, dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_kv, *options)
-
-    def of(x: Tensor | None, asked: bool) -> Tensor:
-        return lse.new_empty(x.shape if x is not None and asked else (0,))
-
-    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-    return *gradients, of(options.bias, options.bias_grad), of(options.sinks, options.sinks_grad)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *_option_gradients(lse, options)
 
 
 def _kvcache_fake(
@@ -96,8 +100,7 @@ declare(
     ),
     Op(
         "attention_varlen_backward",
-        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKED}, {PackedBackwardOptions.schema})"
-        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+        f"({SAVED_SCHEMA}, {_PACKED}, {PackedBackwardOptions.schema}) -> ({GRADIENTS_SCHEMA})",
         _varlen_backward_fake,
         refusing_vmap(VARLEN),
     ),

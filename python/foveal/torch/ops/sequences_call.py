@@ -12,7 +12,18 @@ from torch.autograd import forward_ad
 from foveal import _core
 from foveal._options import core_arguments
 from foveal.torch.ops.autograd import below_autograd
-from foveal.torch.ops.call import _INTEGER, _explained, _flag, _integers, _normalizer, _offset, _seed, _side
+from foveal.torch.ops.call import (
+    _INTEGER,
+    _explained,
+    _flag,
+    _gate,
+    _integers,
+    _normalizer,
+    _offset,
+    _seed,
+    _side,
+    _span,
+)
 from foveal.torch.ops.gradients import differentiable_varlen
 from foveal.torch.ops.records import PackedOptions
 from foveal.torch.ops.sequences import refuse_gradient
@@ -21,11 +32,18 @@ _varlen_forward = torch.ops.foveal.attention_varlen_forward.default
 _kvcache = torch.ops.foveal.attention_kvcache.default
 
 
-def _packed(options: dict[str, Any], device: torch.device) -> Any:
+def _packed(options: dict[str, Any], q: Tensor) -> Any:
     """Give the options as both ops end with them."""
+    device = q.device
     window_left, window_right = options["window"]
+    gate_tau, gate_temperature = _gate(options.get("gate"), q)
+    z, ramp = _span(options.get("span"), q)
     offset, offsets = _offset(options["q_offset"], device)
     made = {
+        "gate_tau": gate_tau,
+        "gate_temperature": gate_temperature,
+        "span": z,
+        "span_ramp": ramp,
         "q_offsets": offsets,
         "q_offset": offset,
         "seed": _seed(options.get("seed"), options.get("dropout_p", 0.0), device),
@@ -67,7 +85,7 @@ def _attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_kv: 
         return _attention_nested(q, k, v, cu_seqlens_q, cu_seqlens_kv, options)
     try:
         begins = [_integers(begins, q.device) for begins in (cu_seqlens_q, cu_seqlens_kv)]
-        inputs = (q, k, v, *begins, *_packed(options, q.device))
+        inputs = (q, k, v, *begins, *_packed(options, q))
         return _run(_varlen_forward, differentiable_varlen, inputs)
     except Exception as error:
         arguments = {"q": q, "k": k, "v": v, **_judged(options, None)}
@@ -109,7 +127,7 @@ def _attention_kvcache(
             _integers(x, q.device) if name in ("block_table", "cache_batch_idx") else x for name, x in update.items()
         ]
         new[-1] = _flag(new[-1])
-        inputs = (q, k_cache, v_cache, _integers(lens, q.device), *new, *_packed(options, q.device))
+        inputs = (q, k_cache, v_cache, _integers(lens, q.device), *new, *_packed(options, q))
         return _run(_kvcache, _no_gradient, inputs)
     except Exception as error:
         arguments = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **_judged(options, cache_lens), **update}
