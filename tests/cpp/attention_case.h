@@ -25,6 +25,7 @@ using foveal::AttentionProblem;
 using foveal::DType;
 using foveal::TensorView;
 
+constexpr double kLeastTemperature = 0.5;  // of a gate
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -170,6 +171,10 @@ struct Case {
   DType bias_dtype = DType::kFloat32;
   bool bias_hides = false;  // some -inf
   bool alibi = false, alibi_by_batch = false, sinks = false, lse = true, weights = false;
+  int gate = -1;     // as mask, of tau and (B,Hq,Sq)
+  int span = -1;     // as mask, of z and (B,Hq)
+  double ramp = 20;  // of the span
+  bool stats = false;
   uint64_t seed = 1;
 };
 
@@ -198,6 +203,9 @@ inline std::string text_of(const Case& c) {
     s << " bias " << c.bias << ' ' << foveal::name_of(c.bias_dtype) << (c.bias_hides ? " with -inf" : "");
   if (c.alibi) s << (c.alibi_by_batch ? " alibi (B,Hq)" : " alibi");
   if (c.sinks) s << " sinks";
+  if (c.gate >= 0) s << " gate " << c.gate;
+  if (c.span >= 0) s << " span " << c.span << " ramp " << c.ramp;
+  if (c.stats) s << " stats";
   if (c.weights) s << " weights";
   s << " seed " << c.seed;
   return s.str();
@@ -206,7 +214,9 @@ inline std::string text_of(const Case& c) {
 class Problem {
  public:
   Case asked;
-  Array q, k, v, out, lse, weights, mask, bias, slopes, sinks, q_offset, q_lens, kv_lens;
+  Array q, k, v, out, lse, weights, mask, bias, slopes, sinks, gate_tau, gate_temperature, span, q_offset, q_lens,
+      kv_lens;
+  Array entropy, mass, max_weight, threshold, argmax;
 
   explicit Problem(const Case& c) : asked(c), random_(c.seed) {
     const DType accumulator = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -240,6 +250,22 @@ class Problem {
       sinks = Array(DType::kFloat32, {c.heads});
       sinks.fill_with([&] { return uniform(-2, 2); });
     }
+    if (c.gate >= 0) {
+      gate_tau =
+          Array(DType::kFloat32, {c.gate & 1 ? c.batch : 1, c.gate & 2 ? c.heads : 1, c.gate & 4 ? c.seqlen_q : 1});
+      gate_tau.fill_with([&] { return uniform(-1, 1); });
+      gate_temperature = Array(c.bias_dtype, c.gate & 2 ? std::vector<int64_t>{c.heads} : std::vector<int64_t>{});
+      gate_temperature.fill_with([&] { return uniform(kLeastTemperature, 2); });
+    }
+    if (c.span >= 0) {  // in quarters and an eighth, so that no distance is at an end of the ramp
+      span = Array(DType::kFloat32, {c.span & 1 ? c.batch : 1, c.span & 2 ? c.heads : 1});
+      span.fill_with([&] { return std::floor(uniform(-40, 240)) / 4 + 0.125; });
+    }
+    if (c.stats) {
+      for (Array* array : {&entropy, &mass, &max_weight, &threshold})
+        *array = Array(accumulator, {c.batch, c.heads, c.seqlen_q});
+      argmax = Array(DType::kInt64, {c.batch, c.heads, c.seqlen_q});
+    }
     q_offset = integers(c.q_offset, DType::kInt64);
     if (c.q_offset.size() == 1) q_offset.view.rank = 0;
     q_lens = integers(c.q_lens, DType::kInt32);
@@ -260,6 +286,15 @@ class Problem {
     p.bias = bias.view;
     p.alibi_slopes = slopes.view;
     p.sinks = sinks.view;
+    p.gate_tau = gate_tau.view;
+    p.gate_temperature = gate_temperature.view;
+    p.span = span.view;
+    p.span_ramp = asked.span >= 0 ? asked.ramp : 0;
+    p.entropy = entropy.view;
+    p.mass = mass.view;
+    p.max_weight = max_weight.view;
+    p.threshold = threshold.view;
+    p.argmax = argmax.view;
     p.q_offset = q_offset.view;
     p.q_lens = q_lens.view;
     p.kv_lens = kv_lens.view;

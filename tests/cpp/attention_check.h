@@ -36,7 +36,7 @@ inline const std::vector<const KernelTable*>& tables() {
 
 // What the oracle says, unrounded.
 struct Answer {
-  Array out, lse, weights;
+  Array out, lse, weights, entropy, mass, max_weight, threshold, argmax;
 };
 
 // How far a kernel may be from the oracle on a problem, for one result of true value x:
@@ -60,6 +60,9 @@ struct Answer {
 //   sigmoid              e w               and relu by e / n
 //   normalized_sigmoid   as softmax, with the error of log sigmoid, which is no more than that of the score
 //
+// A gate adds log sigmoid((s - tau) / T) to a score, whose error so grows by 1 + 1 / T, with eight roundings of its
+// own; a span a logarithm, of a share that is exact but for the division by the ramp.
+//
 // and what they save of a row by e + s.
 class ErrorBound {
  public:
@@ -78,7 +81,10 @@ class ErrorBound {
     const double distance = offset + static_cast<double>(c.seqlen_q + c.seqlen_kv);
     const double added = (problem.bias.view.present() ? problem.bias.max_abs_finite() : 0) +
                          (problem.slopes.view.present() ? problem.slopes.max_abs_finite() * distance : 0);
-    const double score = u * ((kLambda * std::sqrt(static_cast<double>(c.head_dim)) + 8) * product + 8 * (1 + added));
+    double score = u * ((kLambda * std::sqrt(static_cast<double>(c.head_dim)) + 8) * product + 8 * (1 + added));
+    argument_ = (product + added + 1) / kLeastTemperature;
+    if (c.gate >= 0) score = score * (1 + 1 / kLeastTemperature) + 8 * u * (1 + argument_);
+    if (c.span >= 0) score += 8 * u * (1 + std::log(std::max(8 * c.ramp, 1.0)));
     const double sums = u * (kLambda * std::sqrt(static_cast<double>(c.seqlen_kv)) + 8);
     unit_ = u;
     score_ = score;
@@ -144,6 +150,20 @@ class ErrorBound {
 
   double weight() const { return weight_; }  // relative, of a weight
   double score() const { return score_; }
+  double gate_argument() const { return argument_; }  // (s - tau) / T at most
+  // Of the entropy of a row over n keys: H changes by -(log p + H) dp. A weight that is off by a factor 1 + f changes
+  // it by f (|log p| p + p H), which sums to 2 f H; one that is off by d, by d log(1 / d) at most.
+  double entropy(double n) const {
+    const double most = 1 + std::log(std::max(n, 1.0));
+    if (others_.weights > 0) {
+      const double d = others_.weight + 16 * unit_;
+      return n * d * (most + std::fabs(std::log(d))) + 4 * sums_ * most;
+    }
+    return 2 * (weight_ + 16 * unit_) * most + 4 * sums_ * most;
+  }
+  double mass(double x) const {
+    return others_.weights > 0 ? others_.sum + 2 * sums_ * others_.weights : (weight_ + sums_) * x;
+  }
   const RowErrors& others() const { return others_; }
   double unit() const { return unit_; }
   double sum(double terms) const { return unit_ * (kLambda * std::sqrt(terms) + 8); }  // relative to the magnitudes
@@ -167,7 +187,7 @@ class ErrorBound {
   static constexpr double kLambda = 4;
 
   RowErrors others_ = {};
-  double score_ = 0, sums_ = 0, value_scale_ = 1;
+  double score_ = 0, sums_ = 0, value_scale_ = 1, argument_ = 0;
   double unit_, lse_, weight_, value_, rounding_, weight_rounding_, smallest_;
 };
 

@@ -94,6 +94,12 @@ inline Variations each_option(const Case& base, int64_t key_block) {
   for (const double scale : {-0.7, 1e-3, 2.0}) list.add([&](Case& c) { c.scale = scale; });
   for (const double dropout_p : {0.1, 0.9, 1.0}) list.add([&](Case& c) { c.dropout_p = dropout_p; });
   for (const bool by_batch : {false, true}) list.add([&](Case& c) { c.alibi = true, c.alibi_by_batch = by_batch; });
+  for (const int axes : {0, 2, 6, 7}) {
+    list.add([&](Case& c) { c.gate = axes, c.bias_dtype = kDTypes[axes % 4]; });
+    list.add([&](Case& c) { c.gate = axes, c.span = axes & 3, c.causal = true; });
+    list.add([&](Case& c) { c.span = axes & 3, c.ramp = axes + 0.5; });
+  }
+  list.add([&](Case& c) { c.gate = 4, c.span = 2, c.softcap = 5, c.bias = 15, c.bias_hides = true, c.mask = 15; });
   list.add([](Case& c) { c.sinks = true; });
   list.add([](Case& c) { c.sinks = true, c.mask = 12, c.mask_density = 0.01; });
   for (const std::vector<int64_t>& lens :
@@ -149,6 +155,9 @@ class RandomCases {
     c.alibi = chance(4);
     c.alibi_by_batch = chance(2);
     c.sinks = chance(4);
+    if (chance(4)) c.gate = static_cast<int>(below(8));
+    if (chance(4)) c.span = static_cast<int>(below(4));
+    c.stats = chance(2);
     if (chance(2)) return c;
     c.normalizer = kOtherNormalizers[random_() % std::size(kOtherNormalizers)];
     c.sinks = false;

@@ -27,7 +27,7 @@ constexpr int64_t kKeysWorthAnItem = 256;  // where few heads are cut
 // A forward problem, what flows back into it, and what comes out. `dbias` has the extents of `bias`.
 struct Gradients {
   Problem problem;
-  Array dout, dlse, dq, dk, dv, dbias, dsinks;
+  Array dout, dlse, dentropy, dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan;
 
   explicit Gradients(const Case& c, bool with_dlse = false) : problem(c) {
     const DType accumulator = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -36,6 +36,10 @@ struct Gradients {
     if (with_dlse) {
       dlse = Array(accumulator, {c.batch, c.heads, c.seqlen_q});
       dlse.fill_with([&] { return problem.uniform(-1, 1); });
+    }
+    if (c.stats) {
+      dentropy = Array(accumulator, {c.batch, c.heads, c.seqlen_q});
+      dentropy.fill_with([&] { return problem.uniform(-1, 1); });
     }
     allocate(c.dtype, accumulator, c.out_storage);
   }
@@ -48,17 +52,28 @@ struct Gradients {
     const TensorView& bias = problem.bias.view;
     if (bias.present()) dbias = Array(accumulator, {bias.shape, bias.shape + 4});
     if (c.sinks) dsinks = Array(accumulator, {c.heads});
+    const auto like = [&](const Array& option) {
+      return option.view.present() ? Array(accumulator, {option.view.shape, option.view.shape + option.view.rank})
+                                   : Array();
+    };
+    dgate_tau = like(problem.gate_tau);
+    dgate_temperature = like(problem.gate_temperature);
+    dspan = like(problem.span);
   }
 
   AttentionGradients views() const {
     AttentionGradients g;
     g.dout = dout.view;
     g.dlse = dlse.view;
+    g.dentropy = dentropy.view;
     g.dq = dq.view;
     g.dk = dk.view;
     g.dv = dv.view;
     g.dbias = dbias.view;
     g.dsinks = dsinks.view;
+    g.dgate_tau = dgate_tau.view;
+    g.dgate_temperature = dgate_temperature.view;
+    g.dspan = dspan.view;
     return g;
   }
 
@@ -69,6 +84,9 @@ struct Gradients {
     visit("dv", dv);
     if (dbias.view.present()) visit("dbias", dbias);
     if (dsinks.view.present()) visit("dsinks", dsinks);
+    if (dgate_tau.view.present()) visit("dgate_tau", dgate_tau);
+    if (dgate_temperature.view.present()) visit("dgate_temperature", dgate_temperature);
+    if (dspan.view.present()) visit("dspan", dspan);
   }
 };
 
@@ -95,7 +113,7 @@ void backward(Gradients& x, const KernelTable& table, int threads = 1) {
 
 // The oracle's gradients, unrounded, into fresh float64 arrays.
 struct Truth {
-  Array dq, dk, dv, dbias, dsinks;
+  Array dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan;
   double largest_column = 0;  // of P: what a key's sums over rows hold at most
 };
 
@@ -120,13 +138,28 @@ Truth oracle(const Gradients& x) {
     truth.dsinks = Array(DType::kFloat64, {c.heads});
     g.dsinks = truth.dsinks.view;
   }
+  const auto own = [](TensorView& gradient, Array& exact) {  // contiguous both, as dbias
+    if (!gradient.present()) return;
+    gradient.data = exact.view.data;
+    gradient.dtype = DType::kFloat64;
+  };
+  const auto like = [](const Array& found) {
+    return found.view.present() ? Array(DType::kFloat64, {found.view.shape, found.view.shape + found.view.rank})
+                                : Array();
+  };
+  truth.dgate_tau = like(x.dgate_tau);
+  truth.dgate_temperature = like(x.dgate_temperature);
+  truth.dspan = like(x.dspan);
+  own(g.dgate_tau, truth.dgate_tau);
+  own(g.dgate_temperature, truth.dgate_temperature);
+  own(g.dspan, truth.dspan);
   // The columns of P are dv for a dout of ones.
   Array ones(DType::kFloat64, {c.batch, c.heads, c.seqlen_q, c.value_dim});
   ones.fill(1);
   const AttentionGradients asked = g;
   const double dropout_p = g.problem.dropout_p;
   g.dout = ones.view;
-  g.dbias = g.dsinks = {};
+  g.dbias = g.dsinks = g.dgate_tau = g.dgate_temperature = g.dspan = g.dentropy = {};
   g.problem.dropout_p = 0;  // dropout takes nothing from P, by which dlse flows back
   FOVEAL_CHECK(attention_backward_reference(g).ok());
   truth.largest_column = truth.dv.max_abs_finite();
@@ -151,7 +184,9 @@ class GradientBound {
     const double terms = static_cast<double>(c.value_dim);
     const double kept = c.dropout_p > 0 && c.dropout_p < 1 ? 1 / (1 - c.dropout_p) : 1;
     const double product = kept * longest(x.dout, c.value_dim) * longest(x.problem.v, c.value_dim);
-    const double mean = 2 * product + (x.dlse.view.present() ? 1 : 0);
+    // The entropy adds dH (log p + H) / W to dp, at most 2 log n of a weight that counts.
+    const double entropy = c.stats ? 2 * (1 + std::log(static_cast<double>(std::max<int64_t>(c.seqlen_kv, 1)))) : 0;
+    const double mean = 2 * product + (x.dlse.view.present() ? 1 : 0) + entropy;
     // The error of out enters delta: of its weights, which sum to at most 1 and may have been rounded, and its own.
     const double score_error = weight_ * mean + 2 * bound_.sum(terms) * product +
                                (weight_ + 2 * bound_.rounding()) * product + 4 * bound_.unit() * mean;
@@ -180,6 +215,22 @@ class GradientBound {
       column_ = rows;
       if (x.dbias.view.present()) dbias_ = static_cast<double>(c.batch * c.heads) * (n * rows) * (one + of_dp);
     }
+    // ds of a row, over scale * |k|: what a gate's and a span's own gradients sum, by factors of at most 1 / T, that
+    // times the argument, and 1 / (1 / 8). A gate's slope 1 + rest / T is 1 + 1 / T at most, and off by e / T^2, where
+    // dp is at most `mean` and ds off by 2 e mean already.
+    const double most = 1 / kLeastTemperature, bent = c.gate >= 0 ? 1 + most + most * most / 2 : 1;
+    const double of_row = dq_ / std::max(scale * x.problem.k.max_abs_finite(), 1e-300);
+    const double all_rows = static_cast<double>(c.batch * c.heads * c.seqlen_q);
+    const auto summed = [&](const Array& gradient) {
+      return all_rows / static_cast<double>(std::max<int64_t>(gradient.count(), 1));
+    };
+    gate_ = of_row * most * bent;
+    dtau_ = gate_ * summed(x.dgate_tau);
+    dtemperature_ = gate_ * (1 + bound_.gate_argument()) * summed(x.dgate_temperature);
+    dspan_ = 8 * of_row * summed(x.dspan);
+    dq_ *= bent;
+    dk_ *= bent;
+    bent_ = bent;
     if (c.softcap > 0) {  // the slope 1 - t^2 is off by as much as t, whose argument is the score
       dq_ *= 4;
       dk_ *= 4;
@@ -201,7 +252,10 @@ class GradientBound {
   }
 
   double operator()(const std::string& name, double x) const {
-    if (name == "dbias") return dbias_ + 4 * bound_.unit() * std::fabs(x);
+    if (name == "dgate_tau") return dtau_ + 4 * bound_.unit() * std::fabs(x);
+    if (name == "dgate_temperature") return dtemperature_ + 4 * bound_.unit() * std::fabs(x);
+    if (name == "dspan") return dspan_ + 4 * bound_.unit() * std::fabs(x);
+    if (name == "dbias") return bent_ * dbias_ + 4 * bound_.unit() * std::fabs(x);
     if (name == "dsinks") return dsinks_ + 4 * bound_.unit() * std::fabs(x);
     return (name == "dq"   ? dq_
             : name == "dk" ? dk_
@@ -227,6 +281,7 @@ class GradientBound {
 
   ErrorBound bound_;
   double weight_ = 0, column_ = 0, dq_ = 0, dk_ = 0, dv_ = 0, dbias_ = 0, dsinks_ = 0;
+  double gate_ = 0, bent_ = 1, dtau_ = 0, dtemperature_ = 0, dspan_ = 0;
 };
 
 void check(Gradients& x) {
@@ -238,11 +293,14 @@ void check(Gradients& x) {
     const std::string where = std::string(table->name) + ' ' + text_of(x.problem.asked) + ": ";
     x.for_each_result([&](const char* name, Array& found) {
       const std::string which = name;
-      const Array& expected = which == "dq"      ? truth.dq
-                              : which == "dk"    ? truth.dk
-                              : which == "dv"    ? truth.dv
-                              : which == "dbias" ? truth.dbias
-                                                 : truth.dsinks;
+      const Array& expected = which == "dq"          ? truth.dq
+                              : which == "dk"        ? truth.dk
+                              : which == "dv"        ? truth.dv
+                              : which == "dbias"     ? truth.dbias
+                              : which == "dsinks"    ? truth.dsinks
+                              : which == "dgate_tau" ? truth.dgate_tau
+                              : which == "dspan"     ? truth.dspan
+                                                     : truth.dgate_temperature;
       compare(where + name, found, expected, [&](double want) { return bound(which, want); });
       if (!found.gaps_untouched()) fail(__FILE__, __LINE__, where + "memory between the elements of " + which);
     });
@@ -311,7 +369,10 @@ void test_options() {
         list.add([&](Case& c) { c.kv_lens = lens, c.causal = true, c.bias = 15; });
       list.add([](Case& c) { c.seqlen_q = 0, c.bias = 0; });
       list.add([](Case& c) { c.seqlen_kv = 0, c.bias = 4, c.sinks = true; });
-      for (const Case& c : list.cases) check(c, c.seed % 3 == 0);
+      for (Case c : list.cases) {
+        c.stats = c.seed % 2 == 0;
+        check(c, c.seed % 3 == 0);
+      }
     }
 }
 

@@ -36,12 +36,23 @@ Answer oracle(const Problem& problem) {
     answer.weights = Array(DType::kFloat64, {c.batch, c.heads, c.seqlen_q, c.seqlen_kv});
     p.weights = answer.weights.view;
   }
+  if (c.stats) {
+    for (Array* array : {&answer.entropy, &answer.mass, &answer.max_weight, &answer.threshold})
+      *array = Array(DType::kFloat64, {c.batch, c.heads, c.seqlen_q});
+    answer.argmax = Array(DType::kInt64, {c.batch, c.heads, c.seqlen_q});
+    p.entropy = answer.entropy.view;
+    p.mass = answer.mass.view;
+    p.max_weight = answer.max_weight.view;
+    p.threshold = answer.threshold.view;
+    p.argmax = answer.argmax.view;
+  }
   FOVEAL_CHECK(attention_reference(p).ok());
   return answer;
 }
 
 void compute(Problem& problem, const KernelTable& table, int threads = 1) {
-  for (Array* array : {&problem.out, &problem.lse, &problem.weights})
+  for (Array* array : {&problem.out, &problem.lse, &problem.weights, &problem.entropy, &problem.mass,
+                       &problem.max_weight, &problem.threshold, &problem.argmax})
     if (array->view.present()) array->poison();
   Status status;
   const foveal::CanonicalProblem p = problem.canonical(status);
@@ -75,6 +86,15 @@ void compare_with_oracle(Problem& problem, const Answer& answer, const KernelTab
     compare(where + ": lse", problem.lse, answer.lse, [&](double x) { return bound.lse(x); });
   if (problem.weights.view.present())
     compare(where + ": weights", problem.weights, answer.weights, [&](double x) { return bound.weights(x); });
+  if (problem.asked.stats) {
+    const auto keys = static_cast<double>(problem.asked.seqlen_kv);
+    compare(where + ": entropy", problem.entropy, answer.entropy, [&](double) { return bound.entropy(keys); });
+    compare(where + ": mass", problem.mass, answer.mass, [&](double x) { return bound.mass(x); });
+    compare(where + ": max_weight", problem.max_weight, answer.max_weight,
+            [&](double x) { return bound.weights(x) + bound.unit() * x; });
+    compare(where + ": threshold", problem.threshold, answer.threshold, [&](double x) { return bound.lse(x); });
+    if (problem.asked.dtype == DType::kFloat64) expect_same(problem.argmax, answer.argmax, where + ": argmax");
+  }
   for (const Array* array : {&problem.out, &problem.lse, &problem.weights})
     if (array->view.present() && !array->gaps_untouched())
       foveal_test::fail(__FILE__, __LINE__, where + ": memory between the elements of an output was written");
@@ -174,6 +194,10 @@ void test_options() {
       Variations list = each_option(with_options(dtype, rows), kKeyBlock);
       for (const double dropout_p : {0.1, 0.9, 1.0})
         list.add([&](Case& c) { c.dropout_p = dropout_p, c.weights = true; });
+      for (Case c : std::vector<Case>(list.cases)) {
+        c.stats = true;
+        if (c.seed % 3 == 0) check(c);
+      }
       list.add([](Case& c) { c.lse = false; });
       list.add([](Case& c) { c.weights = true; });
       for (const std::vector<int64_t>& lens : std::vector<std::vector<int64_t>>{{0, 150}, {149, 1}, {128, 129}})
@@ -197,8 +221,10 @@ void test_normalizers() {
           list.add([&](Case& c) { c.scale = scale, c.weights = true, c.causal = rows == 37; });
         for (const double dropout_p : {0.1, 1.0})
           list.add([&](Case& c) { c.dropout_p = dropout_p, c.weights = true, c.bias = 15, c.bias_hides = true; });
-        for (const Case& c : list.cases)
+        for (Case c : list.cases) {
+          c.stats = c.seed % 2 == 0;
           if (rows != 2 || c.seed % 3 == 0) check(c);
+        }
       }
       Case c;
       c.dtype = dtype;

@@ -206,11 +206,12 @@ def attention(
         softmax have no ``sinks`` and no ``return_lse``. docs/mechanisms.md says when to use which.
     return_stats : bool
         Return an :class:`Attention` with ``stats``, an :class:`AttentionStats` of the weights before dropout: entropy,
-        breadth, largest weight and its key, and the threshold of sparsemax and entmax15. For tensors, entropy and breadth
-        have a gradient.
+        breadth, largest weight and its key, and the threshold of sparsemax and entmax15. For tensors, entropy and
+        breadth have a gradient.
     gate : (tau, T), optional
-        Learned threshold: a key's weight is that of its score times sigmoid((s - tau) / T), before the normaliser. tau is
-        a number or a floating array broadcastable to (B, Hq, Sq), T > 0 a number or a (Hq,) array.
+        Learned threshold: adds log(sigmoid((s - tau) / T)) to each score, so that softmax weighs a key by exp(s) times
+        sigmoid((s - tau) / T). tau is a number or a floating array broadcastable to (B, Hq, Sq), T > 0 a number or a
+        (Hq,) array.
     span : (z, ramp), optional
         Learned span [5]_: keys further from the query's position than z fade out over ``ramp`` positions, and blocks
         beyond are skipped. z is a number or a (Hq,) or (B, Hq) floating array, ramp > 0 a number.

@@ -80,7 +80,8 @@ def attention_varlen(
     TypeError, ValueError
         As :func:`attention`, and where the boundaries fall or leave the tokens.
     NotImplementedError
-        ``alibi_slopes`` that require grad: of tensors, q, k, v, ``bias``, ``sinks``, ``gate`` and ``span`` have a gradient.
+        ``alibi_slopes`` that require grad: of tensors, q, k, v, ``bias``, ``sinks``, ``gate`` and
+        ``span`` have a gradient.
 
     Examples
     --------

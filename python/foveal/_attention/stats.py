@@ -32,7 +32,7 @@ class AttentionStats(NamedTuple):
     key_mass: Any = None
     """(B, Hq, Skv), the sum over the queries of the weight that each key receives."""
     top_keys: Any = None
-    """(B, Hq, Sq, top_k) int64, the heaviest keys, heaviest first, then lowest; -1 where fewer have a weight above 0."""
+    """(B, Hq, Sq, top_k) int64, the heaviest keys, heaviest first; -1 where fewer have a weight above 0."""
     top_weights: Any = None
     """(B, Hq, Sq, top_k), their weights; 0 where there is no key."""
 
@@ -43,7 +43,7 @@ def stats_of(rows: tuple[Any, ...], normalizer: str, *more: Any) -> AttentionSta
     if isinstance(entropy, np.ndarray):
         xp: Any = np
     elif hasattr(entropy, "__torch_function__"):
-        import torch as xp  # type: ignore[no-redef]
+        import torch as xp
     else:
         xp = entropy.__array_namespace__()
     breadth = xp.where(argmax < 0, xp.zeros_like(entropy), xp.exp(entropy))

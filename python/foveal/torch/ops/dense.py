@@ -7,7 +7,7 @@ The kernels are in C++ (cpp/bindings/torch_ops.cc); ``_fallback`` stands in wher
                             make a call 1.6 microseconds cheaper
 ``attention_forward``       every option, and the log-sum-exp that a backward pass needs
 ``attention_forward_out``   the same into a given tensor
-``attention_backward``      the gradients of ``attention_forward``'s inputs from those of ``out``, ``lse`` and ``entropy``
+``attention_backward``      the gradients of the inputs of ``attention_forward`` and ``attention_forward_stats``
 ``attention_forward_stats`` ``attention_forward`` with statistics of the rows
 ``attention_stats``         statistics of the rows and keys alone, of q and k
 ==========================  ==========================================================================================
@@ -253,8 +253,8 @@ def _forward_stats_vmap(info: Any, dims: _Dims, *values: Any) -> Any:
 def _mapped(op: Any, info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *values: Any) -> Any:
     options = Options(*values)
     dim_of = dict(zip(Options._fields, dims[3:], strict=False))
-    # A head has one sink and one temperature for the whole batch, and dropout depends on the place in it; so each example
-    # is a call.
+    # A head has one sink and one temperature for the whole batch, and dropout depends on the place in it; so each
+    # example is a call.
     one_a_head = any(dim_of.get(name) is not None for name in ("sinks", "gate_temperature"))
     if one_a_head or options.dropout_p:
         return _by_examples(op, info, dims, q, k, v, *values)
@@ -275,10 +275,10 @@ def _mapped(op: Any, info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *v
         name: fold.option(getattr(options, name), dim_of.get(name), rank) for name, rank in ranks.items()
     }
     out, lse, weights, *rows = op(*arrays, *options._replace(**folded))
-    mapped = (fold.unfold(out, fold.head_axis), fold.unfold(lse, 1))
-    mapped += (fold.unfold(weights, 1) if options.return_weights else weights,)
-    mapped += tuple(fold.unfold(x, 1) for x in rows)
-    return mapped, (0, 0, 0 if options.return_weights else None, *(0 for _ in rows))
+    weights_dim = 0 if options.return_weights else None
+    weights = fold.unfold(weights, 1) if options.return_weights else weights
+    mapped = (fold.unfold(out, fold.head_axis), fold.unfold(lse, 1), weights, *(fold.unfold(x, 1) for x in rows))
+    return mapped, (0, 0, weights_dim, *(0 for _ in rows))
 
 
 def _by_examples(op: Any, info: Any, dims: _Dims, *values: Any) -> Any:
