@@ -70,6 +70,7 @@ class BackwardRun {
       add_up_rows(g_.dgate_tau, kGateTauSum);
       add_up_rows(g_.dgate_temperature, kGateTemperatureSum);
       add_up_rows(g_.dspan, kSpanSum);
+      add_up_additive();
     }
     return status;
   }
@@ -101,6 +102,8 @@ class BackwardRun {
     }
     for (const TensorView* view : {&g_.dgate_tau, &g_.dgate_temperature, &g_.dspan})
       if (view->present()) store_sums(*view, std::vector<double>(static_cast<size_t>(elements_of(*view))));
+    if (g_.dadditive.present())
+      store_sums(g_.dadditive, std::vector<double>(static_cast<size_t>(elements_of(g_.dadditive))));
     if (g_.dsinks.present())
       for (int64_t h = 0; h < g_.dsinks.shape[0]; ++h)
         *static_cast<T*>(address_of(g_.dsinks, h * g_.dsinks.stride[0])) = 0;
@@ -152,7 +155,7 @@ class BackwardRun {
     const auto size = static_cast<int64_t>(sizeof(T));
     const auto rounded = [](int64_t nbytes) { return divide_up(nbytes, 128) * 128; };
     const int64_t num_heads = p_.q.shape[0] * kv_heads(), rows = p_.q.shape[2] * group();
-    sums_of_row_ = p_.q.shape[3] + (sums_rows() ? int64_t{kRowSums} : 0);
+    sums_of_row_ = p_.q.shape[3] * (p_.additive.present() ? 2 : 1) + (sums_rows() ? int64_t{kRowSums} : 0);
     const int64_t block = rows_a_block_ * sums_of_row_ * size;
     const int64_t head_sums = parts_ == 1 ? 0 : block * row_blocks_;
     key_sums_nbytes_ = rounded(longest_part_ * kernels_.key_sums_width(h) * size);
@@ -163,11 +166,13 @@ class BackwardRun {
         key_sums_nbytes_ + dq_sums_nbytes_ +
         rounded(std::max(kernels_.backward_scratch_nbytes(h, rows_a_block_), kernels_.terms_scratch_nbytes(longest)));
     const int64_t rows_nbytes = num_heads * (kTerms + (sums_rows() ? int64_t{kRowSums} : 0)) * rows * size;
-    const int64_t total = rows_nbytes + num_heads * head_sums + threads * thread_nbytes_;
+    const int64_t additive_nbytes = g_.dadditive.present() ? num_heads * rows * p_.q.shape[3] * size : 0;
+    additive_memory_ = allocate_scratch(additive_nbytes);
+    const int64_t total = rows_nbytes + additive_nbytes + num_heads * head_sums + threads * thread_nbytes_;
     rows_memory_ = allocate_scratch(rows_nbytes);
     dq_memory_ = allocate_scratch(num_heads * head_sums);
     thread_memory_ = allocate_scratch(threads * thread_nbytes_);
-    if (rows_memory_ == nullptr || dq_memory_ == nullptr || thread_memory_ == nullptr) {
+    if (rows_memory_ == nullptr || additive_memory_ == nullptr || dq_memory_ == nullptr || thread_memory_ == nullptr) {
       return {ErrorKind::kMemory, "cannot allocate " + std::to_string(total) + " bytes of scratch memory"};
     }
     if (parts_ > 1) turn_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(num_heads * row_blocks_));
@@ -230,6 +235,9 @@ class BackwardRun {
       g.row_sums = row_sums(b, kv_head, 0);
       g.row_sums_stride = p_.q.shape[2] * group();
     }
+    if (g_.dadditive.present())
+      g.additive_sums = reinterpret_cast<T*>(additive_memory_.get()) +
+                        (b * kv_heads() + kv_head) * p_.q.shape[2] * group() * p_.q.shape[3];
     if (g_.dbias.present()) {
       g.dbias = at(g_.dbias, q_head);
       g.dbias_stride_s = g_.dbias.stride[2];
@@ -338,6 +346,23 @@ class BackwardRun {
     }
   }
 
+  void add_up_additive() const {
+    if (!g_.dadditive.present()) return;
+    const int64_t dim = p_.q.shape[3];
+    std::vector<double> sums(static_cast<size_t>(elements_of(g_.dadditive)));
+    for (int64_t b = 0; b < p_.q.shape[0]; ++b)
+      for (int64_t kv_head = 0; kv_head < kv_heads(); ++kv_head) {
+        const T* row = reinterpret_cast<const T*>(additive_memory_.get()) +
+                       (b * kv_heads() + kv_head) * p_.q.shape[2] * group() * dim;
+        for (int64_t r = 0; r < rows_of(b); ++r, row += dim)
+          for (int64_t a = 0; a < dim; ++a) {
+            const int64_t at[3] = {kv_head * group() + r % group(), a, 0};
+            sums[place_of(g_.dadditive, at)] += static_cast<double>(row[a]);
+          }
+      }
+    store_sums(g_.dadditive, sums);
+  }
+
   // A gradient that the items have summed row by row, over the axes along which its input has one element for all.
   void add_up_rows(const TensorView& view, RowSum which) const {
     if (!view.present()) return;
@@ -432,7 +457,7 @@ class BackwardRun {
   int64_t batches_an_owner_ = 1, heads_an_owner_ = 1, owners_ = 0, parts_ = 1;
   int64_t rows_a_block_ = 0, row_blocks_ = 0, longest_part_ = 0;
   int64_t sums_of_row_ = 0, key_sums_nbytes_ = 0, dq_sums_nbytes_ = 0, thread_nbytes_ = 0;
-  Scratch rows_memory_, dq_memory_, thread_memory_;
+  Scratch rows_memory_, additive_memory_, dq_memory_, thread_memory_;
   std::vector<double> sink_sums_;                 // (B, Hq)
   std::unique_ptr<std::atomic<int64_t>[]> turn_;  // (head, row block): the part that may add to dq next
   std::atomic<int64_t> next_head_{0}, next_{0};

@@ -46,6 +46,10 @@ Heads::Heads(const CanonicalProblem& problem) : p_(problem) {
   if (p_.sinks.present())
     for (int64_t h = 0; h < p_.q.shape[1]; ++h)
       sinks_.push_back(bounded(load_element(p_.sinks, h * p_.sinks.stride[0]), most));
+  if (p_.additive.present())
+    for (int64_t h = 0; h < p_.q.shape[1]; ++h)
+      for (int64_t a = 0; a < p_.q.shape[3]; ++a)
+        additive_.push_back(load_element(p_.additive, h * p_.additive.stride[0] + a * p_.additive.stride[1]));
   if (p_.gate_tau.present()) {
     const TensorView &tau = p_.gate_tau, &temperature = p_.gate_temperature;
     const int64_t longest = p_.q.shape[2];
@@ -139,6 +143,10 @@ HeadTask Heads::task(int64_t b, int64_t kv_head) const {
   h.counted_left = h.window_left;
   h.counted_right = h.window_right;
   h.scale = p.scale;
+  if (!additive_.empty()) {
+    h.additive = additive_.data() + q_head * p.q.shape[3];
+    h.scale = 1;
+  }
   h.softcap = p.softcap;
   h.normalizer = p.normalizer;
   if (!slopes_.empty()) h.slopes = slopes_.data() + b * p.q.shape[1] + q_head;

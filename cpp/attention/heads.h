@@ -29,6 +29,7 @@ class Heads {
   const CanonicalProblem& p_;
   int64_t group_ = 1;
   std::vector<double> slopes_, sinks_;                         // (B, Hq), (Hq,); empty: none
+  std::vector<double> additive_;                               // (Hq, D)
   std::vector<double> gate_taus_, gate_temperatures_, spans_;  // (B, Hkv, rows), (Hq,), (B, Hq)
   std::vector<int32_t> pages_;                                 // (B, pages a sequence), paged keys
   std::vector<float> k_scales_, v_scales_;                     // (Hkv, B, pages a sequence), int8 keys

@@ -57,16 +57,16 @@ struct Members<AttentionProblem> {
   using Struct = AttentionProblem;
   template <class Visit>
   static constexpr void for_each(Visit& visit) {
-    FOVEAL_MEMBER(q), FOVEAL_MEMBER(k), FOVEAL_MEMBER(v), FOVEAL_MEMBER(mask), FOVEAL_MEMBER(bias),
-        FOVEAL_MEMBER(alibi_slopes), FOVEAL_MEMBER(sinks), FOVEAL_MEMBER(gate_tau), FOVEAL_MEMBER(gate_temperature),
-        FOVEAL_MEMBER(span), FOVEAL_MEMBER(q_lens), FOVEAL_MEMBER(kv_lens), FOVEAL_MEMBER(q_offset),
-        FOVEAL_MEMBER(cu_seqlens_q), FOVEAL_MEMBER(cu_seqlens_kv), FOVEAL_MEMBER(block_table), FOVEAL_MEMBER(k_scale),
-        FOVEAL_MEMBER(v_scale), FOVEAL_MEMBER(out), FOVEAL_MEMBER(lse), FOVEAL_MEMBER(weights), FOVEAL_MEMBER(entropy),
-        FOVEAL_MEMBER(mass), FOVEAL_MEMBER(max_weight), FOVEAL_MEMBER(threshold), FOVEAL_MEMBER(argmax),
-        FOVEAL_MEMBER(key_mass), FOVEAL_MEMBER(top_keys), FOVEAL_MEMBER(top_weights), FOVEAL_MEMBER(layout),
-        FOVEAL_MEMBER(causal), FOVEAL_MEMBER(window_left), FOVEAL_MEMBER(window_right), FOVEAL_MEMBER(has_scale),
-        FOVEAL_MEMBER(scale), FOVEAL_MEMBER(softcap), FOVEAL_MEMBER(span_ramp), FOVEAL_MEMBER(normalizer),
-        FOVEAL_MEMBER(dropout_p), FOVEAL_MEMBER(seed);
+    FOVEAL_MEMBER(q), FOVEAL_MEMBER(k), FOVEAL_MEMBER(v), FOVEAL_MEMBER(additive), FOVEAL_MEMBER(mask),
+        FOVEAL_MEMBER(bias), FOVEAL_MEMBER(alibi_slopes), FOVEAL_MEMBER(sinks), FOVEAL_MEMBER(gate_tau),
+        FOVEAL_MEMBER(gate_temperature), FOVEAL_MEMBER(span), FOVEAL_MEMBER(q_lens), FOVEAL_MEMBER(kv_lens),
+        FOVEAL_MEMBER(q_offset), FOVEAL_MEMBER(cu_seqlens_q), FOVEAL_MEMBER(cu_seqlens_kv), FOVEAL_MEMBER(block_table),
+        FOVEAL_MEMBER(k_scale), FOVEAL_MEMBER(v_scale), FOVEAL_MEMBER(out), FOVEAL_MEMBER(lse), FOVEAL_MEMBER(weights),
+        FOVEAL_MEMBER(entropy), FOVEAL_MEMBER(mass), FOVEAL_MEMBER(max_weight), FOVEAL_MEMBER(threshold),
+        FOVEAL_MEMBER(argmax), FOVEAL_MEMBER(key_mass), FOVEAL_MEMBER(top_keys), FOVEAL_MEMBER(top_weights),
+        FOVEAL_MEMBER(layout), FOVEAL_MEMBER(causal), FOVEAL_MEMBER(window_left), FOVEAL_MEMBER(window_right),
+        FOVEAL_MEMBER(has_scale), FOVEAL_MEMBER(scale), FOVEAL_MEMBER(softcap), FOVEAL_MEMBER(span_ramp),
+        FOVEAL_MEMBER(normalizer), FOVEAL_MEMBER(dropout_p), FOVEAL_MEMBER(seed);
   }
 };
 
@@ -77,7 +77,7 @@ struct Members<AttentionGradients> {
   static constexpr void for_each(Visit& visit) {
     FOVEAL_MEMBER(dout), FOVEAL_MEMBER(dlse), FOVEAL_MEMBER(dentropy), FOVEAL_MEMBER(dq), FOVEAL_MEMBER(dk),
         FOVEAL_MEMBER(dv), FOVEAL_MEMBER(dbias), FOVEAL_MEMBER(dsinks), FOVEAL_MEMBER(dgate_tau),
-        FOVEAL_MEMBER(dgate_temperature), FOVEAL_MEMBER(dspan);
+        FOVEAL_MEMBER(dgate_temperature), FOVEAL_MEMBER(dspan), FOVEAL_MEMBER(dadditive);
   }
 };
 

@@ -70,7 +70,7 @@ Plan make_plan(const CanonicalProblem& p, const KernelTable& table, int threads)
     static_cast<Sequence&>(s) = sequence_at(p, b);
     s.rows = s.q_len * plan.group;
     const bool plain = !p.reads_weights() && !p.has_statistics();
-    s.decode = s.rows <= plan.kernels->decode_rows && plain && p.dropout_p == 0.0 && !lists;
+    s.decode = s.rows <= plan.kernels->decode_rows && plain && !p.additive.present() && p.dropout_p == 0.0 && !lists;
     s.rows_per_block = s.decode ? std::max<int64_t>(s.rows, 1) : rows_per_item;
     s.rows_per_call = s.rows_per_block;
     // What keys get of all rows is summed by items that are the same for any number of threads.

@@ -1,6 +1,7 @@
 // The plain three-pass oracle: attention one query row at a time, in float64, with every option written where it acts.
 //
 //   s_j = softcap(scale * q.k_j) + alibi + bias_j      for the keys j that this query sees
+//   s_j = u . tanh(q + k_j), with additive scores, in place of scale * q.k_j
 //   s_j = s_j + log sigmoid((s_j - tau) / T)           with a gate
 //   s_j = s_j + log clamp((ramp + z - |i - j|) / ramp, 0, 1)   with a span
 //   p_j = exp(s_j - m),  m = max over j (and the sink)
@@ -69,10 +70,11 @@ struct Slopes {
 double score(const CanonicalProblem& p, const Row& row, int64_t j, Slopes* slopes = nullptr) {
   double dot = 0.0;
   for (int64_t d = 0; d < p.q.shape[3]; ++d) {
-    dot += load_element(p.q, offset_of(p.q, row.b, row.h, row.i, d)) *
-           load_element(p.k, offset_of(p.k, row.b, row.kv_head, j, d));
+    const double q = load_element(p.q, offset_of(p.q, row.b, row.h, row.i, d));
+    const double k = load_element(p.k, offset_of(p.k, row.b, row.kv_head, j, d));
+    dot += p.additive.present() ? load_element(p.additive, offset_of(p.additive, row.h, d)) * std::tanh(q + k) : q * k;
   }
-  double s = p.scale * dot;
+  double s = p.additive.present() ? dot : p.scale * dot;
   const double t = p.softcap > 0.0 ? std::tanh(s / p.softcap) : 0.0;
   if (p.softcap > 0.0) s = p.softcap * t;
   if (slopes != nullptr) *slopes = {1.0 - t * t, 1.0, 0.0, 0.0, 0.0};
@@ -341,6 +343,14 @@ void differentiate(const CanonicalGradients& g, const Row& row) {
     if (g.dbias.present()) add(g.dbias, offset_of(g.dbias, row.b, row.h, row.i, key.j), ds);
     for (int64_t d = 0; d < p.q.shape[3]; ++d) {
       const int64_t q = offset_of(p.q, row.b, row.h, row.i, d), k = offset_of(p.k, row.b, row.kv_head, key.j, d);
+      if (p.additive.present()) {
+        const double t = std::tanh(load_element(p.q, q) + load_element(p.k, k)), score = ds * slope.softcap;
+        const double inner = score * load_element(p.additive, offset_of(p.additive, row.h, d)) * (1.0 - t * t);
+        add(g.dq, offset_of(g.dq, row.b, row.h, row.i, d), inner);
+        add(g.dk, offset_of(g.dk, row.b, row.kv_head, key.j, d), inner);
+        if (g.dadditive.present()) add(g.dadditive, offset_of(g.dadditive, row.h, d), score * t);
+        continue;
+      }
       add(g.dq, offset_of(g.dq, row.b, row.h, row.i, d), p.scale * ds * slope.softcap * load_element(p.k, k));
       add(g.dk, offset_of(g.dk, row.b, row.kv_head, key.j, d), p.scale * ds * slope.softcap * load_element(p.q, q));
     }
@@ -391,7 +401,7 @@ Status attention_reference(const CanonicalProblem& problem) try {
 
 Status attention_backward_reference(const CanonicalGradients& g) try {
   for (const TensorView* view :
-       {&g.dq, &g.dk, &g.dv, &g.dbias, &g.dsinks, &g.dgate_tau, &g.dgate_temperature, &g.dspan})
+       {&g.dq, &g.dk, &g.dv, &g.dbias, &g.dsinks, &g.dgate_tau, &g.dgate_temperature, &g.dspan, &g.dadditive})
     fill(*view, 0.0);
   for_each_row(g.problem, [&](const Row& row) {
     if (row.inside) differentiate(g, row);

@@ -50,6 +50,7 @@ enum Gradient {
   kSinksGrad,
   kGateGrad,
   kSpanGrad,
+  kUGrad,
   kNumGradients
 };  // `out` is that of the forward pass
 enum Update {
@@ -400,7 +401,7 @@ py::object run_statistics(const Function& function, PyObject* const* arguments) 
   return hand_over_all(arrays, results);
 }
 
-// (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan), None where not asked for.
+// (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan, du), None where not asked for.
 py::object run_backward(const Function& function, PyObject* const* arguments) {
   PyObject* const* own = arguments + function.gradients;
   CallArrays arrays(arguments[kQ]);
@@ -416,7 +417,7 @@ py::object run_backward(const Function& function, PyObject* const* arguments) {
   g.dentropy = optional("dentropy", kDentropy);
   problem.entropy = optional("entropy", kEntropy);
   problem.mass = optional("mass", kMass);
-  py::object results[8];
+  py::object results[9];
   const auto allocate = [&](size_t index, const TensorView& like, DType of, TensorView& gradient) {
     results[index] = arrays.allocate(of, like.shape, like.rank, gradient);
   };
@@ -430,13 +431,15 @@ py::object run_backward(const Function& function, PyObject* const* arguments) {
     allocate(6, problem.gate_temperature, accumulator, g.dgate_temperature);
   }
   if (problem.span.present() && is_true(own[kSpanGrad])) allocate(7, problem.span, accumulator, g.dspan);
+  if (problem.additive.present() && is_true(own[kUGrad])) allocate(8, problem.additive, accumulator, g.dadditive);
   Status status;
   const CanonicalGradients gradients = canonicalize(problem, g, status);
   reject_if_failed(status);
   reject_if_failed(
       compute_released([&](const ExecutionOptions& options) { return attention_backward(gradients, options); }));
   for (py::object& result : results) result = result ? arrays.hand_over(std::move(result)) : py::none();
-  return py::make_tuple(results[0], results[1], results[2], results[3], results[4], results[5], results[6], results[7]);
+  return py::make_tuple(results[0], results[1], results[2], results[3], results[4], results[5], results[6], results[7],
+                        results[8]);
 }
 
 // ---- entry points ---------------------------------------------------------------------------------------------------
@@ -478,7 +481,8 @@ PyObject* statistics_entry(PyObject*, PyObject* const* arguments, Py_ssize_t cou
 #define FOVEAL_SIGNATURE \
   "($module, q, k, v" FOVEAL_OPTIONS(FOVEAL_NAME, FOVEAL_NAME) ", out, return_lse, return_weights, return_stats"
 #define FOVEAL_VARLEN ", cu_seqlens_q, cu_seqlens_kv"
-#define FOVEAL_GRADIENTS ", lse, dout, dlse, dentropy, entropy, mass, bias_grad, sinks_grad, gate_grad, span_grad"
+#define FOVEAL_GRADIENTS \
+  ", lse, dout, dlse, dentropy, entropy, mass, bias_grad, sinks_grad, gate_grad, span_grad, u_grad"
 #define FOVEAL_CACHE \
   ", new_k, new_v, block_table, cache_batch_idx, k_scale, v_scale, rotary_cos, rotary_sin, rotary_interleaved"
 #define FOVEAL_END ", /)\n--\n\n"
@@ -509,10 +513,10 @@ PyMethodDef methods[] = {
      "Raise what `attention_kvcache` raises when it refuses its arguments."},
     {"attention_varlen_backward", function_of(backward_entry<kVarlenBackward>), METH_FASTCALL,
      "attention_varlen_backward" FOVEAL_SIGNATURE FOVEAL_VARLEN FOVEAL_GRADIENTS FOVEAL_END
-     "The gradients (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan), likewise."},
+     "The gradients (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan, du), likewise."},
     {"attention_backward", function_of(backward_entry<kBackward>), METH_FASTCALL,
      "attention_backward" FOVEAL_SIGNATURE FOVEAL_GRADIENTS FOVEAL_END
-     "The gradients (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan), from the out and lse of the "
+     "The gradients (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan, du), from the out and lse of the "
      "forward pass."},
     {nullptr, nullptr, 0, nullptr},
 };

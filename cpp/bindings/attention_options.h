@@ -12,6 +12,7 @@
   ARRAY(kSinks, sinks, problem.sinks = read.array("sinks", value, Elements::kFloating))                            \
   ARRAY(kGate, gate, read_gate(value, read, problem))                                                              \
   ARRAY(kSpan, span, read_span(value, read, problem))                                                              \
+  ARRAY(kU, u, problem.additive = read.array("u", value, Elements::kFloating))                                     \
   ARRAY(kQLens, q_lens, problem.q_lens = read.integers("q_lens", value))                                           \
   ARRAY(kKvLens, kv_lens, problem.kv_lens = read.integers(read.kv_lens, value))                                    \
   NUMBER(kCausal, causal, problem.causal = to_bool("causal", value))                                               \

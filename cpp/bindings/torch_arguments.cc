@@ -113,6 +113,7 @@ AttentionProblem problem_of(ProblemArguments& arguments, bool with_values) {
   problem.gate_tau = optional_view("gate[0]", arguments.gate_tau);
   problem.gate_temperature = optional_view("gate[1]", arguments.gate_temperature);
   problem.span = optional_view("span[0]", arguments.span);
+  problem.additive = optional_view("u", arguments.u);
   problem.span_ramp = arguments.span_ramp;
   problem.q_lens = optional_view("q_lens", arguments.q_lens);
   problem.kv_lens = optional_view("kv_lens", arguments.kv_lens);

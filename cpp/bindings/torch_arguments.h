@@ -101,7 +101,8 @@ class ArgumentReader {
 
 // What every op but `attention_plain` has. Each op reads its own arguments in its schema's order.
 struct ProblemArguments {
-  Tensor q, k, v, mask, bias, alibi_slopes, sinks, gate_tau, gate_temperature, span, q_lens, kv_lens, q_offsets, seed;
+  Tensor q, k, v, mask, bias, alibi_slopes, sinks, gate_tau, gate_temperature, span, u, q_lens, kv_lens, q_offsets,
+      seed;
   bool causal = false;
   std::optional<int64_t> q_offset, window_left, window_right;
   std::optional<double> scale;
@@ -123,6 +124,11 @@ struct ProblemArguments {
     gate_temperature = read.optional_tensor();
     span = read.optional_tensor();
   }
+  void read_dense_arrays(ArgumentReader& read) {
+    u = read.optional_tensor();
+    q_lens = read.optional_tensor();
+    kv_lens = read.optional_tensor();
+  }
   void read_numbers(ArgumentReader& read) {
     q_offsets = read.optional_tensor();
     seed = read.optional_tensor();
@@ -139,8 +145,7 @@ struct ProblemArguments {
   void read_all(ArgumentReader& read) {
     read_qkv(read);
     read_arrays(read);
-    q_lens = read.optional_tensor();
-    kv_lens = read.optional_tensor();
+    read_dense_arrays(read);
     read_numbers(read);
     bshd = read.boolean();
   }

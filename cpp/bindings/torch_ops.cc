@@ -181,8 +181,7 @@ void attention_stats_op(StableIValue* stack) {
   arguments.q = read.tensor();
   arguments.k = read.tensor();
   arguments.read_arrays(read);
-  arguments.q_lens = read.optional_tensor();
-  arguments.kv_lens = read.optional_tensor();
+  arguments.read_dense_arrays(read);
   arguments.read_numbers(read);
   arguments.bshd = read.boolean();
   const int64_t top_k = read.integer();
@@ -214,26 +213,28 @@ void attention_forward_out_boxed(StableIValue* stack) {
 // What every backward op begins with.
 struct SavedArguments {
   explicit SavedArguments(ArgumentReader& read)
-      : dout(read.tensor()),
-        dlse(read.optional_tensor()),
-        out(read.tensor()),
-        lse(read.tensor()),
-        dentropy(read.optional_tensor()),
-        entropy(read.optional_tensor()),
-        mass(read.optional_tensor()) {}
+      : dout(read.tensor()), dlse(read.optional_tensor()), out(read.tensor()), lse(read.tensor()) {}
 
-  Tensor dout, dlse, out, lse, dentropy, entropy, mass;
+  Tensor dout, dlse, out, lse;
 };
 
 // What every backward op ends with.
 struct WantedGradients {
   explicit WantedGradients(ArgumentReader& read)
-      : bias(read.boolean()), sinks(read.boolean()), gate(read.boolean()), span(read.boolean()) {}
+      : bias(read.boolean()),
+        sinks(read.boolean()),
+        gate(read.boolean()),
+        span(read.boolean()),
+        u(read.boolean()),
+        dentropy(read.optional_tensor()),
+        entropy(read.optional_tensor()),
+        mass(read.optional_tensor()) {}
 
-  bool bias, sinks, gate, span;
+  bool bias, sinks, gate, span, u;
+  Tensor dentropy, entropy, mass;
 };
 
-// Puts (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan) on the stack.
+// Puts (dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan, du) on the stack.
 void differentiate(StableIValue* stack, AttentionProblem& problem, const SavedArguments& saved,
                    const WantedGradients& wanted) {
   const DType dtype = problem.q.dtype, accumulator = accumulator_of(dtype);
@@ -243,16 +244,16 @@ void differentiate(StableIValue* stack, AttentionProblem& problem, const SavedAr
   };
   problem.out = view_of("out", saved.out);
   problem.lse = view_of("lse", saved.lse);
-  problem.entropy = optional_view("entropy", saved.entropy);
-  problem.mass = optional_view("mass", saved.mass);
+  problem.entropy = optional_view("entropy", wanted.entropy);
+  problem.mass = optional_view("mass", wanted.mass);
   AttentionGradients given;
   given.dout = view_of("dout", saved.dout);
   given.dlse = optional_view("dlse", saved.dlse);
-  given.dentropy = optional_view("dentropy", saved.dentropy);
+  given.dentropy = optional_view("dentropy", wanted.dentropy);
   Tensor dq = allocate_like(problem.q, dtype, given.dq);
   Tensor dk = allocate_like(problem.k, dtype, given.dk);
   Tensor dv = allocate_like(problem.v, dtype, given.dv);
-  Tensor dbias, dsinks, dgate_tau, dgate_temperature, dspan;
+  Tensor dbias, dsinks, dgate_tau, dgate_temperature, dspan, du;
   const auto allocate_if = [&](bool asked, const TensorView& option, Tensor& made, TensorView& gradient) {
     if (asked && option.present()) made = allocate_like(option, accumulator, gradient);
   };
@@ -261,8 +262,10 @@ void differentiate(StableIValue* stack, AttentionProblem& problem, const SavedAr
   allocate_if(wanted.gate, problem.gate_tau, dgate_tau, given.dgate_tau);
   allocate_if(wanted.gate, problem.gate_temperature, dgate_temperature, given.dgate_temperature);
   allocate_if(wanted.span, problem.span, dspan, given.dspan);
+  allocate_if(wanted.u, problem.additive, du, given.dadditive);
   const CanonicalGradients gradients = canonical(problem, given);
   execute([&](const ExecutionOptions& options) { return attention_backward(gradients, options); });
+  stack[8] = result_or_empty(du, accumulator);
   stack[7] = result_or_empty(dspan, accumulator);
   stack[6] = result_or_empty(dgate_temperature, accumulator);
   stack[5] = result_or_empty(dgate_tau, accumulator);

@@ -4,6 +4,7 @@
 //   q, dout     [rows][head_dim | value_dim]   the same rows, in place where they are stored so, or pairs of rows
 #pragma once
 
+#include "kernels/additive.inl.h"
 #include "kernels/arena.inl.h"
 #include "kernels/bfloat16_products.inl.h"
 #include "kernels/dot.inl.h"
@@ -28,6 +29,8 @@ struct GradientTile {
   T *shift, *threshold, *delta;  // RowTerms, a lane a row; +inf, 0 and 0 beyond the last
   T *entropy_slope, *entropy_shift;  // a lane a row; null: no gradient of the entropy
   T* dq;
+  AdditiveRows<V> additive;
+  T* du;           // [head_dim][rows], with additive scores
   T* row_sums;     // [kRowSums][rows]; null: not asked for
   bool untouched;  // dq is undefined and counts as 0
   bool finite;     // the terms, q and dout are
@@ -82,7 +85,8 @@ static void begin_gradient_tile(const GradientTask& task, GradientTile<V>& tile,
     const int64_t done = int64_t{r} * V::kLanes, first = tile.row_begin + done, rows = tile.rows - done;
     const S* pointers[V::kLanes];
     row_pointers<V>(h.group, first, rows, static_cast<const S*>(h.q), h.q_stride_s, h.q_stride_g, pointers);
-    load_transposed<V, S, Dot>(pointers, h.q_stride_d, h.head_dim, score_scale<V>(h), tile.qt + done, width);
+    load_transposed<V, S, Dot>(pointers, h.q_stride_d, h.head_dim, is_additive(h) ? broadcast<V>(1) : score_scale<V>(h),
+                               tile.qt + done, width);
     row_pointers<V>(h.group, first, rows, static_cast<const S*>(g.dout), g.dout_stride_s, g.dout_stride_g, pointers);
     load_transposed<V, S, Dot>(pointers, g.dout_stride_d, h.value_dim, broadcast<V>(1), tile.dot + done, width);
     for (int lane = 0; lane < V::kLanes; ++lane) {

@@ -38,7 +38,8 @@ struct HeadTask {
   int64_t counted_left, counted_right;
 
   double scale;
-  double softcap;  // 0: none
+  const double* additive;  // not null: scores are u . tanh(q + k) instead; u (group, D), scale 1
+  double softcap;          // 0: none
   Normalizer normalizer;
   const double* slopes;             // ALiBi, one per head in the group; null: none
   const double* sinks;              // one per head in the group; null: none
@@ -125,15 +126,17 @@ struct GradientHead {
   // T, null: not asked for; member m of a row at [m * row_sums_stride + row].
   void* row_sums;
   int64_t row_sums_stride;
+  void* additive_sums;  // T, with additive scores: what each row adds to the gradient of u, (rows, D)
 };
 
 // What the backward pass sums a row beside dq, over its keys: the gradients of the gate's threshold, of its temperature
 // and of the span.
 enum RowSum { kGateTauSum, kGateTemperatureSum, kSpanSum, kRowSums };
 
-// The sums of a row, in elements: of dq, and of the others where they are asked for.
+// The sums of a row, in elements: of dq, of the gradient of u with additive scores, and of the others where they are
+// asked for.
 inline int64_t sums_of_row(const GradientHead& g) {
-  return g.head->head_dim + (g.row_sums != nullptr ? int64_t{kRowSums} : 0);
+  return g.head->head_dim * (g.head->additive != nullptr ? 2 : 1) + (g.row_sums != nullptr ? int64_t{kRowSums} : 0);
 }
 
 // Rows [row_begin, row_end) of a head against the keys [key_begin, key_end).

@@ -20,6 +20,7 @@
 // how a problem is cut into tasks does not show in the bits.
 #pragma once
 
+#include "kernels/additive.inl.h"
 #include "kernels/arena.inl.h"
 #include "kernels/bfloat16_products.inl.h"
 #include "kernels/bias_gradient.inl.h"
@@ -53,6 +54,7 @@ struct GradientScratch {
   typename Dot::Key *packed_k, *packed_v;  // where they cannot be read in place
   // Of pairs: ds by keys, the keys; and q, dout and k as guarded sums read them.
   T *listed_k = nullptr, *listed_v = nullptr, *listed_sums = nullptr;  // of the keys that some row weighs
+  T* powers = nullptr;                                                 // of keys, with additive scores
   T *ds_pairs = nullptr, *k_pairs = nullptr, *wide_q = nullptr, *wide_dout = nullptr, *wide_k = nullptr;
 
   GradientScratch(Arena<T>& arena, const GradientHead& g) {
@@ -66,6 +68,7 @@ struct GradientScratch {
     if (has_gate(h)) policies.gate_argument = take();
     if (has_span(h) && g.row_sums != nullptr) policies.span = take();
     if (takes_log_sigmoid(h)) policies.log_sigmoid = take();
+    if (is_additive(h)) powers = arena.take(kGradientKeys * h.head_dim);
     packed_k = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.head_dim));
     packed_v = reinterpret_cast<Key*>(arena.take(kGradientKeys * h.value_dim));
     if constexpr (Dot::kStep == 1) {
@@ -93,7 +96,8 @@ struct GradientKeys {
   Rows<Key> k, v;   // for the scores and for dP
   Rows<T> k_value;  // steps of keys, as dQ adds them
   T *dk, *dv;       // sums
-  int64_t sums_stride;
+  AdditiveKeys<T> additive;
+  int64_t sums_stride, head_dim;
 
   GradientKeys part(int64_t from, int64_t to) const {
     GradientKeys keys = *this;
@@ -105,6 +109,10 @@ struct GradientKeys {
     keys.k_value.p += skip / Dot::kStep * k_value.stride;
     keys.dk += skip * sums_stride;
     keys.dv += skip * sums_stride;
+    if (keys.additive.powers != nullptr) {
+      keys.additive.k += skip * keys.additive.stride;
+      keys.additive.powers += skip * head_dim;
+    }
     return keys;
   }
 };
@@ -126,10 +134,15 @@ static void weights_with_policies(const HeadTask& h, const GradientTile<V>& tile
                                   const PolicyGradients<typename V::T>& policies) {
   const int64_t n = keys.end - keys.begin;
   const V scale = score_scale<V>(h);
-  key_products<V, Dot, NV>(tile.qt, h.head_dim, keys.k.p, keys.k.stride, n,
-                           [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
-                             store(p + (j * NV + r) * V::kLanes, Dot::finish(dot, scale));
-                           });
+  if (is_additive(h))
+    additive_scores<V, NV>(h, tile.additive, keys.additive, n,
+                           [&](int64_t j, int r, V score)
+                               __attribute__((always_inline)) { store(p + (j * NV + r) * V::kLanes, score); });
+  else
+    key_products<V, Dot, NV>(tile.qt, h.head_dim, keys.k.p, keys.k.stride, n,
+                             [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
+                               store(p + (j * NV + r) * V::kLanes, Dot::finish(dot, scale));
+                             });
   const RowLanes<V, NV> lanes{tile.row_begin, tile.rows};
   apply_policies<V>(h, lanes, keys.begin, n, p, policies);
   if (seen != nullptr) for_each_array(policies, [&](typename V::T* x) { keep_seen<V, NV>(seen, n, x); });
@@ -350,6 +363,19 @@ static void through_late_policies(const HeadTask& h, const GradientTile<V>& tile
   for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, fma(load(ds + x), load(gate + x), load(ds + x)));
 }
 
+// The share of a tile in dv where scores are additive.
+template <class V, int NV, class Keys>
+static void add_values_of_additive(const HeadTask& h, const GradientTile<V>& tile, const Keys& keys,
+                                   const typename V::T* p, int64_t n, const uint64_t* seen) {
+  constexpr int64_t stride = int64_t{NV} * V::kLanes;
+  if (seen != nullptr && !tile.finite)
+    add_rows_guarded<V>(p, stride, n, tile.dout.p, tile.dout.stride, tile.rows, padded<V>(h.value_dim), keys.dv,
+                        keys.sums_stride, seen);
+  else
+    add_rows<V, WidenedDot<V, typename V::T>>(p, stride, n, tile.dout.p, tile.dout.stride, tile.rows,
+                                              padded<V>(h.value_dim), keys.dv, keys.sums_stride);
+}
+
 // From the weights of a tile and keys to their share of all sums.
 template <class V, class Dot, int NV>
 static void finish_gradients(const GradientHead& g, GradientTile<V>& tile, const GradientKeys<V, Dot>& keys,
@@ -368,7 +394,14 @@ static void finish_gradients(const GradientHead& g, GradientTile<V>& tile, const
   if (bends_scores(h))
     for (int64_t x = 0; x < n * width; x += V::kLanes) store(ds + x, load(ds + x) * load(scratch.policies.softcap + x));
 
-  if (seen != nullptr && !(tile.finite && all_finite<V>(keys.k.p, keys.k.stride, n, h.head_dim)))
+  if (is_additive(h)) {
+    add_values_of_additive<V, NV>(h, tile, keys, p, n, seen);
+    const auto add = tile.additive.wide || keys.additive.wide ? add_additive_gradients<V, NV, true>
+                                                              : add_additive_gradients<V, NV, false>;
+    if (tile.untouched)
+      for (int64_t x = 0; x < h.head_dim * width; ++x) tile.dq[x] = tile.du[x] = 0;
+    add(h, tile.additive, keys.additive, n, ds, seen, tile.dq, keys.dk, keys.sums_stride, tile.du);
+  } else if (seen != nullptr && !(tile.finite && all_finite<V>(keys.k.p, keys.k.stride, n, h.head_dim)))
     add_sums_guarded<V, Dot, NV>(h, tile, keys, scratch, seen);
   else
     add_sums<V, Dot, NV>(h, tile, keys, scratch);
@@ -386,7 +419,7 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
   const Visibility visibility = visible_bits(h, tile.row_begin, tile.rows, keys.begin, n, bits);
   if (visibility == Visibility::kNone) return;
   const uint64_t* seen = visibility == Visibility::kPartial ? bits : nullptr;
-  if (changes_scores(h) || seen != nullptr || !is_softmax(h)) {
+  if (changes_scores(h) || is_additive(h) || seen != nullptr || !is_softmax(h)) {
     weights_with_policies<V, Dot, NV>(h, tile, keys, seen, p, scratch.policies);
   } else {
     const V scale = score_scale<V>(h);
@@ -405,7 +438,7 @@ static void add_gradients(const GradientHead& g, GradientTile<V>& tile, const Gr
     if (list.n == 0) return;
     // A bias and dropout go by where keys are.
     if constexpr (Dot::kStep == 1)
-      if (list.n < n * 3 / 4 && g.dbias == nullptr && !drops(h)) {
+      if (list.n < n * 3 / 4 && g.dbias == nullptr && !drops(h) && !is_additive(h)) {
         const GradientKeys<V, Dot> listed = list.gather(h, keys, scratch);
         list.compact(bits);
         list.compact(p);
@@ -429,7 +462,10 @@ static int64_t backward_scratch_nbytes(const HeadTask& h, int64_t rows) {
   const int64_t tiles = (rows + kTileRows<V> - 1) / kTileRows<V>;
   const int64_t dims = padded<V>(h.head_dim) + padded<V>(h.value_dim);
   const int64_t per_tile = kTileRows<V> * (2 * dims + kRowTerms) + static_cast<int64_t>(sizeof(GradientTile<V>));
-  int64_t shared = kGradientKeys * ((2 + kPolicyGradients) * kTileRows<V> + h.head_dim + h.value_dim);
+  const int64_t additive =
+      is_additive(h) ? tiles * (AdditiveRows<V>::elements(h.head_dim) + 16) + (kGradientKeys + 1) * (h.head_dim + 16)
+                     : 0;
+  int64_t shared = additive + kGradientKeys * ((2 + kPolicyGradients) * kTileRows<V> + h.head_dim + h.value_dim);
   if constexpr (Dot::kStep == 1)
     shared += hides_zero_weights(h.normalizer) ? kGradientKeys * 2 * dims : 0;
   else
@@ -513,13 +549,16 @@ static void backward(const GradientTask& task) {
     x.entropy_slope = g.entropy_slope != nullptr ? arena.take(kTileRows<V>) : nullptr;
     x.entropy_shift = g.entropy_slope != nullptr ? arena.take(kTileRows<V>) : nullptr;
     x.dq = static_cast<T*>(task.dq_sums) + t * kTileRows<V> * sums_of_row(g);
-    x.row_sums = g.row_sums != nullptr ? x.dq + kTileRows<V> * h.head_dim : nullptr;
+    x.du = is_additive(h) ? x.dq + kTileRows<V> * h.head_dim : nullptr;
+    x.row_sums = g.row_sums != nullptr ? x.dq + kTileRows<V> * (sums_of_row(g) - kRowSums) : nullptr;
     x.untouched = task.first;
     if (task.first && x.row_sums != nullptr)
       for (int64_t at = 0; at < kRowSums * kTileRows<V>; ++at) x.row_sums[at] = 0;
     T* q_buffer = arena.take(kTileRows<V> * padded<V>(h.head_dim));
     T* dout_buffer = arena.take(kTileRows<V> * padded<V>(h.value_dim));
     begin_gradient_tile<V, S, Dot>(task, x, q_buffer, dout_buffer);
+    if (is_additive(h))
+      x.additive.begin(h, x.row_begin, x.vectors, x.qt, arena.take(AdditiveRows<V>::elements(h.head_dim)));
   }
 
   KeyRange range = keys_in_steps<Dot>(h, task.row_begin, task.row_end);
@@ -545,6 +584,12 @@ static void backward(const GradientTask& task) {
     keys.dk = static_cast<T*>(task.key_sums) + (keys.begin - task.key_begin) * sums_stride;
     keys.dv = keys.dk + head_width;
     keys.sums_stride = sums_stride;
+    keys.head_dim = h.head_dim;
+    keys.additive = {};
+    if constexpr (__is_same(Key, T))
+      if (is_additive(h))
+        keys.additive = {keys.k.p, keys.k.stride, scratch.powers,
+                         exp_keys<V>(keys.k.p, keys.k.stride, n, h.head_dim, scratch.powers)};
     for (int64_t t = 0; t < tiles; ++t) {
       const KeyRange own = keys_in_steps<Dot>(h, tile[t].row_begin, tile[t].row_begin + tile[t].rows);
       const int64_t begin = max64(keys.begin, own.begin), end = min64(keys.end, own.end);
@@ -563,7 +608,10 @@ static void backward(const GradientTask& task) {
     const GradientTile<V>& x = tile[t];
     const int64_t width = int64_t{x.vectors} * V::kLanes;
     if (x.untouched)
-      for (int64_t at = 0; at < h.head_dim * width; at += V::kLanes) store(x.dq + at, zero<V>());
+      for (int64_t at = 0; at < h.head_dim * width; ++at) {
+        x.dq[at] = 0;
+        if (x.du != nullptr) x.du[at] = 0;
+      }
     if (!task.last) continue;
     if (x.row_sums != nullptr)
       for (int m = 0; m < kRowSums; ++m)
@@ -575,6 +623,12 @@ static void backward(const GradientTask& task) {
       row_pointers<V>(h.group, x.row_begin + done, x.rows - done, static_cast<S*>(g.dq), g.dq_stride_s, g.dq_stride_g,
                       rows);
       write_transposed(x.dq + done, width, h.head_dim, broadcast<V>(static_cast<T>(h.scale)), rows, g.dq_stride_d);
+      if (x.du == nullptr || g.additive_sums == nullptr) continue;
+      T* sums[V::kLanes];
+      for (int lane = 0; lane < V::kLanes; ++lane)
+        sums[lane] = lane < x.rows - done ? static_cast<T*>(g.additive_sums) + (x.row_begin + done + lane) * h.head_dim
+                                          : nullptr;
+      write_transposed(x.du + done, width, h.head_dim, broadcast<V>(1), sums, 1);
     }
   }
 }

@@ -13,6 +13,7 @@
 // state unchanged bit for bit: so a row's result does not depend on the rows beside it.
 #pragma once
 
+#include "kernels/additive.inl.h"
 #include "kernels/arena.inl.h"
 #include "kernels/base2.inl.h"
 #include "kernels/bfloat16_products.inl.h"
@@ -42,6 +43,7 @@ struct Tile {
   typename V::T *qt, *ot;
   typename V::T* state;  // [kRowMembers][kTileRows<V>]
   TileStats<V> stats;
+  AdditiveRows<V> additive;
 };
 
 // ---- a tile and a key block -----------------------------------------------------------------------------------------
@@ -52,9 +54,12 @@ struct KeyBlock {
   const Key* k;        // of position `begin`
   const T* v;
   int64_t k_stride, v_stride;
+  const T* powers;  // of keys, with additive scores (additive.inl.h)
+  bool wide;
   // Whether all values are finite of the block that this is part of: asked once for all tiles, and only if need be.
   bool *all_asked, *all_finite;
   int64_t all_begin, all_end;
+  int64_t powers_stride;
 };
 
 template <class V, class Block>
@@ -78,12 +83,20 @@ static Visibility block_scores(const HeadTask& h, const Tile<V>& tile,
   if (seen == Visibility::kNone) return seen;
   const V scale = score_scale<V>(h);
   for (int r = 0; r < NV; ++r) highest[r] = negative_infinity<V>();
-  key_products<V, Dot, NV>(tile.qt, h.head_dim, block.k, block.k_stride, n,
-                           [&](int64_t j, int r, V dot) __attribute__((always_inline)) {
-                             const V score = Dot::finish(dot, scale);
-                             highest[r] = max(highest[r], score);
-                             store(s + (j * NV + r) * V::kLanes, score);
-                           });
+  const auto put = [&](int64_t j, int r, V score) __attribute__((always_inline)) {
+    highest[r] = max(highest[r], score);
+    store(s + (j * NV + r) * V::kLanes, score);
+  };
+  bool done = false;
+  if constexpr (__is_same(typename Dot::Key, typename V::T))
+    if (is_additive(h)) {
+      additive_scores<V, NV>(h, tile.additive, {block.k, block.k_stride, block.powers, block.wide}, n, put);
+      done = true;
+    }
+  if (!done)
+    key_products<V, Dot, NV>(tile.qt, h.head_dim, block.k, block.k_stride, n,
+                             [&](int64_t j, int r, V dot)
+                                 __attribute__((always_inline)) { put(j, r, Dot::finish(dot, scale)); });
   if (!changes_scores(h) && seen == Visibility::kFull) return seen;
   const RowLanes<V, NV> lanes{tile.row_begin, tile.rows};
   apply_policies<V>(h, lanes, block.begin, n, s);
@@ -131,7 +144,7 @@ FOVEAL_INLINE void row_pointers(const HeadTask& h, const Tile<V>& tile, int r, P
 template <class V, class S, class Dot>
 static void begin_tile(const RowTask& task, Tile<V>& tile) {
   const HeadTask& h = *task.head;
-  const V scale = score_scale<V>(h);
+  const V scale = is_additive(h) ? broadcast<V>(1) : score_scale<V>(h);
   const int64_t width = int64_t{tile.vectors} * V::kLanes;
   for (int r = 0; r < tile.vectors; ++r) {
     const S* q[V::kLanes];
@@ -257,6 +270,7 @@ struct KeyReader {
   const HeadTask* h;
   Key* packed_k;
   T* packed_v;
+  T* powers;  // with additive scores
 
   // Without values, those of the block are undefined.
   KeyBlock<Key, T> read(int64_t begin, int64_t end, bool with_values) const {
@@ -266,7 +280,10 @@ struct KeyReader {
       k = key_rows<V, Key, C>(*h, keys_of(*h), begin, end - begin, packed_k, nullptr);
       if (with_values) v = key_rows<V, T, C>(*h, values_of(*h), begin, end - begin, packed_v, nullptr);
     });
-    return {begin, end, k.p, v.p, k.stride, v.stride, nullptr, nullptr, begin, end};
+    bool wide = false;
+    if constexpr (__is_same(Key, T))
+      if (is_additive(*h)) wide = exp_keys<V>(k.p, k.stride, end - begin, h->head_dim, powers);
+    return {begin, end, k.p, v.p, k.stride, v.stride, powers, wide, nullptr, nullptr, begin, end, h->head_dim};
   }
 };
 
@@ -276,6 +293,7 @@ FOVEAL_INLINE KeyBlock<Key, T> intersect(KeyBlock<Key, T> block, KeyRange range)
   const int64_t begin = max64(block.begin, range.begin), end = min64(block.end, range.end);
   block.k += (begin - block.begin) * block.k_stride;
   block.v += (begin - block.begin) * block.v_stride;
+  if (block.powers != nullptr) block.powers += (begin - block.begin) * block.powers_stride;
   block.begin = begin;
   block.end = end;
   return block;
@@ -287,7 +305,9 @@ static int64_t forward_scratch_nbytes(const HeadTask& h, int64_t rows) {
   const int64_t per_tile = kTileRows<V> * (h.head_dim + h.value_dim + kRowMembers + kStatMembers + 3) +
                            static_cast<int64_t>(sizeof(Tile<V>));
   const int64_t shared = kKeyBlock * (kTileRows<V> + h.head_dim + h.value_dim);
-  return round_up((tiles * per_tile + shared) * static_cast<int64_t>(sizeof(typename V::T)) + 4 * 64, 64);
+  const int64_t additive =
+      is_additive(h) ? tiles * (AdditiveRows<V>::elements(h.head_dim) + 16) + kKeyBlock * h.head_dim : 0;
+  return round_up((tiles * per_tile + shared + additive) * static_cast<int64_t>(sizeof(typename V::T)) + 5 * 64, 64);
 }
 
 // The tiles of a task, begun, and what they share.
@@ -308,6 +328,7 @@ struct ForwardWork {
     reader.h = &h;
     reader.packed_k = reinterpret_cast<typename Dot::Key*>(arena.take(kKeyBlock * h.head_dim));
     reader.packed_v = arena.take(kKeyBlock * h.value_dim);
+    reader.powers = is_additive(h) ? arena.take(kKeyBlock * h.head_dim) : nullptr;
     tiles = (task.row_end - task.row_begin + kTileRows<V> - 1) / kTileRows<V>;
     tile = reinterpret_cast<Tile<V>*>(arena.take(tiles * static_cast<int64_t>(sizeof(Tile<V>) / sizeof(T))));
     for (int64_t x = 0; x < tiles; ++x) {
@@ -320,6 +341,7 @@ struct ForwardWork {
                  arena.take(kTileRows<V> * h.head_dim),
                  arena.take(kTileRows<V> * h.value_dim),
                  arena.take(kRowMembers * kTileRows<V>),
+                 {},
                  {}};
       if (task.row_stats != nullptr) {
         tile[x].stats = {arena.take(kStatMembers * kTileRows<V>),
@@ -328,6 +350,9 @@ struct ForwardWork {
         tile[x].stats.begin();
       }
       begin_tile<V, S, Dot>(task, tile[x]);
+      if (is_additive(h))
+        tile[x].additive.begin(h, row_begin, tile[x].vectors, tile[x].qt,
+                               arena.take(AdditiveRows<V>::elements(h.head_dim)));
     }
   }
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from foveal import _core as _core  # first: it refuses a subinterpreter before NumPy is loaded into it for good
+from foveal._attention.additive import additive_attention
 from foveal._attention.dense import Attention, attention
 from foveal._attention.sequences import attention_kvcache, attention_varlen
 from foveal._attention.stats import AttentionStats, attention_stats
@@ -40,6 +41,7 @@ __all__ = [
     "SumTree",
     "TaskBalancer",
     "__version__",
+    "additive_attention",
     "attention",
     "attention_kvcache",
     "attention_stats",

@@ -67,6 +67,7 @@ VIEWS = (
     "key_mass",
     "top_keys",
     "top_weights",
+    "additive",
     "mask",
     "bias",
     "alibi_slopes",
@@ -121,6 +122,7 @@ _GRADIENTS = (
     "dgate_tau",
     "dgate_temperature",
     "dspan",
+    "dadditive",
 )
 
 

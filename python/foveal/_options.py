@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-ATTENTION, VARLEN, KVCACHE, STATS = FUNCTIONS = (
+ATTENTION, VARLEN, KVCACHE, STATS, ADDITIVE = FUNCTIONS = (
     "attention",
     "attention_varlen",
     "attention_kvcache",
     "attention_stats",
+    "additive_attention",
 )
+_OF_PRODUCTS = (ATTENTION, VARLEN, KVCACHE, STATS)  # what scores are that are made of q and k alone
 
 
 class OpArgument(NamedTuple):
@@ -41,8 +43,8 @@ def _tensor(name: str, functions: tuple[str, ...] = FUNCTIONS) -> Option:
 OPTIONS = (
     _tensor("mask"),
     _tensor("bias"),
-    _tensor("alibi_slopes"),
-    _tensor("sinks"),
+    _tensor("alibi_slopes", _OF_PRODUCTS),
+    _tensor("sinks", _OF_PRODUCTS),
     Option(
         "gate",
         None,
@@ -55,8 +57,9 @@ OPTIONS = (
         (OpArgument("span", "Tensor?", None), OpArgument("span_ramp", "float", 0.0)),
         (ATTENTION, VARLEN, STATS),
     ),
-    _tensor("q_lens", (ATTENTION, STATS)),
-    _tensor("kv_lens", (ATTENTION, STATS)),  # of a cache: cache_lens, which is no option
+    _tensor("u", (ADDITIVE,)),  # which calls the ops of attention
+    _tensor("q_lens", (ATTENTION, STATS, ADDITIVE)),
+    _tensor("kv_lens", (ATTENTION, STATS, ADDITIVE)),  # of a cache: cache_lens, which is no option
     Option("causal", False, (OpArgument("causal", "bool", False),)),
     Option("q_offset", None, (OpArgument("q_offsets", "Tensor?", None), OpArgument("q_offset", "SymInt?", None))),
     Option(
@@ -64,12 +67,12 @@ OPTIONS = (
         (None, None),
         (OpArgument("window_left", "SymInt?", None), OpArgument("window_right", "SymInt?", None)),
     ),
-    Option("scale", None, (OpArgument("scale", "float?", None),)),
-    Option("softcap", 0.0, (OpArgument("softcap", "float", 0.0),)),
-    Option("dropout_p", 0.0, (OpArgument("dropout_p", "float", 0.0),), (ATTENTION, VARLEN)),
-    Option("seed", None, (OpArgument("seed", "Tensor?", None),), (ATTENTION, VARLEN)),
+    Option("scale", None, (OpArgument("scale", "float?", None),), _OF_PRODUCTS),
+    Option("softcap", 0.0, (OpArgument("softcap", "float", 0.0),), _OF_PRODUCTS),
+    Option("dropout_p", 0.0, (OpArgument("dropout_p", "float", 0.0),), (ATTENTION, VARLEN, ADDITIVE)),
+    Option("seed", None, (OpArgument("seed", "Tensor?", None),), (ATTENTION, VARLEN, ADDITIVE)),
     Option("normalizer", "softmax", (OpArgument("normalizer", "int", 0),)),  # its place in _core.NORMALIZERS
-    Option("layout", "bhsd", (OpArgument("bshd", "bool", False),), (ATTENTION, STATS)),
+    Option("layout", "bhsd", (OpArgument("bshd", "bool", False),), (ATTENTION, STATS, ADDITIVE)),
 )
 NAMES = tuple(option.name for option in OPTIONS)
 DEFAULTS = {option.name: option.default for option in OPTIONS}
@@ -88,6 +91,6 @@ def op_arguments(function: str) -> tuple[OpArgument, ...]:
 
     The ops of a cache have the arguments of dropout too, so that they end as the ops of packed sequences do.
     """
-    has = (ATTENTION, VARLEN) if function in (ATTENTION, STATS) else (VARLEN,)
+    has = (VARLEN,) if function in (VARLEN, KVCACHE) else (ATTENTION, VARLEN, ADDITIVE)
     arguments = [x for option in OPTIONS if set(has) & set(option.functions) for x in option.op_arguments]
     return tuple(sorted(arguments, key=lambda x: x.type != "Tensor?"))

@@ -22,6 +22,7 @@ void for_each_array(const CanonicalProblem& p, const Names& names, Visit visit) 
       if (member == &P::k) name = names.k;
       if (member == &P::v) name = names.v;
       if (member == &P::kv_lens) name = names.kv_lens;
+      if (member == &P::additive) name = "u";
       if (member == &P::gate_tau) name = "gate[0]";
       if (member == &P::gate_temperature) name = "gate[1]";
       if (member == &P::span) name = "span[0]";
@@ -70,6 +71,9 @@ void Canonicalizer::check_dtypes() const {
   require_floating("bias", p_.bias, p_.bias.dtype == DType::kBool ? " (a bool array is `mask`)" : "");
   require_floating("alibi_slopes", p_.alibi_slopes);
   require_floating("sinks", p_.sinks);
+  require_floating("u", p_.additive);
+  if (p_.additive.present() && p_.q.dtype != accumulator_of(p_.q.dtype))
+    reject_dtype("q", p_.q.dtype, "float32 or float64 (scores are additive)");
   require_floating("gate[0]", p_.gate_tau);
   require_floating("gate[1]", p_.gate_temperature);
   require_floating("span[0]", p_.span);
@@ -95,6 +99,8 @@ void Canonicalizer::check_memory(const char* name, const TensorView& view) const
 
 // Which of the optional arrays go together.
 void Canonicalizer::check_combination() const {
+  if (p_.additive.present() && (p_.packed() || p_.paged()))
+    throw Rejection{{ErrorKind::kNotImplemented, "additive scores with cu_seqlens or block_table are not implemented"}};
   if (p_.packed() != p_.cu_seqlens_kv.present()) {
     reject_value(std::string(p_.packed() ? "cu_seqlens_kv" : "cu_seqlens_q") + " is absent, expected both");
   }

@@ -76,6 +76,7 @@ void Canonicalizer::judge() {
   broadcast_to_scores("mask", p_.mask);
   broadcast_to_scores("bias", p_.bias);
   rewrite_alibi_slopes();
+  if (p_.additive.present()) rewrite_additive("u", p_.additive);
   rewrite_gate();
   rewrite_span();
   check_normalizer();

@@ -61,6 +61,7 @@ class Canonicalizer {
   void broadcast_to_rows(const char* name, TensorView& view) const;
   void broadcast_to_heads(const char* name, TensorView& view) const;
   void rewrite_alibi_slopes();
+  void rewrite_additive(const char* name, TensorView& view) const;
   void rewrite_gate();
   void rewrite_span();
   void check_normalizer() const;

@@ -55,6 +55,10 @@ void Canonicalizer::judge_gradients(CanonicalGradients& g) {
     view.rank = 1;
     view.shape[0] = scores_[1];
   }
+  if (g.dadditive.present()) {
+    of_option("du", g.dadditive, p_.additive, "u");
+    rewrite_additive("du", g.dadditive);
+  }
   if (g.dspan.present()) {
     of_option("dspan", g.dspan, p_.span, "span");
     broadcast_to_heads("dspan", g.dspan);

@@ -89,6 +89,20 @@ void Canonicalizer::broadcast_to_heads(const char* name, TensorView& view) const
   view = canonical;
 }
 
+// Of u, and of its gradient.
+void Canonicalizer::rewrite_additive(const char* name, TensorView& view) const {
+  const int64_t head_dim = p_.q.shape[kDim], whole[] = {scores_[1], head_dim};
+  const bool shared = view.rank == 1 && view.shape[0] == head_dim;
+  if (!shared && !(view.rank == 2 && view.shape[0] == scores_[1] && view.shape[1] == head_dim))
+    reject_shape(name, view, "(A,) = " + text_of(whole + 1, 1) + " or (Hq, A) = " + text_of(whole, 2));
+  if (!shared) return;
+  view.rank = 2;
+  view.shape[1] = view.shape[0];
+  view.stride[1] = view.stride[0];
+  view.shape[0] = scores_[1];
+  view.stride[0] = 0;
+}
+
 void Canonicalizer::rewrite_gate() {
   TensorView &tau = p_.gate_tau, &temperature = p_.gate_temperature;
   if (tau.present() != temperature.present())

@@ -60,6 +60,9 @@ struct AttentionProblem {
   // Optional, both: the heaviest keys of each query (B,Hq,Sq,n), int64, and their weights, of the accumulator dtype; -1
   // and 0 where fewer have a weight above 0.
   TensorView top_keys, top_weights;
+  // Optional, floating (D,) or (Hq,D): u of additive scores, u . tanh(q + k) of projected queries and keys, in place of
+  // scale * q.k; float32 and float64 only.
+  TensorView additive;
   TensorView mask;          // optional bool, broadcastable to (B,Hq,Sq,Skv); true = attend
   TensorView bias;          // optional floating, broadcastable to (B,Hq,Sq,Skv)
   TensorView alibi_slopes;  // optional floating, (Hq,) or (B,Hq)
@@ -108,6 +111,7 @@ struct AttentionGradients {
   TensorView dsinks;      // optional (Hq,), accumulator dtype
   // Optional, accumulator dtype, of the shapes that their inputs may have: summed over axes of extent 1.
   TensorView dgate_tau, dgate_temperature, dspan;
+  TensorView dadditive;  // optional, accumulator dtype, of the shape of `additive`
 };
 
 // Tokens to append to the cache of keys and values that a problem reads, layout kBshd, before it is computed. The
@@ -138,11 +142,10 @@ enum class Result : uint8_t {
 // A problem in the one form that planners and runners take. `canonicalize` alone makes one:
 //
 //   q, k, v, out, weights, mask, bias   rank 4 in (B,H,S,D) order; broadcast axes have stride 0
-//   lse, gate_tau                       rank 3;  alibi_slopes, span rank 2 (B,Hq);  sinks, gate_temperature rank 1
-//   q_lens, kv_lens, q_offset           rank 1 (B,);  scale filled in
-//   packed: q, k, v, out, lse as (B,H,longest,.) with batch stride 0; element b begins at row cu_seqlens[b]
-//   paged: k, v stay (pages,Hkv,page size,.)
-//   a cache: paged, kv_lens after the update
+//   lse, gate_tau                       rank 3;  alibi_slopes, span rank 2 (B,Hq);  sinks, gate_temperature rank 1;
+//   additive rank 2 (Hq,D) q_lens, kv_lens, q_offset           rank 1 (B,);  scale filled in packed: q, k, v, out, lse
+//   as (B,H,longest,.) with batch stride 0; element b begins at row cu_seqlens[b] paged: k, v stay (pages,Hkv,page
+//   size,.) a cache: paged, kv_lens after the update
 //
 // It borrows the caller's arrays, and owns what takes the place of one.
 struct CanonicalProblem : AttentionProblem {

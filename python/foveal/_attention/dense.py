@@ -289,6 +289,7 @@ def attention(
         sinks,
         gate,
         span,
+        None,  # u, of additive_attention
         q_lens,
         kv_lens,
         causal,

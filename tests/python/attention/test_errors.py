@@ -399,10 +399,6 @@ def test_flags() -> None:
         foveal.attention(**{**arguments(), "layout": None})
 
 
-def test_what_is_not_built() -> None:
-    refuse(NotImplementedError, "return_stats", return_stats=True)
-
-
 def test_normalizers() -> None:
     refuse(ValueError, "normalizer is 'hardmax', expected 'softmax'", normalizer="hardmax")
     refuse(ValueError, "normalizer is 'hardmax', expected 'softmax'", normalizer="hardmax", return_lse=True)

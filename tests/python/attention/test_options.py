@@ -6,7 +6,18 @@ import pytest
 
 import foveal
 from foveal import _core
-from foveal._options import ATTENTION, FUNCTIONS, KVCACHE, NAMES, OPTIONS, REQUESTS, core_arguments, op_arguments
+from foveal._options import (
+    ADDITIVE,
+    ATTENTION,
+    FUNCTIONS,
+    KVCACHE,
+    NAMES,
+    OPTIONS,
+    REQUESTS,
+    STATS,
+    core_arguments,
+    op_arguments,
+)
 
 
 def keywords(function):
@@ -16,11 +27,15 @@ def keywords(function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_public_signatures_have_the_options_of_the_list(function):
-    listed = {option.name: option.default for option in OPTIONS if function in option.functions}
+    listed = {option.name: option.default for option in OPTIONS if function in option.functions and option.name != "u"}
     found = {name: default for name, default in keywords(function).items() if name in NAMES}
     assert found == listed
     others = keywords(function).keys() - set(NAMES)
-    requests = {"out", "return_lse", "return_weights", "return_stats"} if function == ATTENTION else {"return_lse"}
+    requests = {
+        ATTENTION: {"out", "return_lse", "return_weights", "return_stats"},
+        STATS: {"top_k"},
+        ADDITIVE: {"out", "return_weights", "return_stats"},
+    }.get(function, {"return_lse"})
     cache = {"cache_lens", "k", "v", "block_table", "cache_batch_idx", "k_scale", "v_scale"}
     cache |= {"rotary_cos", "rotary_sin", "rotary_interleaved"}
     assert others == requests | (cache if function == KVCACHE else set())
@@ -53,6 +68,8 @@ def test_ops_have_the_arguments_of_the_list():
         ("attention_varlen_forward", FUNCTIONS[1]),
         ("attention_varlen_backward", FUNCTIONS[1]),
         ("attention_kvcache", KVCACHE),
+        ("attention_forward_stats", ATTENTION),
+        ("attention_stats", STATS),
     ):
         schema = getattr(torch.ops.foveal, op).default._schema
         found = {x.name: x.default_value for x in schema.arguments}

@@ -403,7 +403,11 @@ def bad_calls():
         "seed huge": {"dropout_p": 0.5, "seed": 2**63},
         "normalizer with sinks": {"normalizer": "sparsemax", "sinks": torch.zeros(6)},
         "normalizer unknown": {"normalizer": "x"},
-        "stats": {"return_stats": True},
+        "gate no pair": {"gate": 1.0},
+        "gate temperature": {"gate": (0.0, 0.0)},
+        "gate tau": {"gate": (torch.zeros(5, 4, 3), 1.0)},
+        "span ramp": {"span": (1.0, 0.0)},
+        "span z": {"span": (torch.zeros(5), 1.0)},
     }
     return {name: {**base, **change} for name, change in changes.items()}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
-from foveal.torch.ops.records import ASKED, OPTION_GRADIENTS
+from foveal.torch.ops.records import ASKED, OPTION_GRADIENTS, SAVED
 
 _functorch = torch._C._functorch
 
@@ -65,8 +65,8 @@ class Differentiable:
         The public function, for errors.
     forward, backward : op
         ``forward(*arrays, *options)`` gives (out, lse, ...), the rest without a gradient, or with statistics (out, lse,
-        weights, entropy, mass, ...), where the entropy has one; ``backward(dout, dlse, out, lse, dentropy, entropy,
-        mass, *arrays, *options, *asked)`` gives the gradients of q, k, v and of the options (OPTION_GRADIENTS).
+        weights, entropy, mass, ...), where the entropy has one; ``backward(dout, dlse, out, lse, *arrays, *options,
+        *asked, dentropy, entropy, mass)`` gives the gradients of q, k, v and of the options (OPTION_GRADIENTS).
     num_arrays : int
         How many arrays come first; all but q, k and v have no gradient.
     options, backward_options : record
@@ -77,8 +77,10 @@ class Differentiable:
         self, function: str, forward: Any, backward: Any, num_arrays: int, options: Any, backward_options: Any
     ) -> None:
         self._function, self._forward, self._backward, self._options = function, forward, backward, options
-        places = {name: num_arrays + options._fields.index(name) for name in OPTION_GRADIENTS}
-        end = num_arrays + len(backward_options._fields) - len(ASKED)
+        places = {
+            name: num_arrays + options._fields.index(name) for name in OPTION_GRADIENTS if name in options._fields
+        }
+        end = num_arrays + len(backward_options._fields) - len(ASKED) - len(SAVED)
         has_stats = len(forward._schema.returns) > 3
         num_tensors = num_arrays + options.num_tensors
         num_inputs = num_arrays + len(options._fields)
@@ -103,16 +105,16 @@ class Differentiable:
             def backward(ctx: Any, dout: Tensor, dlse: Tensor, *others: Tensor) -> Any:
                 out, lse, entropy, mass, *tensors = ctx.saved_tensors
                 dentropy = others[1] if has_stats else None
-                wanted = {name: ctx.needs_input_grad[place] for name, place in places.items()}
+                wanted = {name: name in places and ctx.needs_input_grad[places[name]] for name in OPTION_GRADIENTS}
                 asked = [any(wanted[name] for name, by in OPTION_GRADIENTS.items() if by == x) for x in ASKED]
                 dlse_or_none = dlse if ctx.has_lse else None
                 dq, dk, dv, *found = backward(
-                    dout, dlse_or_none, out, lse, dentropy, entropy, mass, *tensors, *ctx.numbers, *asked
+                    dout, dlse_or_none, out, lse, *tensors, *ctx.numbers, *asked, dentropy, entropy, mass
                 )
                 gradients: list[Tensor | None] = [dq, dk, dv] + [None] * (num_inputs - 3)
-                for (name, place), gradient in zip(places.items(), found, strict=True):
+                for name, gradient in zip(OPTION_GRADIENTS, found, strict=True):
                     if wanted[name]:
-                        gradients[place] = gradient.to(tensors[place].dtype)
+                        gradients[places[name]] = gradient.to(tensors[places[name]].dtype)
                 return tuple(gradients)
 
         class NoSecondDerivative(torch.autograd.Function):

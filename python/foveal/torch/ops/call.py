@@ -47,6 +47,7 @@ def _attention(
     sinks: Any,
     gate: Any,
     span: Any,
+    u: Any,
     q_lens: Any,
     kv_lens: Any,
     causal: Any,
@@ -78,6 +79,7 @@ def _attention(
             and sinks is None
             and gate is None
             and span is None
+            and u is None
             and q_lens is None
             and kv_lens is None
             and out is None
@@ -97,7 +99,7 @@ def _attention(
         gate_tau, gate_temperature = _gate(gate, q)
         z, ramp = _span(span, q)
         if not gradient and not seen and _is_grad_enabled():
-            parameters = (bias, alibi_slopes, sinks, gate_tau, gate_temperature, z)
+            parameters = (bias, alibi_slopes, sinks, gate_tau, gate_temperature, z, u)
             gradient = any(isinstance(x, Tensor) and x.requires_grad for x in parameters)
         window_left, window_right = window
         offset, offsets = _offset(q_offset, q.device)
@@ -112,6 +114,7 @@ def _attention(
             gate_tau,
             gate_temperature,
             z,
+            u,
             _integers(q_lens, q.device),
             _integers(kv_lens, q.device),
             offsets,
@@ -153,7 +156,7 @@ def _attention(
             lse, weights = _forward_out(out, *inputs)
             result = out
     except Exception as error:
-        given: tuple[Any, ...] = (mask, bias, alibi_slopes, sinks, gate, span, q_lens, kv_lens)
+        given: tuple[Any, ...] = (mask, bias, alibi_slopes, sinks, gate, span, u, q_lens, kv_lens)
         given += (
             causal,
             q_offset,

@@ -141,17 +141,14 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
-        dentropy: Tensor | None,
-        entropy: Tensor | None,
-        mass: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *values: Any,
     ) -> tuple[Tensor, ...]:
-        if dentropy is not None:
-            refuse_statistics()
         problem = BackwardOptions(*values)
+        if problem.dentropy is not None:
+            refuse_statistics()
         call = _Call(q, k, v, problem._asdict(), problem.bshd)
         return differentiate(dout, dlse, out, lse, call, problem._asdict())
 
@@ -214,9 +211,6 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
-        dentropy: Tensor | None,
-        entropy: Tensor | None,
-        mass: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,

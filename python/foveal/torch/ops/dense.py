@@ -174,9 +174,6 @@ def _backward_fake(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    dentropy: Tensor | None,
-    entropy: Tensor | None,
-    mass: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -184,7 +181,7 @@ def _backward_fake(
     **named: Any,
 ) -> tuple[Tensor, ...]:
     problem = BackwardOptions(*values, **named)
-    _check(q, k, v, dout, dlse, out, lse, dentropy, entropy, mass, *problem)
+    _check(q, k, v, dout, dlse, out, lse, *problem)
     _check_shapes(q, k, v, problem.bshd, problem.mask, problem.bias)
     return *(x.new_empty(x.shape) for x in (q, k, v)), *_option_gradients(lse, problem)
 
@@ -195,7 +192,7 @@ def _option_gradients(lse: Tensor, options: Any) -> list[Tensor]:
     def of(x: Tensor | None, asked: bool) -> Tensor:
         return lse.new_empty(x.shape if asked and x is not None else (0,))
 
-    return [of(getattr(options, name), getattr(options, asked)) for name, asked in OPTION_GRADIENTS.items()]
+    return [of(getattr(options, name, None), getattr(options, asked)) for name, asked in OPTION_GRADIENTS.items()]
 
 
 # --- vmap ------------------------------------------------------------------------------------------------------------
@@ -255,7 +252,7 @@ def _mapped(op: Any, info: Any, dims: _Dims, q: Tensor, k: Tensor, v: Tensor, *v
     dim_of = dict(zip(Options._fields, dims[3:], strict=False))
     # A head has one sink and one temperature for the whole batch, and dropout depends on the place in it; so each
     # example is a call.
-    one_a_head = any(dim_of.get(name) is not None for name in ("sinks", "gate_temperature"))
+    one_a_head = any(dim_of.get(name) is not None for name in ("sinks", "gate_temperature", "u"))
     if one_a_head or options.dropout_p:
         return _by_examples(op, info, dims, q, k, v, *values)
 
@@ -338,9 +335,6 @@ def _backward_flops(
     dlse: Any,
     out: Any,
     lse: Any,
-    dentropy: Any,
-    entropy: Any,
-    mass: Any,
     q: Any,
     k: Any,
     v: Any,

@@ -14,6 +14,7 @@ from foveal import _core
 from foveal._options import DEFAULTS, core_arguments
 from foveal.torch.ops.records import (
     ASKED,
+    SAVED,
     BackwardOptions,
     Options,
     PackedBackwardOptions,
@@ -94,16 +95,13 @@ def _backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    dentropy: Tensor | None,
-    entropy: Tensor | None,
-    mass: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *values: Any,
 ) -> tuple[Tensor, ...]:
     options = BackwardOptions(*values)
-    last = (lse, dout, dlse, dentropy, entropy, mass, *(getattr(options, x) for x in ASKED))
+    last = (lse, dout, dlse, *(getattr(options, x) for x in (*SAVED, *ASKED)))
     gradients = _core.attention_backward(*_arguments(q, k, v, options, last, out=out))
     none = q.new_empty(0, dtype=lse.dtype)
     return tuple(none.clone() if x is None else x for x in gradients)
@@ -123,16 +121,13 @@ def _varlen_backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    dentropy: Tensor | None,
-    entropy: Tensor | None,
-    mass: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *values: Any,
 ) -> tuple[Tensor, ...]:
     begins, options = values[:2], PackedBackwardOptions(*values[2:])
-    last = (*begins, lse, dout, dlse, dentropy, entropy, mass, *(getattr(options, x) for x in ASKED))
+    last = (*begins, lse, dout, dlse, *(getattr(options, x) for x in (*SAVED, *ASKED)))
     gradients = _core.attention_varlen_backward(*_arguments(q, k, v, as_dense(options), last, out=out))
     return tuple(lse.new_empty(0) if x is None else x for x in gradients)
 

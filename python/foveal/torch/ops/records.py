@@ -18,23 +18,25 @@ def _record(name: str, function: str, *requests: OpArgument) -> Any:
     arguments = (*op_arguments(function), *requests)
     record: Any = _namedtuple(name, [x.name for x in arguments], defaults=[x.default for x in arguments])
     record.schema = ", ".join(f"{x.type} {x.name}={x.default}" for x in arguments)
-    record.num_tensors = sum(x.type == "Tensor?" for x in arguments)  # which come first
+    record.num_tensors = sum(x.type == "Tensor?" for x in op_arguments(function))  # which come first
     return record
 
 
 # What a backward op is asked for beside dq, dk and dv, in the order of its results; the gate has two.
-ASKED = ("bias_grad", "sinks_grad", "gate_grad", "span_grad")
-_GRADIENTS = tuple(OpArgument(name, "bool", False) for name in ASKED)
+ASKED = ("bias_grad", "sinks_grad", "gate_grad", "span_grad", "u_grad")
+# What it reads beside the output and its gradient, where the entropy of the rows has a gradient.
+SAVED = ("dentropy", "entropy", "mass")
+_GRADIENTS = (*(OpArgument(name, "bool", False) for name in ASKED), *(OpArgument(x, "Tensor?", None) for x in SAVED))
 OPTION_GRADIENTS = {  # by the argument whose gradient it is: what asks for it
     "bias": "bias_grad",
     "sinks": "sinks_grad",
     "gate_tau": "gate_grad",
     "gate_temperature": "gate_grad",
     "span": "span_grad",
+    "u": "u_grad",
 }
 GRADIENTS_SCHEMA = ", ".join(f"Tensor d{name}" for name in ("q", "k", "v", *OPTION_GRADIENTS))
-# What a backward op begins with; the last three where the entropy of the rows has a gradient.
-SAVED_SCHEMA = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor? dentropy, Tensor? entropy, Tensor? mass"
+SAVED_SCHEMA = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse"  # what a backward op begins with
 
 # What follows q, k and v in attention_forward and in attention_backward.
 StatsOptions = _record("StatsOptions", ATTENTION, OpArgument("top_k", "SymInt", 0))  # of attention_stats
