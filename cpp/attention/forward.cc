@@ -47,7 +47,7 @@ const TensorView& stat_of(const CanonicalProblem& p, int stat) {
                                  : p.threshold;
 }
 
-double unseen_threshold(const CanonicalProblem& p) { return has_threshold(p.normalizer) ? INFINITY : NAN; }
+double unseen_threshold(const CanonicalProblem& p) { return has_threshold(p.normalizer) ? INFINITY : 0.0; }
 
 int64_t& argmax_at(const CanonicalProblem& p, int64_t b, int64_t h, int64_t i) {
   const TensorView& view = p.argmax;

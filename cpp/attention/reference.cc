@@ -211,7 +211,7 @@ void describe(const CanonicalProblem& p, const Row& row, const std::vector<doubl
   put(p.entropy, entropy);
   put(p.mass, mass);
   put(p.max_weight, max_weight);
-  put(p.threshold, has_threshold(p.normalizer) ? (mass > 0.0 ? saved : kInfinity) : std::nan(""));
+  put(p.threshold, has_threshold(p.normalizer) ? (mass > 0.0 ? saved : kInfinity) : 0.0);
   if (p.argmax.present()) static_cast<int64_t*>(p.argmax.data)[offset_of(p.argmax, row.b, row.h, row.i)] = argmax;
 
   for (size_t j = 0; j < weights.size() && p.key_mass.present(); ++j) {

@@ -172,7 +172,7 @@ static void finish_tile_statistics(const RowTask& task, const Tile<V>& tile) {
       unit = N::scale(state, 0);
     });
     finish_statistics<V>(load(tile.stats.member(kStatSum, r)), load(tile.stats.member(kStatLogs, r)), largest, unit,
-                         broadcast<V>(static_cast<T>(__builtin_nan(""))), to + r * V::kLanes, task.stats_stride);
+                         zero<V>(), to + r * V::kLanes, task.stats_stride);
   }
   for (int64_t x = 0; x < tile.rows; ++x)
     task.row_argmax[tile.row_begin - task.row_begin + x] =

@@ -175,6 +175,7 @@ struct Case {
   int span = -1;     // as mask, of z and (B,Hq)
   double ramp = 20;  // of the span
   bool stats = false;
+  int additive = -1;  // as mask, of u and Hq; float32 and float64 only
   uint64_t seed = 1;
 };
 
@@ -206,6 +207,7 @@ inline std::string text_of(const Case& c) {
   if (c.gate >= 0) s << " gate " << c.gate;
   if (c.span >= 0) s << " span " << c.span << " ramp " << c.ramp;
   if (c.stats) s << " stats";
+  if (c.additive >= 0) s << " additive " << c.additive;
   if (c.weights) s << " weights";
   s << " seed " << c.seed;
   return s.str();
@@ -214,7 +216,7 @@ inline std::string text_of(const Case& c) {
 class Problem {
  public:
   Case asked;
-  Array q, k, v, out, lse, weights, mask, bias, slopes, sinks, gate_tau, gate_temperature, span, q_offset, q_lens,
+  Array q, k, v, out, lse, weights, mask, bias, slopes, sinks, gate_tau, gate_temperature, span, u, q_offset, q_lens,
       kv_lens;
   Array entropy, mass, max_weight, threshold, argmax;
 
@@ -249,6 +251,13 @@ class Problem {
     if (c.sinks) {
       sinks = Array(DType::kFloat32, {c.heads});
       sinks.fill_with([&] { return uniform(-2, 2); });
+    }
+    if (c.additive >= 0) {
+      u = Array(DType::kFloat32,
+                c.additive == 1 ? std::vector<int64_t>{c.heads, c.head_dim} : std::vector<int64_t>{c.head_dim});
+      u.fill_with([&] { return uniform(-1, 1); });
+      for (Array* array : {&q, &k})
+        array->fill_with([&] { return c.scale != 0 ? c.scale * uniform(-1, 1) : uniform(-1, 1); });
     }
     if (c.gate >= 0) {
       gate_tau =
@@ -286,6 +295,7 @@ class Problem {
     p.bias = bias.view;
     p.alibi_slopes = slopes.view;
     p.sinks = sinks.view;
+    p.additive = u.view;
     p.gate_tau = gate_tau.view;
     p.gate_temperature = gate_temperature.view;
     p.span = span.view;

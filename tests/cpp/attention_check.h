@@ -75,13 +75,19 @@ class ErrorBound {
     const Case& c = problem.asked;
     const double u = c.dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
     const double scale = c.scale != 0 ? std::fabs(c.scale) : 1 / std::sqrt(static_cast<double>(c.head_dim));
-    const double product = scale * longest_row(problem.q, c.head_dim) * longest_row(problem.k, c.head_dim);
+    // Of additive scores sum |u|, whose terms are off by their argument's rounding, in which tanh has a slope of 1,
+    // twice: of the power of q and of k; beside the eight roundings of a power and a reciprocal.
+    const bool additive = c.additive >= 0;
+    const double arguments = problem.q.max_abs_finite() + problem.k.max_abs_finite();
+    const double product = additive ? static_cast<double>(c.head_dim) * problem.u.max_abs_finite()
+                                    : scale * longest_row(problem.q, c.head_dim) * longest_row(problem.k, c.head_dim);
     double offset = 0;
     for (const int64_t x : c.q_offset) offset = std::max(offset, std::fabs(static_cast<double>(x)));
     const double distance = offset + static_cast<double>(c.seqlen_q + c.seqlen_kv);
     const double added = (problem.bias.view.present() ? problem.bias.max_abs_finite() : 0) +
                          (problem.slopes.view.present() ? problem.slopes.max_abs_finite() * distance : 0);
     double score = u * ((kLambda * std::sqrt(static_cast<double>(c.head_dim)) + 8) * product + 8 * (1 + added));
+    if (additive) score += u * (8 + 4 * arguments) * product;
     argument_ = (product + added + 1) / kLeastTemperature;
     if (c.gate >= 0) score = score * (1 + 1 / kLeastTemperature) + 8 * u * (1 + argument_);
     if (c.span >= 0) score += 8 * u * (1 + std::log(std::max(8 * c.ramp, 1.0)));

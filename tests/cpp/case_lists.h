@@ -117,6 +117,22 @@ inline Variations each_option(const Case& base, int64_t key_block) {
   return list;
 }
 
+// Additive scores: every normaliser and policy, rows and keys in and beyond the range of the powers.
+inline Variations each_additive(const Case& base) {
+  Variations list(base);
+  for (const int heads : {0, 1})
+    for (const double scale : {0.0, 5.0, 60.0}) {
+      list.add([&](Case& c) { c.additive = heads, c.scale = scale; });
+      list.add(
+          [&](Case& c) { c.additive = heads, c.scale = scale, c.causal = true, c.bias = 15, c.gate = 7, c.span = 3; });
+      list.add([&](Case& c) { c.additive = heads, c.scale = scale, c.mask = 15, c.softcap = 4, c.sinks = true; });
+      list.add([&](Case& c) { c.additive = heads, c.scale = scale, c.dropout_p = 0.3, c.kv_lens = {c.seqlen_kv, 3}; });
+      for (const Normalizer normalizer : kOtherNormalizers)
+        list.add([&](Case& c) { c.additive = heads, c.scale = scale, c.normalizer = normalizer, c.window_left = 40; });
+    }
+  return list;
+}
+
 // Options in each other's company, dtype by dtype in turn.
 class RandomCases {
  public:

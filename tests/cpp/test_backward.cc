@@ -27,7 +27,7 @@ constexpr int64_t kKeysWorthAnItem = 256;  // where few heads are cut
 // A forward problem, what flows back into it, and what comes out. `dbias` has the extents of `bias`.
 struct Gradients {
   Problem problem;
-  Array dout, dlse, dentropy, dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan;
+  Array dout, dlse, dentropy, dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan, du;
 
   explicit Gradients(const Case& c, bool with_dlse = false) : problem(c) {
     const DType accumulator = c.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -59,6 +59,7 @@ struct Gradients {
     dgate_tau = like(problem.gate_tau);
     dgate_temperature = like(problem.gate_temperature);
     dspan = like(problem.span);
+    du = like(problem.u);
   }
 
   AttentionGradients views() const {
@@ -74,6 +75,7 @@ struct Gradients {
     g.dgate_tau = dgate_tau.view;
     g.dgate_temperature = dgate_temperature.view;
     g.dspan = dspan.view;
+    g.dadditive = du.view;
     return g;
   }
 
@@ -87,6 +89,7 @@ struct Gradients {
     if (dgate_tau.view.present()) visit("dgate_tau", dgate_tau);
     if (dgate_temperature.view.present()) visit("dgate_temperature", dgate_temperature);
     if (dspan.view.present()) visit("dspan", dspan);
+    if (du.view.present()) visit("du", du);
   }
 };
 
@@ -113,7 +116,7 @@ void backward(Gradients& x, const KernelTable& table, int threads = 1) {
 
 // The oracle's gradients, unrounded, into fresh float64 arrays.
 struct Truth {
-  Array dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan;
+  Array dq, dk, dv, dbias, dsinks, dgate_tau, dgate_temperature, dspan, du;
   double largest_column = 0;  // of P: what a key's sums over rows hold at most
 };
 
@@ -153,13 +156,15 @@ Truth oracle(const Gradients& x) {
   own(g.dgate_tau, truth.dgate_tau);
   own(g.dgate_temperature, truth.dgate_temperature);
   own(g.dspan, truth.dspan);
+  truth.du = like(x.du);
+  own(g.dadditive, truth.du);
   // The columns of P are dv for a dout of ones.
   Array ones(DType::kFloat64, {c.batch, c.heads, c.seqlen_q, c.value_dim});
   ones.fill(1);
   const AttentionGradients asked = g;
   const double dropout_p = g.problem.dropout_p;
   g.dout = ones.view;
-  g.dbias = g.dsinks = g.dgate_tau = g.dgate_temperature = g.dspan = g.dentropy = {};
+  g.dbias = g.dsinks = g.dgate_tau = g.dgate_temperature = g.dspan = g.dadditive = g.dentropy = {};
   g.problem.dropout_p = 0;  // dropout takes nothing from P, by which dlse flows back
   FOVEAL_CHECK(attention_backward_reference(g).ok());
   truth.largest_column = truth.dv.max_abs_finite();
@@ -219,6 +224,7 @@ class GradientBound {
     // times the argument, and 1 / (1 / 8). A gate's slope 1 + rest / T is 1 + 1 / T at most, and off by e / T^2, where
     // dp is at most `mean` and ds off by 2 e mean already.
     const double most = 1 / kLeastTemperature, bent = c.gate >= 0 ? 1 + most + most * most / 2 : 1;
+    const bool additive = c.additive >= 0;
     const double of_row = dq_ / std::max(scale * x.problem.k.max_abs_finite(), 1e-300);
     const double all_rows = static_cast<double>(c.batch * c.heads * c.seqlen_q);
     const auto summed = [&](const Array& gradient) {
@@ -228,6 +234,18 @@ class GradientBound {
     dtau_ = gate_ * summed(x.dgate_tau);
     dtemperature_ = gate_ * (1 + bound_.gate_argument()) * summed(x.dgate_temperature);
     dspan_ = 8 * of_row * summed(x.dspan);
+    if (additive) {
+      // A score's gradient is that times u (1 - t^2), t off by as much as a term of a score: at most `term`, and
+      // bounded by 1.
+      const double u_most = x.problem.u.max_abs_finite();
+      const double term = bound_.unit() * (24 + 4 * (x.problem.q.max_abs_finite() + x.problem.k.max_abs_finite()));
+      const double of_key = dk_ / std::max(scale * x.problem.q.max_abs_finite(), 1e-300);
+      const double gradients = 2 * mean * bent;  // the sum of |ds| along a row, at most, were the weights 1
+      dq_ = u_most * (of_row + 2 * term * gradients * (ErrorBound::by_factor(c) ? 1 : keys));
+      dk_ = u_most * (of_key + 2 * term * gradients * (ErrorBound::by_factor(c) ? column_ : rows * keys));
+      du_ = bent * (of_row + term * gradients * (ErrorBound::by_factor(c) ? 1 : keys)) * all_rows *
+            (c.softcap > 0 ? 4 : 1);
+    }
     dq_ *= bent;
     dk_ *= bent;
     bent_ = bent;
@@ -254,6 +272,7 @@ class GradientBound {
   double operator()(const std::string& name, double x) const {
     if (name == "dgate_tau") return dtau_ + 4 * bound_.unit() * std::fabs(x);
     if (name == "dgate_temperature") return dtemperature_ + 4 * bound_.unit() * std::fabs(x);
+    if (name == "du") return du_ + 4 * bound_.unit() * std::fabs(x);
     if (name == "dspan") return dspan_ + 4 * bound_.unit() * std::fabs(x);
     if (name == "dbias") return bent_ * dbias_ + 4 * bound_.unit() * std::fabs(x);
     if (name == "dsinks") return dsinks_ + 4 * bound_.unit() * std::fabs(x);
@@ -281,7 +300,7 @@ class GradientBound {
 
   ErrorBound bound_;
   double weight_ = 0, column_ = 0, dq_ = 0, dk_ = 0, dv_ = 0, dbias_ = 0, dsinks_ = 0;
-  double gate_ = 0, bent_ = 1, dtau_ = 0, dtemperature_ = 0, dspan_ = 0;
+  double gate_ = 0, bent_ = 1, dtau_ = 0, dtemperature_ = 0, dspan_ = 0, du_ = 0;
 };
 
 void check(Gradients& x) {
@@ -300,6 +319,7 @@ void check(Gradients& x) {
                               : which == "dsinks"    ? truth.dsinks
                               : which == "dgate_tau" ? truth.dgate_tau
                               : which == "dspan"     ? truth.dspan
+                              : which == "du"        ? truth.du
                                                      : truth.dgate_temperature;
       compare(where + name, found, expected, [&](double want) { return bound(which, want); });
       if (!found.gaps_untouched()) fail(__FILE__, __LINE__, where + "memory between the elements of " + which);
@@ -374,6 +394,15 @@ void test_options() {
         check(c, c.seed % 3 == 0);
       }
     }
+}
+
+void test_additive() {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64})
+    for (const int64_t rows : {2, 29})
+      for (Case c : each_additive(with_options(dtype, rows)).cases) {
+        c.stats = c.seed % 2 == 0;
+        check(c);
+      }
 }
 
 // Every option under every other normaliser, for the few-rows and the many-rows kernel of the forward pass.
@@ -592,6 +621,7 @@ int main(int argc, char** argv) {
                      {"head_dims", test_head_dims},
                      {"options", test_options},
                      {"normalizers", test_normalizers},
+                     {"additive", test_additive},
                      {"storage", test_storage},
                      {"mixtures", test_mixtures},
                      {"masked_garbage", test_masked_garbage},

@@ -209,6 +209,16 @@ void test_options() {
     }
 }
 
+void test_additive() {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64})
+    for (const int64_t rows : {1, 2, 37})
+      for (Case c : each_additive(with_options(dtype, rows)).cases) {
+        c.stats = c.seed % 2 == 0;
+        c.weights = c.seed % 3 == 0;
+        check(c);
+      }
+}
+
 // Every option under every other normaliser; rows of few and of many weights, of one key and of several key blocks.
 void test_normalizers() {
   for (const Normalizer normalizer : kOtherNormalizers)
@@ -494,6 +504,7 @@ int main(int argc, char** argv) {
                      {"parts", test_parts},
                      {"options", test_options},
                      {"normalizers", test_normalizers},
+                     {"additive", test_additive},
                      {"storage", test_storage},
                      {"mixtures", test_mixtures},
                      {"moving_maximum", test_moving_maximum},

@@ -54,7 +54,7 @@ struct AttentionProblem {
   TensorView weights;  // optional (B,Hq,Sq,Skv), q's dtype
   // Statistics of the weights before dropout, optional: like lse, argmax int64. With p = w / sum w: the entropy
   // -sum p log p in nats; sum w; the largest w, and the first key with the largest score (-1 where all weights are 0);
-  // the normaliser's threshold, in the units of its formula (NaN without one, inf where a row sees nothing).
+  // the normaliser's threshold, in the units of its formula (0 without one, inf where a row sees nothing).
   TensorView entropy, mass, max_weight, threshold, argmax;
   TensorView key_mass;  // optional (B,Hq,Skv), accumulator dtype: the sum of each key's weights over the queries
   // Optional, both: the heaviest keys of each query (B,Hq,Sq,n), int64, and their weights, of the accumulator dtype; -1

@@ -12,7 +12,7 @@ from foveal._attention.stats import stats_of
 from foveal._options import core_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _NAME = "additive_attention"
 
@@ -81,8 +81,8 @@ def additive_attention(
     Returns
     -------
     array or Attention
-        As :func:`attention`. Projections and scores are float32 (float64 for float64), whatever q's dtype; the output is
-        rounded once. For tensors, q, k, v, w_q, w_k, u and ``bias`` have gradients.
+        As :func:`attention`. Projections and scores are float32 (float64 for float64) whatever q's dtype; the output
+        is rounded once. For tensors, q, k, v, w_q, w_k, u and ``bias`` have gradients.
 
     Raises
     ------
@@ -122,6 +122,7 @@ def additive_attention(
     }
     requests = {"return_weights": return_weights, "return_stats": return_stats}
     arrays = {"q": q, "k": k, "v": v, "w_q": w_q, "w_k": w_k, "u": u}
+    compute: Callable[..., Any]
     if hasattr(q, "__torch_function__"):
         from foveal.torch.additive import compute
     elif isinstance(q, np.ndarray):
@@ -168,8 +169,8 @@ def _compute(
     else:
         if not isinstance(out, np.ndarray) or out.dtype != dtype or out.shape != attended.shape:
             raise ValueError(
-                f"{_NAME}: out has dtype {getattr(out, 'dtype', None)} and shape {getattr(out, 'shape', None)}, expected "
-                f"{dtype} and {attended.shape}"
+                f"{_NAME}: out has dtype {getattr(out, 'dtype', None)} and shape {getattr(out, 'shape', None)}, "
+                f"expected {dtype} and {attended.shape}"
             )
         out[...] = attended
         attended = out

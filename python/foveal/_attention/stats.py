@@ -138,7 +138,8 @@ def attention_stats(
 
         results = _attention_stats(q, k, top_k, options)
     else:
-        results = _core.attention_stats(q, k, k, *core_arguments(options).values(), top_k)
+        values = [*core_arguments(options).values(), top_k]
+        results = _core.attention_stats(q, k, k, *values)
     *rows, key_mass, top_keys, top_weights = results
     top = (top_keys, top_weights) if top_k else ()
     return stats_of(tuple(rows), normalizer, key_mass, *top)
