@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import cuda_problems as problems
-from cuda_device import Backward, Run
+from cuda_device import HOPPER_SHARED, Backward, Run
 from cuda_problems import Case
 
 
@@ -25,7 +25,7 @@ def check_gradients(library: Any, memory: Any, case: Case) -> dict[str, Any]:
     found, again = backward(), backward()
     errors = problems.gradient_errors(found, *problems.reference_gradients(case, arrays, given))
     repeats = all(np.array_equal(found[name], again[name], equal_nan=True) for name in found)
-    plan = library.plan(run.problem, 227 * 1024, case.variant, backward.given)
+    plan = library.plan(run.problem, HOPPER_SHARED, case.variant, backward.given)
     return {
         "case": case.name(),
         "path": plan["path"],
@@ -48,7 +48,7 @@ def check_case(library: Any, memory: Any, case: Case) -> dict[str, Any]:
     lse_error = problems.absolute_error(lse, expected_lse)
     repeats = np.array_equal(out, again, equal_nan=True) and np.array_equal(lse, lse_again, equal_nan=True)
     passed = error <= problems.TOLERANCE[case.dtype] and lse_error <= problems.LSE_TOLERANCE[case.dtype] and repeats
-    plan = library.plan(run.problem, 227 * 1024, case.variant)
+    plan = library.plan(run.problem, HOPPER_SHARED, case.variant)
     return {
         "case": case.name(),
         "path": plan["path"],
@@ -149,7 +149,7 @@ def check_packed(library: Any, memory: Any, case: Case, margin: int = 3) -> dict
             failed.append(what)
 
     worst = 0.0
-    forward_path = run.library.plan(run.problem, 227 * 1024)["path"]
+    forward_path = run.library.plan(run.problem, HOPPER_SHARED)["path"]
     for b, (alone, part, grads) in enumerate(alones):
         q_at = slice(begins["q"][b], begins["q"][b + 1])
         kv_at = slice(begins["kv"][b], begins["kv"][b + 1])
@@ -170,7 +170,7 @@ def check_packed(library: Any, memory: Any, case: Case, margin: int = 3) -> dict
             sizes += magnitude["dsinks"]
         single = Run(library, memory, dataclasses.replace(alone, layout="bshd"), part)
         out_alone, lse_alone = single()
-        if library.plan(single.problem, 227 * 1024)["path"] == forward_path:
+        if library.plan(single.problem, HOPPER_SHARED)["path"] == forward_path:
             expect(f"bits of out {b}", np.array_equal(out[0, :, q_at], out_alone[0]))
             expect(f"bits of lse {b}", np.array_equal(lse[0, :, q_at], lse_alone[0]))
             again = Backward(single, grads)()
@@ -216,7 +216,7 @@ def check_paged(library: Any, memory: Any, case: Case, page_size: int) -> dict[s
     run = Run(library, memory, case, paged)
     run.problem.block_table = run._view(table, "int32")
     out, lse = run()
-    path, path_in_rows = (library.plan(r.problem, 227 * 1024)["path"] for r in (run, in_rows))
+    path, path_in_rows = (library.plan(r.problem, HOPPER_SHARED)["path"] for r in (run, in_rows))
     same = np.array_equal(out, expected) and np.array_equal(lse, expected_lse)
     reference, _ = problems.reference(case, arrays)
     error = problems.relative_error(out, reference)

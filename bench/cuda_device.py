@@ -32,6 +32,7 @@ def load_binding() -> ModuleType:
 
 
 cuda = load_binding()
+HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block may have
 _PROT_NONE = 0
 _mprotect = ctypes.CDLL(None, use_errno=True).mprotect
 _mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

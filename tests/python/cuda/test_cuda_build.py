@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "bench"))
-from cuda_device import cuda  # noqa: E402
+from cuda_device import HOPPER_SHARED, cuda  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("FOVEAL_TEST_NVCC") != "1", reason="FOVEAL_TEST_NVCC is not 1"),
@@ -63,5 +63,5 @@ def test_the_library_loads_and_fails_cleanly_without_a_gpu(build: tuple[Path, st
         setattr(problem, name, cuda.view((i + 1) << 44, "float16", (1, 1, 64, 64), (4096, 4096, 64, 1)))
     with pytest.raises(cuda.CudaError):
         library.forward(problem)
-    plan = library.plan(problem, 227 * 1024)
+    plan = library.plan(problem, HOPPER_SHARED)
     assert plan["path"] == "decode"

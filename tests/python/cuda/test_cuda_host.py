@@ -21,10 +21,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 import cuda_checks  # noqa: E402
 import cuda_problems as problems  # noqa: E402
 import cuda_report  # noqa: E402
-from cuda_device import Backward, HostMemory, Run, cuda  # noqa: E402
+from cuda_device import HOPPER_SHARED, Backward, HostMemory, Run, cuda  # noqa: E402
 from cuda_problems import Case  # noqa: E402
 
-HOPPER_SHARED = 227 * 1024
 AMPERE_CONSUMER_SHARED = 99 * 1024
 
 
