@@ -51,8 +51,8 @@ struct SmallFloat {
   }
 };
 
-using Binary16 = SmallFloat<5, 10>;
-using BFloat16 = SmallFloat<8, 7>;
+using Float16Format = SmallFloat<5, 10>;
+using BFloat16Format = SmallFloat<8, 7>;
 
 inline double load_element(const TensorView& view, int64_t offset) {
   switch (view.dtype) {
@@ -61,9 +61,9 @@ inline double load_element(const TensorView& view, int64_t offset) {
     case DType::kFloat64:
       return static_cast<const double*>(view.data)[offset];
     case DType::kFloat16:
-      return Binary16::decode(static_cast<const uint16_t*>(view.data)[offset]);
+      return Float16Format::decode(static_cast<const uint16_t*>(view.data)[offset]);
     case DType::kBFloat16:
-      return BFloat16::decode(static_cast<const uint16_t*>(view.data)[offset]);
+      return BFloat16Format::decode(static_cast<const uint16_t*>(view.data)[offset]);
     default:
       return std::numeric_limits<double>::quiet_NaN();
   }
@@ -78,10 +78,10 @@ inline void store_element(const TensorView& view, int64_t offset, double value) 
       static_cast<double*>(view.data)[offset] = value;
       break;
     case DType::kFloat16:
-      static_cast<uint16_t*>(view.data)[offset] = Binary16::encode(value);
+      static_cast<uint16_t*>(view.data)[offset] = Float16Format::encode(value);
       break;
     case DType::kBFloat16:
-      static_cast<uint16_t*>(view.data)[offset] = BFloat16::encode(value);
+      static_cast<uint16_t*>(view.data)[offset] = BFloat16Format::encode(value);
       break;
     default:
       break;

@@ -1,13 +1,9 @@
 #include "bindings/heap.h"
 
-#include <algorithm>
-#include <memory>
+#include <optional>
 #include <string>
-#include <string_view>
-#include <unordered_set>
-#include <vector>
 
-#include "bindings/batch.h"
+#include "bindings/heap_object.h"
 #include "bindings/native_type.h"
 #include "foveal/indexed_heap.h"
 
@@ -16,22 +12,9 @@ namespace py = pybind11;
 namespace foveal {
 namespace {
 
-// Plain pointers: CPython makes and frees the objects, and the heap wants more alignment than it gives.
-struct HeapObject {
-  PyObject_HEAD IndexedHeap* heap;
-};
-
-// Walks over the ids, as they are when their turn comes, or over a copy of the heap in order.
-struct HeapIterator {
-  PyObject_HEAD PyObject* ids_of;
-  int64_t next;
-  IndexedHeap* rest;
-};
-
-PyTypeObject* iterator_type = nullptr;
 PyObject* empty_class = nullptr;
 
-// ---- arguments and results ------------------------------------------------------------------------------------------
+// ---- one id ---------------------------------------------------------------------------------------------------------
 
 int64_t to_id(const char* function, PyObject* object, const IndexedHeap& heap) {
   const int64_t id = to_int64(function, "id", object);
@@ -47,22 +30,6 @@ int64_t to_id(const char* function, PyObject* object, const IndexedHeap& heap) {
 }
 
 [[noreturn]] void refuse_empty(const char* function) { fail(empty_class, "%s: the heap is empty", function); }
-
-PyObject* pair_of_entry(const HeapEntry& entry) {
-  return pair_of(PyLong_FromLongLong(entry.id), PyFloat_FromDouble(entry.priority));
-}
-
-PyObject* new_object(PyTypeObject* type, std::unique_ptr<IndexedHeap> heap) {
-  PyObject* object = checked(type->tp_alloc(type, 0));
-  reinterpret_cast<HeapObject*>(object)->heap = heap.release();
-  return object;
-}
-
-std::unique_ptr<IndexedHeap> make_heap(int64_t capacity, bool max) {
-  return std::make_unique<IndexedHeap>(capacity, max ? Order::kMax : Order::kMin);
-}
-
-// ---- one id ---------------------------------------------------------------------------------------------------------
 
 template <size_t kCount>
 struct IdCall {
@@ -139,188 +106,7 @@ PyObject* peek(HeapObject& self, Call call) {
   return pair_of_entry(*entry);
 }
 
-// ---- batches --------------------------------------------------------------------------------------------------------
-
-struct Writes {
-  Batch<int64_t> ids;
-  Batch<double> priorities;
-
-  Writes(const char* function, PyObject* ids_argument, PyObject* priorities_argument, int64_t capacity)
-      : ids(read_ids(function, "ids", ids_argument, capacity)),
-        priorities(read_numbers(function, "priorities", priorities_argument, ids.count)) {}
-};
-
-// Before the first write: each id must be present, or each absent.
-void check_presence(const char* function, const Writes& writes, IndexedHeap& heap, bool expected, const char* hint) {
-  const std::span<const int64_t> ids = writes.ids.span();
-  size_t i = 0;
-  without_gil(ids.size(), [&] { i = expected ? heap.find_absent(ids) : heap.find_present(ids); });
-  if (i == ids.size()) return;
-  fail(expected ? PyExc_KeyError : PyExc_ValueError, "%s: ids[%zu] is %lld, which is %s, expected %s", function, i,
-       static_cast<long long>(ids[i]), expected ? "absent" : "present", hint);
-}
-
-[[noreturn]] void report_skipped(PyObject* type, const char* function, const Writes& writes,
-                                 const std::vector<size_t>& skipped, const char* why) {
-  constexpr size_t kNamed = 10;
-  std::string text;
-  for (size_t i = 0; i < std::min(skipped.size(), kNamed); ++i) {
-    text += (i > 0 ? ", " : "") + std::to_string(writes.ids[skipped[i]]);
-  }
-  if (skipped.size() > kNamed) text += ", ... (" + std::to_string(skipped.size()) + " in all)";
-  fail(type, "%s: %s meanwhile by another thread: ids %s; the others were written", function, why, text.c_str());
-}
-
-// The heap keeps the first of duplicate ids, a batch of Python's the last. Leaves in `skipped` what another thread
-// pushed.
-void apply_duplicates(IndexedHeap& heap, const Writes& writes, std::vector<size_t>& skipped) {
-  std::unordered_set<int64_t> ours, of_skipped;
-  for (const size_t i : skipped) of_skipped.insert(writes.ids[i]);
-  size_t next = 0;
-  for (size_t i = 0; i < writes.ids.count; ++i) {
-    if (next < skipped.size() && skipped[next] == i) {
-      ++next;
-    } else if (of_skipped.contains(writes.ids[i])) {
-      ours.insert(writes.ids[i]);
-    }
-  }
-  std::erase_if(skipped, [&](size_t i) {
-    if (!ours.contains(writes.ids[i])) return false;
-    heap.update(writes.ids[i], writes.priorities[i]);
-    return true;
-  });
-}
-
-PyObject* push_many(HeapObject& self, Call call) {
-  static constexpr Signature<2> kSignature = {"IndexedHeap.push_many", {"ids", "priorities"}};
-  const auto [ids, priorities] = bind(kSignature, call);
-  IndexedHeap& heap = *self.heap;
-  const Writes writes(kSignature.function, ids, priorities, heap.capacity());
-  check_presence(kSignature.function, writes, heap, false, "absent ids");
-  std::vector<size_t> skipped;
-  without_gil(writes.ids.count, [&] {
-    heap.push_many(writes.ids.span(), writes.priorities.span(), [&](size_t i) { skipped.push_back(i); });
-    if (!skipped.empty()) apply_duplicates(heap, writes, skipped);
-  });
-  if (!skipped.empty()) report_skipped(PyExc_ValueError, kSignature.function, writes, skipped, "pushed");
-  Py_RETURN_NONE;
-}
-
-enum class Missing { kRaise, kInsert, kIgnore };
-
-Missing to_missing(PyObject* object) {
-  if (object == nullptr) return Missing::kRaise;
-  if (PyUnicode_Check(object)) {
-    if (PyUnicode_CompareWithASCIIString(object, "raise") == 0) return Missing::kRaise;
-    if (PyUnicode_CompareWithASCIIString(object, "insert") == 0) return Missing::kInsert;
-    if (PyUnicode_CompareWithASCIIString(object, "ignore") == 0) return Missing::kIgnore;
-  }
-  fail(PyExc_ValueError, "IndexedHeap.update_many: missing is %R, expected 'raise', 'insert' or 'ignore'", object);
-}
-
-PyObject* update_many(HeapObject& self, Call call) {
-  static constexpr Signature<3> kSignature = {"IndexedHeap.update_many", {"ids", "priorities", "missing"}, 2, 2};
-  const auto bound = bind(kSignature, call);
-  const Missing missing = to_missing(bound[2]);
-  IndexedHeap& heap = *self.heap;
-  const Writes writes(kSignature.function, bound[0], bound[1], heap.capacity());
-  if (missing == Missing::kRaise) {
-    check_presence(kSignature.function, writes, heap, true, "present ids, or missing='insert' or 'ignore'");
-  }
-  std::vector<size_t> skipped;
-  without_gil(writes.ids.count, [&] {
-    const std::span<const int64_t> ids = writes.ids.span();
-    const std::span<const double> priorities = writes.priorities.span();
-    if (missing == Missing::kInsert) {
-      heap.upsert_many(ids, priorities);
-    } else {
-      heap.update_many(ids, priorities, [&](size_t i) {
-        if (missing == Missing::kRaise) skipped.push_back(i);
-      });
-    }
-  });
-  if (!skipped.empty()) report_skipped(PyExc_KeyError, kSignature.function, writes, skipped, "removed");
-  Py_RETURN_NONE;
-}
-
-PyObject* pop_many(HeapObject& self, Call call) {
-  static constexpr Signature<2> kSignature = {"IndexedHeap.pop_many", {"k", "relaxed"}, 1, 1};
-  const auto [k_argument, relaxed_argument] = bind(kSignature, call);
-  const int64_t k = to_int64(kSignature.function, "k", k_argument);
-  if (k < 0) fail(PyExc_ValueError, "%s: k is %S, expected at least 0", kSignature.function, k_argument);
-  const bool relaxed = relaxed_argument != nullptr && to_bool(kSignature.function, "relaxed", relaxed_argument);
-  IndexedHeap& heap = *self.heap;
-  const auto most = static_cast<size_t>(std::min(k, heap.capacity()));
-  const auto ids = std::make_unique_for_overwrite<int64_t[]>(most);
-  const auto priorities = std::make_unique_for_overwrite<double[]>(most);
-  size_t count = 0;
-  // size() lags behind other threads: it says whether to let the GIL go, not what there is.
-  without_gil(static_cast<size_t>(std::min(k, heap.size())), [&] {
-    thread_local uint64_t random_state = reinterpret_cast<uintptr_t>(&random_state);
-    const std::span<int64_t> id_span(ids.get(), most);
-    const std::span<double> priority_span(priorities.get(), most);
-    count =
-        relaxed ? heap.pop_many_relaxed(id_span, priority_span, random_state) : heap.pop_many(id_span, priority_span);
-  });
-  PyObject* id_array = to_array(std::span<const int64_t>(ids.get(), count));
-  return pair_of(id_array, to_array(std::span<const double>(priorities.get(), count)));
-}
-
-// ---- the whole heap -------------------------------------------------------------------------------------------------
-
-struct Contents {
-  std::vector<int64_t> ids;
-  std::vector<double> priorities;
-
-  explicit Contents(IndexedHeap& heap) {
-    without_gil(static_cast<size_t>(heap.capacity()), [&] {
-      const auto expected = static_cast<size_t>(heap.size());
-      ids.reserve(expected);
-      priorities.reserve(expected);
-      for (int64_t id = 0; id < heap.capacity(); ++id) {
-        if (const std::optional<double> priority = heap.priority(id)) {
-          ids.push_back(id);
-          priorities.push_back(*priority);
-        }
-      }
-    });
-  }
-};
-
-std::unique_ptr<IndexedHeap> copy_of(IndexedHeap& heap) {
-  const Contents contents(heap);
-  auto copy = std::make_unique<IndexedHeap>(heap.capacity(), heap.order());
-  without_gil(static_cast<size_t>(heap.capacity()), [&] { copy->assign(contents.ids, contents.priorities); });
-  return copy;
-}
-
-// The attributes of an object whose class was derived in Python, or None.
-py::object attributes_of(HeapObject& self) {
-  return py::getattr(reinterpret_cast<PyObject*>(&self), "__dict__", py::none());
-}
-
-void set_attributes(py::handle object, const py::object& attributes) {
-  if (!attributes.is_none()) object.attr("__dict__").attr("update")(attributes);
-}
-
-void check_attributes(const char* function, py::handle object, const py::object& attributes) {
-  if (attributes.is_none() || (py::isinstance<py::dict>(attributes) && py::hasattr(object, "__dict__"))) return;
-  fail(PyExc_TypeError, "%s: attributes are %R, expected a dict, or None where there is none", function,
-       attributes.ptr());
-}
-
-PyObject* copy(HeapObject& self, Call call) {
-  no_arguments("IndexedHeap.copy", call);
-  auto object = py::reinterpret_steal<py::object>(new_object(Py_TYPE(&self), copy_of(*self.heap)));
-  set_attributes(object, attributes_of(self));
-  return object.release().ptr();
-}
-
-PyObject* clear(HeapObject& self, Call call) {
-  no_arguments("IndexedHeap.clear", call);
-  without_gil(static_cast<size_t>(self.heap->capacity()), [&] { self.heap->clear(); });
-  Py_RETURN_NONE;
-}
+// ---- slots ----------------------------------------------------------------------------------------------------------
 
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
   static constexpr Signature<2> kSignature = {"IndexedHeap", {"capacity", "max"}, 1, 1};
@@ -330,69 +116,6 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
                                       max != nullptr && to_bool(kSignature.function, "max", max)));
   });
 }
-
-PyObject* from_arrays(PyTypeObject& type, Call call) {
-  static constexpr Signature<4> kSignature = {
-      "IndexedHeap.from_arrays", {"ids", "priorities", "capacity", "max"}, 2, 3};
-  const auto [ids, priorities, capacity_argument, max_argument] = bind(kSignature, call);
-  const bool max = max_argument != nullptr && to_bool(kSignature.function, "max", max_argument);
-  std::unique_ptr<IndexedHeap> heap;
-  if (capacity_argument != nullptr && capacity_argument != Py_None) {
-    heap = make_heap(to_capacity(kSignature.function, capacity_argument, IndexedHeap::kMaxCapacity), max);
-  }
-  const Writes writes(kSignature.function, ids, priorities, heap ? heap->capacity() : IndexedHeap::kMaxCapacity);
-  if (!heap) {
-    if (writes.ids.count == 0) {
-      fail(PyExc_ValueError, "%s: ids is empty, expected ids or a capacity", kSignature.function);
-    }
-    const std::span<const int64_t> span = writes.ids.span();
-    heap = make_heap(*std::max_element(span.begin(), span.end()) + 1, max);
-  }
-  without_gil(static_cast<size_t>(heap->capacity()),
-              [&] { heap->assign(writes.ids.span(), writes.priorities.span()); });
-  return new_object(&type, std::move(heap));
-}
-
-// The class is called again without its __init__, and the contents come as arrays.
-PyObject* reduce(HeapObject& self, Call call) {
-  no_arguments("IndexedHeap.__reduce__", call);
-  IndexedHeap& heap = *self.heap;
-  const Contents contents(heap);
-  const auto ids = py::reinterpret_steal<py::object>(to_array(contents.ids));
-  const auto priorities = py::reinterpret_steal<py::object>(to_array(contents.priorities));
-  py::dict keywords;
-  keywords["max"] = heap.order() == Order::kMax;
-  const auto type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(&self)));
-  const py::object remake = py::module_::import("copyreg").attr("__newobj_ex__");
-  const py::tuple state = py::make_tuple(ids, priorities, attributes_of(self));
-  return py::make_tuple(remake, py::make_tuple(type, py::make_tuple(heap.capacity()), keywords), state).release().ptr();
-}
-
-PyObject* set_state(HeapObject& self, Call call) {
-  static constexpr Signature<1> kSignature = {"IndexedHeap.__setstate__", {"state"}};
-  PyObject* state = bind(kSignature, call)[0];
-  if (!PyTuple_Check(state) || PyTuple_GET_SIZE(state) != 3) {
-    fail(PyExc_TypeError, "%s: state is %R, expected (ids, priorities, attributes)", kSignature.function, state);
-  }
-  const py::handle object = reinterpret_cast<PyObject*>(&self);
-  const auto attributes = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state, 2));
-  check_attributes(kSignature.function, object, attributes);
-  const Writes writes(kSignature.function, PyTuple_GET_ITEM(state, 0), PyTuple_GET_ITEM(state, 1),
-                      self.heap->capacity());
-  self.heap->assign(writes.ids.span(), writes.priorities.span());
-  set_attributes(object, attributes);
-  Py_RETURN_NONE;
-}
-
-PyObject* size_of(HeapObject& self, Call call) {
-  no_arguments("IndexedHeap.__sizeof__", call);
-  return PyLong_FromSize_t(static_cast<size_t>(Py_TYPE(&self)->tp_basicsize) + sizeof(IndexedHeap) +
-                           static_cast<size_t>(self.heap->nbytes()));
-}
-
-// ---- slots ----------------------------------------------------------------------------------------------------------
-
-IndexedHeap& heap_of(PyObject* self) { return *reinterpret_cast<HeapObject*>(self)->heap; }
 
 void free_heap(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
@@ -427,61 +150,10 @@ PyObject* repr(PyObject* self) {
 PyObject* get_capacity(PyObject* self, void*) { return PyLong_FromLongLong(heap_of(self).capacity()); }
 PyObject* get_max(PyObject* self, void*) { return PyBool_FromLong(heap_of(self).order() == Order::kMax); }
 
-// ---- iteration ------------------------------------------------------------------------------------------------------
-
-PyObject* new_iterator(PyObject* ids_of, std::unique_ptr<IndexedHeap> rest) {
-  PyObject* object = checked(iterator_type->tp_alloc(iterator_type, 0));
-  auto* iterator = reinterpret_cast<HeapIterator*>(object);
-  iterator->ids_of = Py_XNewRef(ids_of);
-  iterator->rest = rest.release();
-  return object;
-}
-
-PyObject* iterate(PyObject* self) {
-  return guarded<PyObject*>(nullptr, [&] { return new_iterator(self, nullptr); });
-}
-
-PyObject* iter_sorted(HeapObject& self, Call call) {
-  no_arguments("IndexedHeap.iter_sorted", call);
-  return new_iterator(nullptr, copy_of(*self.heap));
-}
-
-PyObject* next(PyObject* self) {
-  return guarded<PyObject*>(nullptr, [&]() -> PyObject* {
-    auto* iterator = reinterpret_cast<HeapIterator*>(self);
-    if (iterator->rest != nullptr) {
-      const std::optional<HeapEntry> entry = iterator->rest->pop();
-      return entry ? pair_of_entry(*entry) : nullptr;
-    }
-    if (iterator->ids_of == nullptr) return nullptr;  // the garbage collector has been here
-    IndexedHeap& heap = heap_of(iterator->ids_of);
-    while (iterator->next < heap.capacity()) {
-      const int64_t id = iterator->next++;
-      if (heap.contains(id)) return PyLong_FromLongLong(id);
-    }
-    return nullptr;
-  });
-}
-
-int traverse_iterator(PyObject* self, visitproc visit, void* arg) {
-  Py_VISIT(Py_TYPE(self));
-  Py_VISIT(reinterpret_cast<HeapIterator*>(self)->ids_of);
-  return 0;
-}
-
-int drop_heap(PyObject* self) {
-  Py_CLEAR(reinterpret_cast<HeapIterator*>(self)->ids_of);
-  return 0;
-}
-
-void free_iterator(PyObject* self) {
-  PyTypeObject* type = Py_TYPE(self);
-  PyObject_GC_UnTrack(self);
-  auto* iterator = reinterpret_cast<HeapIterator*>(self);
-  Py_XDECREF(iterator->ids_of);
-  delete iterator->rest;
-  type->tp_free(self);
-  Py_DECREF(type);
+PyObject* size_of(HeapObject& self, Call call) {
+  no_arguments("IndexedHeap.__sizeof__", call);
+  return PyLong_FromSize_t(static_cast<size_t>(Py_TYPE(&self)->tp_basicsize) + sizeof(IndexedHeap) +
+                           static_cast<size_t>(self.heap->nbytes()));
 }
 
 // ---- tables ---------------------------------------------------------------------------------------------------------
@@ -669,30 +341,16 @@ void bind_heap(py::module_& module) {
   module.attr("Empty") = py::handle(empty_class);
 
   PyType_Slot heap_slots[] = {
-      {Py_tp_doc, const_cast<char*>(kDoc)},
-      {Py_tp_methods, methods},
-      {Py_tp_getset, properties},
-      slot(Py_tp_new, make),
-      slot(Py_tp_dealloc, free_heap),
-      slot(Py_tp_repr, repr),
-      slot(Py_tp_iter, iterate),
-      slot(Py_sq_contains, contains),
-      slot(Py_sq_length, length),
-      {0, nullptr},
+      {Py_tp_doc, const_cast<char*>(kDoc)}, {Py_tp_methods, methods},
+      {Py_tp_getset, properties},           slot(Py_tp_new, make),
+      slot(Py_tp_dealloc, free_heap),       slot(Py_tp_repr, repr),
+      slot(Py_tp_iter, iterate_heap),       slot(Py_sq_contains, contains),
+      slot(Py_sq_length, length),           {0, nullptr},
   };
   PyType_Spec heap_spec = {"foveal.IndexedHeap", sizeof(HeapObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
                            heap_slots};
   add_type(module, heap_spec);
-
-  PyType_Slot iterator_slots[] = {
-      slot(Py_tp_dealloc, free_iterator), slot(Py_tp_traverse, traverse_iterator),
-      slot(Py_tp_clear, drop_heap),       slot(Py_tp_iter, PyObject_SelfIter),
-      slot(Py_tp_iternext, next),         {0, nullptr},
-  };
-  PyType_Spec iterator_spec = {"foveal._core._HeapIterator", sizeof(HeapIterator), 0,
-                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                               iterator_slots};
-  iterator_type = add_type(module, iterator_spec);
+  bind_heap_iterator(module);
 }
 
 }  // namespace foveal

@@ -2,63 +2,18 @@
 
 #include <cmath>
 #include <utility>
-#include <vector>
 
 #include "bindings/heap.h"
-#include "bindings/key_table.h"
 #include "bindings/native_type.h"
-#include "foveal/fifo_heap.h"
+#include "bindings/priority_map_object.h"
 
 namespace py = pybind11;
 
 namespace foveal {
 namespace {
 
-// Keys and heap change together, with no Python code in between: whoever comes in (another thread, __eq__ of a key,
-// __del__ of a removed one) finds both or neither.
-struct Map {
-  KeyTable keys;
-  FifoHeap heap;
-
-  void insert(PyObject* key, Py_hash_t hash, double priority) {
-    const KeyTable::Id id = keys.insert(key, hash);
-    try {
-      heap.push(id, priority);
-    } catch (...) {
-      Py_DECREF(keys.erase(id));
-      throw;
-    }
-  }
-
-  // Gives the reference to the key away.
-  PyObject* take(KeyTable::Id id) {
-    heap.remove(id);
-    return keys.erase(id);
-  }
-};
-
-struct MapObject {
-  PyObject_HEAD Map* map;
-};
-
 using Id = KeyTable::Id;
 constexpr Id kNone = KeyTable::kNone;
-
-Map& map_of(PyObject* self) { return *reinterpret_cast<MapObject*>(self)->map; }
-
-// Without the GIL, one thread at a time; with it that is so anyway.
-template <class Result, class Body>
-Result locked(PyObject* self, Result error, Body&& body) {
-#ifdef Py_GIL_DISABLED
-  PyCriticalSection section;
-  PyCriticalSection_Begin(&section, self);
-  const Result result = guarded<Result>(error, [&] { return body(map_of(self)); });
-  PyCriticalSection_End(&section);
-  return result;
-#else
-  return guarded<Result>(error, [&] { return body(map_of(self)); });
-#endif
-}
 
 template <auto kBody>
 PyObject* locked_method(MapObject& self, Call call) {
@@ -73,15 +28,6 @@ PyMethodDef entry(const char* name, const char* doc) {
 }
 
 // ---- one key --------------------------------------------------------------------------------------------------------
-
-struct Found {
-  PyObject* key;
-  Py_hash_t hash;
-  Id id;
-
-  Found(const Map& map, PyObject* wanted)
-      : key(wanted), hash(KeyTable::hash_of(wanted)), id(map.keys.find(wanted, hash)) {}
-};
 
 [[noreturn]] void refuse_missing(PyObject* key) {
   const auto arguments = py::reinterpret_steal<py::object>(checked(PyTuple_Pack(1, key)));  // a key can be a tuple
@@ -99,11 +45,6 @@ Id present_id(const Map& map, PyObject* key) {
   const Found found(map, key);
   if (found.id == kNone) refuse_missing(key);
   return found.id;
-}
-
-void upsert(Map& map, PyObject* key, double priority) {
-  const Found found(map, key);
-  found.id == kNone ? map.insert(key, found.hash, priority) : map.heap.update(found.id, priority);
 }
 
 PyObject* float_and_drop(double value, PyObject* key) {
@@ -229,126 +170,6 @@ PyObject* pushpop(Map& map, Call call) {
   return take_first(map);
 }
 
-// ---- all of it ------------------------------------------------------------------------------------------------------
-
-// What dict() would iterate over: the items of a mapping, else `data`.
-py::object pairs_of(PyObject* data) {
-  if (PyObject_HasAttrString(data, "keys") == 0) return py::reinterpret_borrow<py::object>(data);
-  if (PyObject_HasAttrString(data, "items") != 0) {
-    return py::reinterpret_steal<py::object>(checked(PyObject_CallMethod(data, "items", nullptr)));
-  }
-  return py::reinterpret_steal<py::object>(
-             checked(PyObject_CallOneArg(reinterpret_cast<PyObject*>(&PyDict_Type), data)))
-      .attr("items")();
-}
-
-// Makes the map what `data` says, as dict() would: a mapping, or pairs. Nothing has changed when it fails.
-void fill(PyObject* self, const char* function, PyObject* data, bool max) {
-  Map fresh{{}, FifoHeap(max)};
-  if (data != nullptr) {
-    const py::object items = pairs_of(data);
-    const auto iterator = py::reinterpret_steal<py::object>(checked(PyObject_GetIter(items.ptr())));
-    while (const auto item = py::reinterpret_steal<py::object>(PyIter_Next(iterator.ptr()))) {
-      const auto pair = py::reinterpret_steal<py::object>(PySequence_Tuple(item.ptr()));
-      if (!pair && PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw PythonError{};
-      if (!pair || PyTuple_GET_SIZE(pair.ptr()) != 2) {
-        PyErr_Clear();
-        fail(PyExc_TypeError, "%s: data holds %R, expected (key, priority)", function, item.ptr());
-      }
-      upsert(fresh, PyTuple_GET_ITEM(pair.ptr(), 0), to_number(function, "priority", PyTuple_GET_ITEM(pair.ptr(), 1)));
-    }
-    if (PyErr_Occurred() != nullptr) throw PythonError{};
-  }
-  const int done = locked(self, -1, [&](Map& map) {
-    map.keys.swap(fresh.keys);
-    std::swap(map.heap, fresh.heap);
-    return 0;
-  });
-  if (done != 0) throw PythonError{};
-}  // the old keys go with `fresh`
-
-PyObject* clear(MapObject& self, Call call) {
-  no_arguments("PriorityMap.clear", call);
-  fill(reinterpret_cast<PyObject*>(&self), "PriorityMap.clear", nullptr, self.map->heap.max());
-  Py_RETURN_NONE;
-}
-
-PyObject* new_object(PyTypeObject* type) {
-  PyObject* object = checked(type->tp_alloc(type, 0));
-  try {
-    reinterpret_cast<MapObject*>(object)->map = new Map();
-  } catch (const std::bad_alloc&) {
-    Py_DECREF(object);
-    throw;
-  }
-  return object;
-}
-
-PyObject* copy(MapObject& self, Call call) {
-  no_arguments("PriorityMap.copy", call);
-  PyObject* object = new_object(Py_TYPE(&self));
-  const int done = locked(reinterpret_cast<PyObject*>(&self), -1, [&](Map& map) {
-    KeyTable keys(map.keys);
-    FifoHeap heap(map.heap);
-    map_of(object).keys.swap(keys);
-    std::swap(map_of(object).heap, heap);
-    return 0;
-  });
-  if (done != 0) {
-    Py_DECREF(object);
-    throw PythonError{};
-  }
-  return object;
-}
-
-// [(key, priority), ...] by age, so that equals keep their order. Wherever a tuple or a list is made, the garbage
-// collector can run Python code, which can change the map: so all is taken out of it first.
-py::list list_items(const Map& map) {
-  const std::vector<Id> ids = map.heap.by_age();
-  std::vector<py::object> keys;
-  std::vector<double> priorities;
-  keys.reserve(ids.size());
-  priorities.reserve(ids.size());
-  for (const Id id : ids) {
-    keys.push_back(py::reinterpret_borrow<py::object>(map.keys.key(id)));
-    priorities.push_back(map.heap.priority(id));
-  }
-  py::list items;
-  for (size_t i = 0; i < keys.size(); ++i) {
-    items.append(
-        py::reinterpret_steal<py::object>(pair_of(keys[i].release().ptr(), PyFloat_FromDouble(priorities[i]))));
-  }
-  return items;
-}
-
-PyObject* items(Map& map, Call call) {
-  no_arguments("PriorityMap._items", call);
-  return list_items(map).release().ptr();
-}
-
-// (max, items)
-PyObject* get_state(Map& map, Call call) {
-  no_arguments("PriorityMap.__getstate__", call);
-  const bool max = map.heap.max();
-  return pair_of(PyBool_FromLong(max), list_items(map).release().ptr());
-}
-
-PyObject* set_state(MapObject& self, Call call) {
-  static constexpr Signature<1> kSignature = {"PriorityMap.__setstate__", {"state"}};
-  PyObject* state = bind(kSignature, call)[0];
-  if (!PyTuple_Check(state) || PyTuple_GET_SIZE(state) != 2) {
-    fail(PyExc_TypeError, "%s: state is %R, expected (max, items)", kSignature.function, state);
-  }
-  fill(reinterpret_cast<PyObject*>(&self), kSignature.function, PyTuple_GET_ITEM(state, 1),
-       to_bool(kSignature.function, "max", PyTuple_GET_ITEM(state, 0)));
-  Py_RETURN_NONE;
-}
-
-PyObject* size_of(Map& map, Call call) {
-  no_arguments("PriorityMap.__sizeof__", call);
-  return PyLong_FromSize_t(sizeof(MapObject) + sizeof(Map) + map.keys.nbytes() + map.heap.nbytes());
-}
-
 // ---- slots ----------------------------------------------------------------------------------------------------------
 
 PyObject* make(PyTypeObject* type, PyObject*, PyObject*) {
@@ -426,6 +247,11 @@ PyObject* iterate(PyObject* self) {
 }
 
 PyObject* get_max(PyObject* self, void*) { return PyBool_FromLong(map_of(self).heap.max()); }
+
+PyObject* size_of(Map& map, Call call) {
+  no_arguments("PriorityMap.__sizeof__", call);
+  return PyLong_FromSize_t(sizeof(MapObject) + sizeof(Map) + map.keys.nbytes() + map.heap.nbytes());
+}
 
 // ---- tables ---------------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ template <class Config, bool kOwnsKeys>
 FOVEAL_DEVICE void backward_plain_rows(const Params& p, const Span& span, int segment, int head, int first_own) {
   using Real = typename Config::Real;
   constexpr int kR = Config::kRowsPerWarp;
-  constexpr int kColumns = kPlainMaxDim / 32;
+  constexpr int kColumns = kMaxHeadDim / 32;
   const Array& own1 = kOwnsKeys ? p.k : p.q;
   const Array& own2 = kOwnsKeys ? p.v : p.dout;
   const Array& walked1 = kOwnsKeys ? p.q : p.k;

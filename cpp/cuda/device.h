@@ -13,17 +13,11 @@
 
 #include <cstdint>
 
+#include "foveal/float16.h"
+
 #define FOVEAL_DEVICE __device__ __forceinline__
 
 namespace foveal::cuda {
-
-// 16-bit elements as bits: storage needs no arithmetic of its own, every product accumulates in float.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 FOVEAL_DEVICE int thread_index() { return threadIdx.x; }
 FOVEAL_DEVICE int block_index_x() { return blockIdx.x; }
@@ -105,7 +99,7 @@ FOVEAL_DEVICE Chunk shared_load_128(uint32_t shared) {
 template <class Element>
 FOVEAL_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
-FOVEAL_DEVICE void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+FOVEAL_DEVICE void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -122,7 +116,7 @@ FOVEAL_DEVICE void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4],
 template <class Element>
 FOVEAL_DEVICE uint32_t pack(float low, float high);
 template <>
-FOVEAL_DEVICE uint32_t pack<Half>(float low, float high) {
+FOVEAL_DEVICE uint32_t pack<Float16>(float low, float high) {
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
@@ -134,7 +128,7 @@ FOVEAL_DEVICE uint32_t pack<BFloat16>(float low, float high) {
   return r;
 }
 
-FOVEAL_DEVICE float widen(Half value) {
+FOVEAL_DEVICE float widen(Float16 value) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(value.bits));
   return r;

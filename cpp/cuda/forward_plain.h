@@ -23,7 +23,7 @@ template <class Config>
 FOVEAL_DEVICE void forward_plain_rows(const Params& p, const Span& span, int head, int first_row) {
   using Real = typename Config::Real;
   constexpr int kR = Config::kRowsPerWarp;
-  constexpr int kColumns = kPlainMaxDim / 32;
+  constexpr int kColumns = kMaxHeadDim / 32;
   const Real minus_infinity = static_cast<Real>(negative_infinity());
   const int batch = span.batch;
   const int kv_head = head / p.group;

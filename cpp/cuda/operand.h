@@ -18,7 +18,7 @@ FOVEAL_DEVICE Real read_real(const Array& a, int64_t offset) {
     case DType::kFloat64:
       return static_cast<Real>(static_cast<const double*>(a.data)[offset]);
     case DType::kFloat16:
-      return static_cast<Real>(widen(static_cast<const Half*>(a.data)[offset]));
+      return static_cast<Real>(widen(static_cast<const Float16*>(a.data)[offset]));
     case DType::kBFloat16:
       return static_cast<Real>(widen(static_cast<const BFloat16*>(a.data)[offset]));
     default:
@@ -36,7 +36,8 @@ FOVEAL_DEVICE void write_real(const Array& a, int64_t offset, Real value) {
       static_cast<double*>(a.data)[offset] = static_cast<double>(value);
       break;
     case DType::kFloat16:
-      static_cast<Half*>(a.data)[offset].bits = static_cast<uint16_t>(pack<Half>(static_cast<float>(value), 0.0f));
+      static_cast<Float16*>(a.data)[offset].bits =
+          static_cast<uint16_t>(pack<Float16>(static_cast<float>(value), 0.0f));
       break;
     case DType::kBFloat16:
       static_cast<BFloat16*>(a.data)[offset].bits =

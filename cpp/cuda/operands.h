@@ -8,8 +8,6 @@
 
 namespace foveal::cuda {
 
-constexpr int kMaxHeadDim = 256;
-
 // What is beyond the backend as a whole, whichever path a problem takes: extents, and whatever is not at its default
 // without being named as supported in operands.cc.
 Status check_supported(const CanonicalProblem& problem);

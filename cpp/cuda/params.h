@@ -14,6 +14,8 @@ namespace foveal::cuda {
 constexpr int kPositionLimit = 1 << 29;
 constexpr int kNoLimit = 1 << 30;
 
+constexpr int kMaxHeadDim = 256;
+
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 

@@ -5,8 +5,6 @@
 
 namespace foveal::cuda {
 
-constexpr int kPlainMaxDim = 256;
-
 template <class Real_, int kWarps_, int kRowsPerWarp_>
 struct PlainConfig {
   using Real = Real_;

@@ -97,7 +97,7 @@ FOVEAL_DEVICE void store_rows(int thread, uint32_t tile, int tile_row, int num_r
 template <class Element>
 FOVEAL_DEVICE bool has_nonfinite(uint32_t word);
 template <>
-FOVEAL_DEVICE bool has_nonfinite<Half>(uint32_t word) {
+FOVEAL_DEVICE bool has_nonfinite<Float16>(uint32_t word) {
   return (((word & 0x7c007c00u) + 0x04000400u) & 0x80008000u) != 0;
 }
 template <>

@@ -29,17 +29,12 @@
 
 #include <cstdint>
 
+#include "foveal/float16.h"
+
 #define FOVEAL_INLINE inline __attribute__((always_inline))
 
 namespace foveal {
 namespace {
-
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 template <class V>
 V broadcast(typename V::T x);  // specialised for F32 and F64

@@ -7,6 +7,7 @@ import inspect
 import math
 import operator
 import types
+from concurrent.futures import Executor
 from typing import Any
 
 from foveal import _core
@@ -104,3 +105,12 @@ def check_hashable(function: str, key: Any) -> None:
         hash(key)
     except TypeError:
         raise TypeError(f"{function}: key has the unhashable type {type(key).__name__}, expected a hashable") from None
+
+
+def check_executor(function: str, executor: Any) -> None:
+    """Refuse what is no executor, makes none, and is not None."""
+    if executor is not None and not isinstance(executor, Executor) and not callable(executor):
+        raise TypeError(
+            f"{function}: executor has type {type(executor).__name__}, expected a concurrent.futures.Executor, "
+            "a callable that makes one, or None"
+        )

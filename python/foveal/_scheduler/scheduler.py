@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Executor
 from types import TracebackType
@@ -16,7 +14,7 @@ from foveal._scheduler.backlog import Backlog
 from foveal._scheduler.checks import (
     check_callable,
     check_count,
-    check_hashable,
+    check_executor,
     check_priority,
     check_range,
     check_score,
@@ -25,15 +23,16 @@ from foveal._scheduler.checks import (
 )
 from foveal._scheduler.engine import Engine
 from foveal._scheduler.executors import ExecutorHandle
-from foveal._scheduler.future import Future, Step, Task
+from foveal._scheduler.future import Future, Step
 from foveal._scheduler.ledger import Ledger
 from foveal._scheduler.progress import Progress
-from foveal._scheduler.report import Decision, Report, Row, row_of
+from foveal._scheduler.register import Register
+from foveal._scheduler.report import Decision, Report
 from foveal._scheduler.scorer import AttentionScorer, ScorerHandle
-from foveal._scheduler.shares import Floats, Policy, largest_remainder, softmax, with_floor
+from foveal._scheduler.shares import Policy, largest_remainder
+from foveal._scheduler.views import report_of, shares_of
 
 _BACKGROUND_HISTORY = 10_000  # tasks, decisions and turns that a scheduler which runs for ever remembers
-_ROWS_AT_ONCE, _PAUSE = 1_000, 1e-4  # of a report, while the scheduler is locked; seconds between
 _POLICIES = ("credit", "sample", "strict")
 
 
@@ -106,7 +105,7 @@ class Scheduler:
         seed: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        _check_executor("Scheduler", executor)
+        check_executor("Scheduler", executor)
         if scorer is not None:
             check_callable("Scheduler", "scorer", scorer)
         if clock is not None:
@@ -117,20 +116,21 @@ class Scheduler:
             raise ValueError(f"Scheduler: policy is {policy!r}, expected one of {_POLICIES}")
         if max_in_flight is not None:
             check_count("Scheduler", "max_in_flight", max_in_flight, 1)
-        check_range("Scheduler", "temperature", 1.0 if temperature is None else temperature, above=0.0)
+        temperature = 1.0 if temperature is None else temperature
+        check_range("Scheduler", "temperature", temperature, above=0.0)
         check_range("Scheduler", "floor", floor, 0.0, 1.0)
         check_range("Scheduler", "ema", ema, 0.0, 1.0)
         check_range("Scheduler", "aging", aging, 0.0)
         if breadth is not None:
             check_range("Scheduler", "breadth", breadth, 1.0)
-        self._temperature, self._breadth = 1.0 if temperature is None else temperature, breadth
-        self._floor, self._policy = floor, policy
+        self._policy = policy
+        self._least = 0.0 if policy == "strict" else floor  # of the service that goes round
         self._max_in_flight = max_in_flight
-        self._made_up = itertools.count(1)  # keys
-        self._scorer = ScorerHandle(scorer)
-        backlog = Backlog(policy, floor, self._temperature, breadth, aging, seed)
-        self._ledger = Ledger(backlog, self._scorer, ema)
+        backlog = Backlog(policy, floor, temperature, breadth, aging, seed)
+        handle = ScorerHandle(scorer)
+        self._ledger = Ledger(backlog, handle, ema)
         self._engine = Engine(self._ledger, ExecutorHandle(executor), clock)
+        self._register = Register(self._engine, self._ledger, handle)
 
     def submit(
         self,
@@ -175,7 +175,9 @@ class Scheduler:
         check_synchronous("Scheduler.submit", "fn", fn)
         if deadline is not None:
             check_range("Scheduler.submit", "deadline", deadline, 0.0)
-        return self._add("Scheduler.submit", fn, args, kw or None, urgency, importance, key, features, deadline, 0)
+        return self._register.add(
+            "Scheduler.submit", fn, args, kw or None, urgency, importance, key, features, deadline, 0
+        )
 
     def add_stepper(
         self,
@@ -216,7 +218,7 @@ class Scheduler:
         if max_steps is not None:
             check_count("Scheduler.add_stepper", "max_steps", max_steps, 1)
         limit = math.inf if max_steps is None else max_steps
-        return self._add("Scheduler.add_stepper", step, (), None, urgency, importance, key, None, None, limit)
+        return self._register.add("Scheduler.add_stepper", step, (), None, urgency, importance, key, None, None, limit)
 
     def update(
         self,
@@ -253,7 +255,7 @@ class Scheduler:
         if feedback is not None:
             check_score("Scheduler.update", "feedback", feedback)
             feedback = float(feedback)
-        task = self._lookup("Scheduler.update", key)
+        task = self._register.find("Scheduler.update", key)
         if task is None:
             raise KeyError(f"Scheduler.update: {text_of(key)} is no task, or is done")
         is_finite = True
@@ -295,7 +297,7 @@ class Scheduler:
 
         With "strict" these are the softmax's shares all the same, though dispatch does not follow them.
         """
-        keys, shares = self._shares("Scheduler.distribution")
+        keys, shares = shares_of("Scheduler.distribution", self._engine, self._ledger, self._least)
         return dict(zip(keys, shares.tolist(), strict=True))
 
     def allocate(self, budget: float, *, integer: bool = True) -> dict[Hashable, Any]:
@@ -316,7 +318,7 @@ class Scheduler:
         check_range("Scheduler.allocate", "budget", budget, above=0.0)
         if integer and budget != int(budget):
             raise ValueError(f"Scheduler.allocate: budget is {budget}, expected a whole number, or integer=False")
-        keys, shares = self._shares("Scheduler.allocate")
+        keys, shares = shares_of("Scheduler.allocate", self._engine, self._ledger, self._least)
         if not keys:
             return {}
         parts: list[Any] = largest_remainder(int(budget), shares) if integer else (shares * budget).tolist()
@@ -327,7 +329,7 @@ class Scheduler:
 
         A submitted callable that has started is not. A stepper in a step is cancelled when the step is over.
         """
-        task = self._lookup("Scheduler.cancel", key)
+        task = self._register.find("Scheduler.cancel", key)
         return task is not None and self._engine.cancel(task)
 
     def replay(self, decisions: Iterable[Decision]) -> None:
@@ -394,7 +396,7 @@ class Scheduler:
         check_count("Scheduler.run", "retries", retries, 0)
         if on_error not in ("collect", "raise"):
             raise ValueError(f"Scheduler.run: on_error is {on_error!r}, expected 'collect' or 'raise'")
-        _check_executor("Scheduler.run", executor)
+        check_executor("Scheduler.run", executor)
         handle = None if executor is None else ExecutorHandle(executor)
         service = math.inf if budget is None else float(budget)
         began = self._engine.clock.now()
@@ -406,7 +408,7 @@ class Scheduler:
         with Progress(progress, self._ledger.counts) as bar:
             show = bar.show if progress else None
             self._engine.run(handle, self._max_in_flight, opened, show)
-        report = self._report("Scheduler.run", began)
+        report = report_of("Scheduler.run", self._engine, self._ledger, began)
         with self._engine.lock("Scheduler.run"), self._ledger:
             self._ledger.remember(None)
         return report
@@ -430,7 +432,7 @@ class Scheduler:
         of the tasks that there were at the call; each row is true of one moment, not all of the same: nobody waits for
         the report.
         """
-        return self._report("Scheduler.report", None)
+        return report_of("Scheduler.report", self._engine, self._ledger, None)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
         """Take no more tasks. Those that wait are still run by whatever runs, and cancelled when nothing does.
@@ -481,88 +483,3 @@ class Scheduler:
     ) -> None:
         """Shut down when all tasks are done; after an exception those that wait are cancelled."""
         self.shutdown(wait=True, cancel_futures=kind is not None)
-
-    def _add(
-        self,
-        function: str,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any] | None,
-        urgency: float,
-        importance: float,
-        key: Hashable,
-        features: ArrayLike | None,
-        deadline: float | None,
-        max_steps: float,
-    ) -> Future:
-        if not (type(urgency) is type(importance) is float and math.isfinite(urgency + importance)):  # most are
-            check_priority(function, urgency, importance)
-        row = None if features is None else self._scorer.row(function, features)
-        engine, tasks = self._engine, self._ledger.tasks
-        if key is None:
-            key = next(made for made in map("task-{}".format, self._made_up) if made not in tasks)
-        now = engine.clock.now()
-        task = Task(key, fn, args, kwargs, float(urgency), float(importance), now)
-        task.future = future = Future(engine, task)
-        task.max_steps = max_steps
-        task.features = row
-        task.deadline = None if deadline is None else now + deadline
-        if engine.refusal:
-            raise RuntimeError(f"{function}: {engine.refusal}")
-        try:
-            found = tasks.setdefault(key, task)
-        except TypeError:
-            check_hashable(function, key)
-            raise
-        if found is not task:
-            raise ValueError(f"{function}: key {text_of(key)} is that of an unfinished task, expected a new one")
-        try:
-            engine.arrive(task)
-        except BaseException:  # Ctrl-C: the caller will never see the Future
-            engine.cancel(task)
-            raise
-        if engine.refusal and engine.cancel(task):  # at the same time
-            raise RuntimeError(f"{function}: {engine.refusal}")
-        return future
-
-    def _lookup(self, function: str, key: Hashable) -> Task | None:
-        if isinstance(key, Future):
-            return key._task if key._engine is self._engine else None
-        try:
-            return self._ledger.tasks.get(key)
-        except TypeError:
-            check_hashable(function, key)
-            raise
-
-    def _report(self, function: str, began: float | None) -> Report:
-        engine, ledger = self._engine, self._ledger
-        ended = engine.clock.now()
-        with engine.lock(function), ledger:
-            tasks, decisions, spans = ledger.history()
-        rows: list[Row] = []
-        while len(rows) < len(tasks):
-            with engine.lock(function), ledger:
-                rows.extend(map(row_of, tasks[len(rows) : len(rows) + _ROWS_AT_ONCE]))
-            if len(rows) < len(tasks):
-                time.sleep(_PAUSE)  # for those who wait for the lock; to release it is not enough
-        if began is None:
-            began = min((row.submitted for row in rows), default=ended)
-        return Report(rows, decisions, spans, began, ended)
-
-    def _shares(self, function: str) -> tuple[list[Hashable], Floats]:
-        with self._engine.lock(function), self._ledger:
-            tasks = list(self._ledger.backlog)
-            scores = self._ledger.backlog.scores()
-            temperature = self._ledger.backlog.solve()
-        keys = [task.key for task in tasks]  # out here, and so is the rest: nobody is to wait for a look
-        if not keys:
-            return keys, scores
-        return keys, with_floor(softmax(scores, temperature), 0.0 if self._policy == "strict" else self._floor)
-
-
-def _check_executor(function: str, executor: Any) -> None:
-    if executor is not None and not isinstance(executor, Executor) and not callable(executor):
-        raise TypeError(
-            f"{function}: executor has type {type(executor).__name__}, expected a concurrent.futures.Executor, "
-            "a callable that makes one, or None"
-        )

@@ -6,6 +6,7 @@ python tests/cpp/cuda_emulation/build.py libfoveal_cuda_emulated.so
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CPP = HERE.parents[2] / "cpp"
+ROOT = HERE.parents[2]
+CPP = ROOT / "cpp"
+# The judge of arguments, as CMake lists it.
+CANONICAL = re.findall(r"add_library\(foveal_canonical STATIC\s+([^)]+)\)", (ROOT / "CMakeLists.txt").read_text())[0]
 SOURCES = [
     *sorted((CPP / "cuda").glob("*.cu")),
     *sorted((CPP / "cuda").glob("*.cc")),
-    *sorted((CPP / "attention" / "canonical").glob("*.cc")),
-    *(CPP / "attention" / name for name in ("overlap.cc", "rejection.cc")),
+    *(ROOT / name for name in CANONICAL.split()),
     HERE / "emulator.cc",
 ]
 # This folder comes first: its cuda/device.h and cuda/launch.h stand in for the real ones.

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "bench"))
-import cuda_report  # noqa: E402
+from cuda_device import HOPPER_SHARED, cuda  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("FOVEAL_TEST_NVCC") != "1", reason="FOVEAL_TEST_NVCC is not 1"),
@@ -52,16 +52,16 @@ def test_no_kernel_spills(build: tuple[Path, str]) -> None:
 
 
 def test_the_library_loads_and_fails_cleanly_without_a_gpu(build: tuple[Path, str]) -> None:
-    library = cuda_report.cuda.Library(build[0])
+    library = cuda.Library(build[0])
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine has a GPU")
-    with pytest.raises(cuda_report.cuda.CudaError) as refusal:
+    with pytest.raises(cuda.CudaError) as refusal:
         library.device_count()
     assert refusal.value.code in (35, 100)  # no driver; a driver without a device
-    problem = cuda_report.cuda.Problem()
+    problem = cuda.Problem()
     for i, name in enumerate(("q", "k", "v", "out")):
-        setattr(problem, name, cuda_report.cuda.view((i + 1) << 44, "float16", (1, 1, 64, 64), (4096, 4096, 64, 1)))
-    with pytest.raises(cuda_report.cuda.CudaError):
+        setattr(problem, name, cuda.view((i + 1) << 44, "float16", (1, 1, 64, 64), (4096, 4096, 64, 1)))
+    with pytest.raises(cuda.CudaError):
         library.forward(problem)
-    plan = library.plan(problem, 227 * 1024)
+    plan = library.plan(problem, HOPPER_SHARED)
     assert plan["path"] == "decode"

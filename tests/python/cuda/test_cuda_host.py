@@ -18,12 +18,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "bench"))
+import cuda_checks  # noqa: E402
 import cuda_problems as problems  # noqa: E402
 import cuda_report  # noqa: E402
+from cuda_device import HOPPER_SHARED, Backward, HostMemory, Run, cuda  # noqa: E402
 from cuda_problems import Case  # noqa: E402
 
-cuda = cuda_report.cuda
-HOPPER_SHARED = 227 * 1024
 AMPERE_CONSUMER_SHARED = 99 * 1024
 
 
@@ -48,7 +48,7 @@ def emulated_cases() -> list[Case]:
 def test_kernels_agree_with_float64(emulated: Any, part: int) -> None:
     failed = []
     for case in emulated_cases()[part::8]:
-        result = cuda_report.check_case(emulated, cuda_report.HostMemory(), case)
+        result = cuda_checks.check_case(emulated, HostMemory(), case)
         if not result["passed"]:
             failed.append(result)
     assert not failed
@@ -62,7 +62,7 @@ def test_gradients_agree_with_float64(emulated: Any, part: int) -> None:
     # The dtypes differ in two instructions each: all options once, of the others every third or seventh.
     chosen = of["bfloat16"] + of["float16"][::3] + of["float32"][::7] + of["float64"][3::7]
     for case in chosen[part::8]:
-        result = cuda_report.check_gradients(emulated, cuda_report.HostMemory(), case)
+        result = cuda_checks.check_gradients(emulated, HostMemory(), case)
         if not result["passed"]:
             failed.append(result)
     assert not failed
@@ -71,33 +71,33 @@ def test_gradients_agree_with_float64(emulated: Any, part: int) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_gradients_of_a_padded_batch_equal_each_sequence_alone(emulated: Any, dtype: str) -> None:
     case = Case(3, 4, 2, 90, 150, 64, 64, dtype, causal=True, q_lens=(90, 70, 33), kv_lens=(150, 100, 57))
-    assert cuda_report.check_padded_gradients(emulated, cuda_report.HostMemory(), case)["passed"]
+    assert cuda_checks.check_padded_gradients(emulated, HostMemory(), case)["passed"]
 
 
 def test_gradients_are_zero_where_there_is_nothing_to_attend(emulated: Any) -> None:
     no_keys = Case(1, 2, 1, 5, 0, 64, 64, "float16", sinks=True)
-    result = cuda_report.check_gradients(emulated, cuda_report.HostMemory(), no_keys)
+    result = cuda_checks.check_gradients(emulated, HostMemory(), no_keys)
     assert result["passed"], result
     no_rows = Case(2, 2, 1, 0, 9, 64, 64, "float16", bias="float32", bias_axes="k")
-    result = cuda_report.check_gradients(emulated, cuda_report.HostMemory(), no_rows)
+    result = cuda_checks.check_gradients(emulated, HostMemory(), no_rows)
     assert result["passed"], result
 
 
-@pytest.mark.parametrize("index", range(len(cuda_report.packed_cases())))
+@pytest.mark.parametrize("index", range(len(cuda_checks.packed_cases())))
 def test_packed_sequences(emulated: Any, index: int) -> None:
-    result = cuda_report.check_packed(emulated, cuda_report.HostMemory(), cuda_report.packed_cases()[index])
+    result = cuda_checks.check_packed(emulated, HostMemory(), cuda_checks.packed_cases()[index])
     assert not result["failed"]
 
 
 def test_packed_sequences_without_a_token(emulated: Any) -> None:
     case = Case(1, 2, 1, 20, 30, 64, 64, "float16", q_lens=(20,), kv_lens=(0,))
-    assert not cuda_report.check_packed(emulated, cuda_report.HostMemory(), case, margin=0)["failed"]
+    assert not cuda_checks.check_packed(emulated, HostMemory(), case, margin=0)["failed"]
 
 
-@pytest.mark.parametrize("index", range(len(cuda_report.paged_cases())))
+@pytest.mark.parametrize("index", range(len(cuda_checks.paged_cases())))
 def test_keys_in_pages(emulated: Any, index: int) -> None:
-    case, page_size = cuda_report.paged_cases()[index]
-    result = cuda_report.check_paged(emulated, cuda_report.HostMemory(), case, page_size)
+    case, page_size = cuda_checks.paged_cases()[index]
+    result = cuda_checks.check_paged(emulated, HostMemory(), case, page_size)
     assert result["passed"], result
     assert result["path"] == ("plain" if case.dtype == "float32" or case.seqlen_q > 32 else "decode")
 
@@ -106,9 +106,9 @@ def test_padded_rows_have_no_gradient_beside_a_nan_key(emulated: Any) -> None:
     case = Case(1, 1, 1, 70, 32, 64, 64, "float16", q_lens=(33,))
     arrays = problems.make_inputs(case)
     arrays["k"][:, :, 5] = np.nan
-    run = cuda_report.Run(emulated, cuda_report.HostMemory(), case, arrays)
+    run = Run(emulated, HostMemory(), case, arrays)
     run()
-    dq = cuda_report.Backward(run, problems.make_gradients(case))()["dq"]
+    dq = Backward(run, problems.make_gradients(case))()["dq"]
     assert np.isnan(dq[:, :, :33]).all()
     assert not dq[:, :, 33:].any()
 
@@ -117,15 +117,15 @@ def test_padded_rows_have_no_gradient_beside_a_nan_key(emulated: Any) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_padded_batch_equals_each_sequence_alone(emulated: Any, dtype: str, seqlen_q: int) -> None:
     case = Case(3, 4, 2, seqlen_q, 400, 64, 64, dtype, causal=True, kv_lens=(400, 100, 257), sinks=True)
-    assert cuda_report.check_padding(emulated, cuda_report.HostMemory(), case)["passed"]
+    assert cuda_checks.check_padding(emulated, HostMemory(), case)["passed"]
 
 
 def test_lengths_beyond_the_arrays_are_cut(emulated: Any) -> None:
     case = Case(1, 1, 1, 5, 40, 64, 64, "float16", kv_lens=(40,))
     arrays = problems.make_inputs(case)
-    expected, _ = cuda_report.Run(emulated, cuda_report.HostMemory(), case, arrays)()
+    expected, _ = Run(emulated, HostMemory(), case, arrays)()
     arrays["kv_lens"] = np.array([10**6], np.int32)
-    found, _ = cuda_report.Run(emulated, cuda_report.HostMemory(), case, arrays)()
+    found, _ = Run(emulated, HostMemory(), case, arrays)()
     np.testing.assert_array_equal(found, expected)
 
 
@@ -280,7 +280,7 @@ def test_limits_are_named(emulated: Any) -> None:
 
 def test_a_workspace_that_is_too_small_is_refused(emulated: Any) -> None:
     case = Case(1, 1, 1, 1, 600, 64, 64, "float16")
-    run = cuda_report.Run(emulated, cuda_report.HostMemory(), case, problems.make_inputs(case))
+    run = Run(emulated, HostMemory(), case, problems.make_inputs(case))
     run()
     with pytest.raises(MemoryError, match=r"the workspace has 8 bytes, expected 780"):
         emulated.forward(run.problem, workspace_nbytes=8)
@@ -327,7 +327,7 @@ def test_numbers_from_another_tree_are_refused(emulated: Any, monkeypatch: pytes
 
 def test_what_the_backend_lacks_is_refused_by_name(emulated: Any) -> None:
     case = Case(1, 1, 1, 4, 6, 64, 64, "float16")
-    run = cuda_report.Run(emulated, cuda_report.HostMemory(), case, problems.make_inputs(case))
+    run = Run(emulated, HostMemory(), case, problems.make_inputs(case))
     run()
     run.problem.dropout_p = 0.5
     with pytest.raises(NotImplementedError, match="attention: dropout_p is not 0, which the CUDA backend lacks"):
@@ -336,9 +336,9 @@ def test_what_the_backend_lacks_is_refused_by_name(emulated: Any) -> None:
 
 def test_gradients_are_judged_as_on_the_cpu(emulated: Any) -> None:
     case = Case(1, 1, 1, 4, 6, 64, 64, "float16")
-    run = cuda_report.Run(emulated, cuda_report.HostMemory(), case, problems.make_inputs(case))
+    run = Run(emulated, HostMemory(), case, problems.make_inputs(case))
     run()
-    backward = cuda_report.Backward(run, problems.make_gradients(case))
+    backward = Backward(run, problems.make_gradients(case))
     backward()
     backward.given.dk.shape[2] = 5
     with pytest.raises(ValueError, match=r"attention: dk has shape \(1, 1, 5, 64\)"):

@@ -1,5 +1,8 @@
 """What the README and the pages of docs/ tell a user to type does what it says."""
 
+import ast
+import contextlib
+import io
 import re
 import sys
 from pathlib import Path
@@ -13,39 +16,47 @@ EXAMPLES = {
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     for index, example in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 }
+OUTPUT = re.compile(r"[\d\[({]|torch\.")  # how a comment begins that says what is printed; others are remarks
 
 
 def needs(example):
     return [name for name in ("torch", "transformers") if re.search(rf"(import|from|\.) ?{name}\b", example)]
 
 
+def printed(example, names):
+    """Run an example statement by statement; yield what each prints, with the comment at its end."""
+    lines = example.splitlines()
+    for statement in ast.parse(example).body:
+        code = compile(ast.Module([statement], []), "<example>", "exec")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, names)
+        yield out.getvalue().strip(), lines[statement.end_lineno - 1].partition("  # ")[2]
+
+
 @pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
-def test_example_runs(example):
+def test_example_does_what_it_says(example):
     for name in needs(example):
         pytest.importorskip(name)
     before, names = set(sys.modules), {}
-    exec(example, names)
+    for text, comment in printed(example, names):
+        if text and OUTPUT.match(comment):
+            assert re.split(r"[,:] [a-z]", comment)[0] == text  # what follows is a remark
     for module in set(sys.modules) - before:  # what an example installs is for itself alone
         if module.startswith("flash_attn"):
             del sys.modules[module]
-    if "foveal.torch.nn" in example:  # which says itself what must hold
-        assert {"attention", "mixture", "tasks"} & set(names)
-    elif "out" in names:
+    if {"q", "out"} <= set(names):
         assert names["out"].shape == names["q"].shape
-    elif "jobs" in names:
-        assert names["ids"].tolist() == [2, 3]
-        assert names["order"] == {"read": 1.0}
-        assert names["jobs"].get_nowait() == "answer the phone"
-    elif "tree" in names:
-        assert (abs(names["tree"].weights() - [1, 4, 2, 1]) == 0).all()
-        assert set(names["ids"]) == {0, 1, 2, 3}
-    elif "report" in names:
+    if "report" in names:
         assert set(names["report"].counts) == {"done"}
-    elif "tokens" in names:
-        assert names["tokens"].shape == (2, 48)
-        assert [layer.shape for layer in names["weights"]] == [(2, 4, 40, 40)] * 2
-    else:
+    if "model" in names:
         assert names["model"].config._attn_implementation == "foveal"
+
+
+def test_an_output_that_is_not_the_comment_is_noticed():
+    with pytest.raises(AssertionError):
+        test_example_does_what_it_says("print(1 + 1)  # 23")
+    test_example_does_what_it_says("print(1 + 1)  # 2, as ever")
+    test_example_does_what_it_says("print(1 + 1)  # a number")
 
 
 def test_there_is_an_example_of_each_kind():

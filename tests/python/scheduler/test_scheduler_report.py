@@ -122,7 +122,7 @@ def test_a_report_keeps_the_text_of_a_failure_and_not_its_frames(how):
 
 def test_nobody_waits_for_a_report(monkeypatch):
     """The rows are made a few at a time, and the scheduler is free between."""
-    module = importlib.import_module("foveal._scheduler.scheduler")
+    module = importlib.import_module("foveal._scheduler.views")
     scheduler, made = Scheduler(), module.row_of
 
     def slowly(task):

@@ -24,17 +24,10 @@ from foveal._attention.dense import attention
 from foveal._attention.sequences import attention_kvcache
 from foveal.torch.nn import relative_bias as _relative
 from foveal.torch.nn._masks import Masks, masks, right_padding
+from foveal.torch.nn._torchs_state import joined, made_from, rename
 from foveal.torch.nn.cache import KeyValueCache
 from foveal.torch.nn.relative_bias import LearnedRelativeBias, T5RelativeBias, Window, alibi_slopes
 from foveal.torch.nn.rotary import RotaryEmbedding, accumulator
-
-
-class _Joined(Tensor):
-    """The joined weights of the projections, for who reads them.
-
-    A tensor of its own class makes torch's encoder layers and encoders leave their fused paths, which compute a plain
-    self-attention from these weights.
-    """
 
 
 class MultiHeadAttention(nn.Module):
@@ -200,58 +193,23 @@ class MultiHeadAttention(nn.Module):
         ValueError
             The module has ``add_bias_kv`` or ``add_zero_attn``.
         """
-        for name, has in (("add_bias_kv", module.bias_k is not None), ("add_zero_attn", module.add_zero_attn)):
-            if has:
-                raise ValueError(f"MultiHeadAttention: the module has {name}=True, expected False")
-        weight = module.out_proj.weight
-        made = cls(
-            module.embed_dim,
-            module.num_heads,
-            module.dropout,
-            module.in_proj_bias is not None,
-            **{"kdim": module.kdim, "vdim": module.vdim, "batch_first": module.batch_first, **options},
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        missing, unexpected = made.load_state_dict(module.state_dict(), strict=False)
-        own = {name for name, _ in made.named_parameters() if name.split(".")[0] not in _PROJECTIONS}
-        if unexpected or set(missing) - own:
-            raise ValueError(f"MultiHeadAttention: {missing} missing and {unexpected} unexpected, expected neither")
-        return made.train(module.training)
+        return made_from(cls, module, options)
 
     # --- torch's names ------------------------------------------------------------------------------------------------
 
     @property
     def in_proj_weight(self) -> Tensor | None:
         """The weights of q, k and v, joined, where they have one width; a copy."""
-        return self._in_proj([self.q_proj, self.k_proj, self.v_proj], "weight")
+        return joined((self.q_proj, self.k_proj, self.v_proj), "weight")
 
     @property
     def in_proj_bias(self) -> Tensor | None:
         """The biases of q, k and v, joined; a copy."""
-        return self._in_proj([self.q_proj, self.k_proj, self.v_proj], "bias")
-
-    @staticmethod
-    def _in_proj(projections: list[nn.Linear], name: str) -> Tensor | None:
-        parts = [getattr(projection, name, None) for projection in projections]
-        if any(part is None for part in parts) or len({part.shape[1:] for part in parts}) > 1:  # type: ignore[union-attr]
-            return None
-        joined = torch.cat(parts)  # type: ignore[arg-type]
-        return joined if torch.compiler.is_compiling() else joined.as_subclass(_Joined)
+        return joined((self.q_proj, self.k_proj, self.v_proj), "bias")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Rename and split what torch.nn.MultiheadAttention calls otherwise."""
-        for name in ("weight", "bias"):
-            joined = state_dict.get(f"{prefix}in_proj_{name}")
-            sizes = [projection.out_features for projection in (self.q_proj, self.k_proj, self.v_proj)]
-            if joined is not None and joined.shape[0] == sum(sizes):
-                del state_dict[f"{prefix}in_proj_{name}"]
-                for letter, part in zip("qkv", joined.split(sizes), strict=True):
-                    state_dict[f"{prefix}{letter}_proj.{name}"] = part
-        for letter in "qkv":
-            separate = state_dict.pop(f"{prefix}{letter}_proj_weight", None)
-            if separate is not None:
-                state_dict[f"{prefix}{letter}_proj.weight"] = separate
+        rename(state_dict, prefix, [projection.out_features for projection in (self.q_proj, self.k_proj, self.v_proj)])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # --- the forward pass ---------------------------------------------------------------------------------------------
@@ -583,6 +541,3 @@ def _cached(
 ) -> tuple[Tensor, Tensor | None]:
     lens, table = cache.lens, cache.block_table
     return attention_kvcache(q, cache.k, cache.v, cache_lens=lens, k=k, v=v, block_table=table, **options), None
-
-
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -16,19 +16,14 @@
 #include <cstring>
 #include <limits>
 
+#include "foveal/float16.h"
+
 #define FOVEAL_DEVICE inline
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
 
 namespace foveal::cuda {
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 namespace emulation {
 
@@ -138,13 +133,13 @@ inline Chunk shared_load_128(uint32_t shared) {
   return c;
 }
 
-inline float widen(Half value) { return emulation::widen_half(value.bits); }
+inline float widen(Float16 value) { return emulation::widen_half(value.bits); }
 inline float widen(BFloat16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
 template <class Element>
 uint32_t pack(float low, float high);
 template <>
-inline uint32_t pack<Half>(float low, float high) {
+inline uint32_t pack<Float16>(float low, float high) {
   return emulation::round_half(low) | static_cast<uint32_t>(emulation::round_half(high)) << 16;
 }
 template <>
