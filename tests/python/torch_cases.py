@@ -20,7 +20,9 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 def to_numpy(x):
-    """The same memory as an array; anything but a tensor stays what it is."""
+    """The same memory as an array, in tuples too; anything but a tensor stays what it is."""
+    if isinstance(x, tuple):
+        return tuple(map(to_numpy, x))
     if not isinstance(x, torch.Tensor):
         return x
     if x.dtype == torch.bfloat16:

@@ -673,7 +673,25 @@ def test_kernels_in_python_do_the_same() -> None:
 
     names = ("q", "k_cache", "v_cache", "cache_lens", "k", "v", "block_table")
     once, twice = ([torch_call()[n] for n in names] for _ in range(2))
-    rest = (None, None, None, None, None, False, None, None, None, torch.randn(4), None, None, True)
+    rest = (
+        None,
+        None,
+        None,
+        None,
+        None,
+        False,
+        None,
+        None,
+        None,
+        torch.randn(4),
+        None,
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        True,
+    )
     out, lse = torch.ops.foveal.attention_kvcache(*once, *rest)
     again, lse_again = _fallback._kvcache(*twice, *rest)
     assert torch.equal(out, again)

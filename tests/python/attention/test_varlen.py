@@ -447,7 +447,26 @@ def test_kernels_in_python_do_the_same() -> None:
     from foveal.torch.ops import fallback as _fallback
 
     inputs = tensors()
-    options = (None, None, None, torch.randn(4), None, torch.tensor(7), True, None, 30, None, None, 0.0, 0.3, 0)
+    options = (
+        None,
+        None,
+        None,
+        torch.randn(4),
+        None,
+        None,
+        None,
+        None,
+        torch.tensor(7),
+        0.0,
+        True,
+        None,
+        30,
+        None,
+        None,
+        0.0,
+        0.3,
+        0,
+    )
     out, lse = torch.ops.foveal.attention_varlen_forward(*inputs, *options)
     again, lse_again = _fallback._varlen(*inputs, *options)
     assert torch.equal(out, again)

@@ -286,6 +286,16 @@ def test_a_workspace_that_is_too_small_is_refused(emulated: Any) -> None:
         emulated.forward(run.problem, workspace_nbytes=8)
 
 
+def spliced(fields: list[Any], after: str, new: Any) -> list[Any]:
+    """Put a field behind the one of a name."""
+    place = [name for name, *_ in fields].index(after) + 1
+    return [*fields[:place], new, *fields[place:]]
+
+
+SIZE = ctypes.sizeof(cuda.Problem)
+SIZES = f"AttentionProblem is {SIZE} there, {SIZE - 8} here"
+
+
 def exchanged(fields: list[Any], one: str, other: str) -> list[Any]:
     """Name each of two fields as the other."""
     names = {one: other, other: one}
@@ -301,10 +311,10 @@ def exchanged(fields: list[Any], one: str, other: str) -> list[Any]:
         # Where one byte after `causal` is free, so that no size tells.
         (
             "Problem",
-            lambda fields: [*fields[:20], ("spare", ctypes.c_uint8), *fields[20:]],
+            lambda fields: spliced(fields, "causal", ("spare", ctypes.c_uint8)),
             "spare is absent",
         ),
-        ("Problem", lambda fields: fields[:-1], "AttentionProblem is 2808 there, 2800 here"),
+        ("Problem", lambda fields: fields[:-1], SIZES),
         ("Gradients", lambda fields: exchanged(fields, "dk", "dv"), "AttentionGradients.dv is"),
         ("View", lambda fields: exchanged(fields, "shape", "stride"), "TensorView.stride is"),
         ("_Launch", lambda fields: exchanged(fields, "stream", "workspace"), "Launch.workspace is"),
