@@ -12,9 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 
 import foveal
+from turns import in_a_process, show, take_turns
 
 SHAPE = (1, 8, 2048, 64)
 SPARSE = {"sparsemax": 64, "entmax15": 512}  # with the k that leaves this work exact
@@ -45,16 +43,18 @@ def main() -> None:
     elif arguments.breadth:
         breadth()
     elif arguments.quick:
-        show([rows(0.5, (1, 2, 256, 32))], {})
+        show([rows(0.5, (1, 2, 256, 32))])
     else:
-        command = [sys.executable, __file__, "--seconds", str(arguments.seconds)]
-        found = [json.loads(run([*command, "--one"])) for _ in range(arguments.processes)]
-        memory = {name: json.loads(run([*command, "--memory", name])) for name in ("softmax", *SPARSE)}
-        show(found, memory)
+        command = [__file__, "--seconds", str(arguments.seconds)]
+        show([without_ways(in_a_process(*command, "--one")) for _ in range(arguments.processes)])
+        for name in ("softmax", *SPARSE):
+            mib = in_a_process(*command, "--memory", name)
+            print(f"  {name:58} {mib:6.1f} MiB beside the arrays at (1,8,16384,64)")
 
 
-def run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+def without_ways(found: dict[str, float]) -> dict[str, float]:
+    """Name rows without the way that was the peer's best, which differs from process to process."""
+    return {name.replace(" (sorting)", "").replace(" (bisection)", ""): ratio for name, ratio in found.items()}
 
 
 def rows(seconds: float, shape: tuple[int, ...]) -> dict[str, float]:
@@ -137,18 +137,6 @@ def check(name: str, ways: dict[str, Callable[[], Any]]) -> None:
             del ways[way]
 
 
-def take_turns(ways: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each, called in turn."""
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(times["softmax"]) < 3:
-        for way, call in ways.items():
-            start = time.perf_counter()
-            call()
-            times[way].append(time.perf_counter() - start)
-    return {way: statistics.median(found) for way, found in times.items()}
-
-
 def extra_memory(name: str) -> float:
     """MiB that a call at S=16384 takes beyond its arrays."""
     q, k, v, out = (np.random.default_rng(0).standard_normal((1, 8, 16384, 64), dtype=np.float32) for _ in range(4))
@@ -167,20 +155,6 @@ def breadth() -> None:
         p = weights / weights.sum(-1, keepdims=True)
         entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
         print(f"{name:20} {(weights > 0).mean():8.2%} {np.exp(entropy).mean():8.1f}")
-
-
-def show(found: list[dict[str, float]], memory: dict[str, float]) -> None:
-    print(f"{foveal.info().isa}, {foveal.get_num_threads()} threads, {len(found)} processes; worst median (range)")
-    by_name: dict[str, list[float]] = {}
-    for one in found:
-        for name, ratio in one.items():
-            short = name.replace(" (sorting)", "").replace(" (bisection)", "")
-            by_name.setdefault(short, []).append(ratio)
-    for name, ratios in by_name.items():
-        worst = max(ratios) if name.endswith("time") else min(ratios)
-        print(f"  {name:58} {worst:6.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
-    for name, mib in memory.items():
-        print(f"  {name:58} {mib:6.1f} MiB beside the arrays at (1,8,16384,64)")
 
 
 if __name__ == "__main__":

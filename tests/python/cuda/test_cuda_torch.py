@@ -134,7 +134,7 @@ def test_an_expanded_dout(kernels: Any) -> None:
 def test_packed_sequences_agree_with_the_cpu(kernels: Any, dtype: Any) -> None:
     q, k, v = tensors(dtype, 60, 4, 64)
     begins = [torch.tensor([0, 9, 9, 50]), torch.tensor([5, 20, 31, 60])]
-    scores = [None, None, None, torch.randn(4), None, None, True, None, 30, None]
+    scores = [None, None, None, torch.randn(4), *(None,) * 5, 0.0, True, None, 30, None]
     found = kernels["attention_varlen_forward"](q, k, v, *begins, *scores)
     expected = torch.ops.foveal.attention_varlen_forward(q, k, v, *begins, *scores)
     expect_close(found[0], expected[0], dtype)

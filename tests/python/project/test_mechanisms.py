@@ -33,6 +33,21 @@ def test_the_weights_of_the_example(normalizer):
     np.testing.assert_allclose(found.sum(), total, rtol=0, atol=1e-4)
 
 
+def test_the_example_of_a_gate():
+    table = PAGE.split("## A learned threshold")[1].split("\n## ")[0]
+    rows = {
+        cells[0]: [float(x) for x in cells[1:]]
+        for line in table.splitlines()
+        if line.startswith("| ") and "key" not in line
+        for cells in [[x.strip() for x in line.strip("|").split("|")]]
+    }
+    found = foveal.attention(Q, K, V, scale=0.5, gate=(1.0, 0.25))[0]
+    np.testing.assert_allclose(found, rows["weight"], rtol=0, atol=5.001e-5)
+    np.testing.assert_allclose(
+        (np.array([0.5, 1.0, 1.5]) - 1) / 0.25, next(x for name, x in rows.items() if name.startswith("(s"))
+    )
+
+
 def test_the_steps_of_softmax():
     scores = (Q @ K.T)[0] / 2
     steps = re.findall(r"^\d\. .*", EXAMPLE, flags=re.MULTILINE)

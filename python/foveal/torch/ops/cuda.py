@@ -19,7 +19,7 @@ from foveal import _cuda
 from foveal._options import OPTIONS
 from foveal.torch.ops.declare import Op, autocast_rule
 from foveal.torch.ops.dense import _new_lse_and_weights, _new_out
-from foveal.torch.ops.records import BackwardOptions, Options, PackedBackwardOptions
+from foveal.torch.ops.records import OPTION_GRADIENTS, BackwardOptions, Options, PackedBackwardOptions
 
 # What the backend reads under the name that the ops have for it.
 _TENSOR_OPTIONS = (
@@ -134,7 +134,8 @@ def kernels(library: _cuda.Library, stream_of: Callable[[torch.device], int]) ->
             dsinks = lse.new_empty(options["sinks"].shape)
             _put_views(given, q.device, dsinks=dsinks)
         call.enqueue(library, stream_of(q.device), given)
-        return dq, dk, dv, dbias, dsinks, lse.new_empty(0), lse.new_empty(0), lse.new_empty(0)
+        lacking = (lse.new_empty(0) for _ in [*OPTION_GRADIENTS][2:])  # whose options the backend refuses
+        return dq, dk, dv, dbias, dsinks, *lacking
 
     def backward(
         dout: Tensor,
