@@ -108,16 +108,15 @@ FOVEAL_INLINE void for_each_array(const PolicyGradients<T>& g, const Visit& visi
     if (x != nullptr) visit(x);
 }
 
-// log2 sigmoid of an argument in base 2, and what is left of 1 where it is taken, 1 - sigmoid.
+// log2 sigmoid of an argument in base 2, by t = 2^-|x|; and what is left of 1, 1 - sigmoid.
 template <class V>
-struct LogSigmoid {
-  V log, rest;
-};
+FOVEAL_INLINE V log_sigmoid(V x, V t) {
+  return min(zero<V>(), x) - log1p(t) * broadcast<V>(static_cast<typename V::T>(kLog2E));
+}
 template <class V>
-FOVEAL_INLINE LogSigmoid<V> log_sigmoid(V x) {
-  const V t = exp2_nonpositive(zero<V>() - abs(x)), one = broadcast<V>(1);
-  return {min(zero<V>(), x) - log1p(t) * broadcast<V>(static_cast<typename V::T>(kLog2E)),
-          select(sign_mask(x), one, t) / (one + t)};
+FOVEAL_INLINE V rest_of_sigmoid(V x, V t) {
+  const V one = broadcast<V>(1);
+  return select(sign_mask(x), one, t) / (one + t);
 }
 
 // s -> s + log sigmoid((s - tau) / T), tau of the row and T of the head.
@@ -141,10 +140,10 @@ static void apply_gate(const HeadTask& h, const Lanes& lanes, int64_t steps, typ
     for (int r = 0; r < Lanes::kVectors; ++r) {
       const int64_t at = (step * Lanes::kVectors + r) * V::kLanes;
       const V score = load(s + at), x = (score - tau[r]) * inverse[r];
-      const LogSigmoid<V> gate = log_sigmoid(x);
-      store(s + at, score + gate.log);
+      const V t = exp2_nonpositive(zero<V>() - abs(x));
+      store(s + at, score + log_sigmoid(x, t));
       if (gradients.gate == nullptr) continue;
-      store(gradients.gate + at, gate.rest * inverse[r]);
+      store(gradients.gate + at, rest_of_sigmoid(x, t) * inverse[r]);
       store(gradients.gate_argument + at, max(least, x) * ln2);  // at -inf a key is not seen
     }
 }
@@ -156,6 +155,7 @@ static void apply_span(const HeadTask& h, const Lanes& lanes, int64_t key_begin,
   using T = typename V::T;
   const V one = broadcast<V>(1), inverse = broadcast<V>(static_cast<T>(1.0 / h.span_ramp));
   V end[Lanes::kVectors], position[Lanes::kVectors];
+  bool within_all = gradients.span == nullptr;  // every key of the block, for every row: nothing to add
   for (int r = 0; r < Lanes::kVectors; ++r) {
     alignas(64) T ends[V::kLanes], positions[V::kLanes];
     for (int lane = 0; lane < V::kLanes; ++lane) {
@@ -165,7 +165,12 @@ static void apply_span(const HeadTask& h, const Lanes& lanes, int64_t key_begin,
     }
     end[r] = load(ends);
     position[r] = load(positions);
+    const V last = broadcast<V>(static_cast<T>(steps * Lanes::kKeys));
+    const V farthest = max(abs(position[r]), abs(position[r] - last));
+    within_all &= lane_bits(greater(broadcast<V>(static_cast<T>(h.span_ramp)), end[r] - farthest)) == 0 &&
+                  lane_bits(equal(end[r], end[r])) == low_bits(V::kLanes);
   }
+  if (within_all) return;
   for (int64_t step = 0; step < steps; ++step) {
     const V key = broadcast<V>(static_cast<T>(step * Lanes::kKeys));
     for (int r = 0; r < Lanes::kVectors; ++r) {
@@ -184,9 +189,9 @@ static void apply_span(const HeadTask& h, const Lanes& lanes, int64_t key_begin,
 template <class V>
 static void apply_log_sigmoid(int64_t size, typename V::T* s, typename V::T* slope) {
   for (int64_t x = 0; x < size; x += V::kLanes) {
-    const LogSigmoid<V> result = log_sigmoid(load(s + x));
-    store(s + x, result.log);
-    if (slope != nullptr) store(slope + x, result.rest);
+    const V score = load(s + x), t = exp2_nonpositive(zero<V>() - abs(score));
+    store(s + x, log_sigmoid(score, t));
+    if (slope != nullptr) store(slope + x, rest_of_sigmoid(score, t));
   }
 }
 
