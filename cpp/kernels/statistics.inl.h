@@ -138,7 +138,8 @@ FOVEAL_INLINE void finish_statistics(V sum, V logs, V largest, V unit, V thresho
   const V entropy = (log2(sum) - logs / sum) * broadcast<V>(static_cast<typename V::T>(kLn2));
   store(to + kRowEntropy * stride, select(none, zero<V>(), max(zero<V>(), entropy)));
   store(to + kRowMass * stride, sum * unit);
-  store(to + kRowMaxWeight * stride, select(none, zero<V>(), largest * unit));
+  const V greatest = select(equal(sum, sum), largest, sum);  // a largest may have passed by NaN
+  store(to + kRowMaxWeight * stride, select(none, zero<V>(), greatest * unit));
   store(to + kRowThreshold * stride, threshold);
 }
 

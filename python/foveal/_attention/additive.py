@@ -32,6 +32,15 @@ def _check(q: Any, k: Any, w_q: Any, w_k: Any, u: Any) -> None:
         )
 
 
+def _floating(q: Any) -> Sequence[Any]:
+    if isinstance(q, np.ndarray):
+        names = [x for x in ("float32", "float64", "float16", "bfloat16") if q.dtype.name == x]
+        return [q.dtype] if names and q.dtype.isnative else []
+    import torch
+
+    return torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
 def additive_attention(
     q: Any,
     k: Any,
@@ -137,6 +146,8 @@ def additive_attention(
             )
         if x.dtype != q.dtype:
             raise TypeError(f"{_NAME}: {name} has dtype {x.dtype}, expected {q.dtype} (from q)")
+    if q.dtype not in _floating(q):
+        raise TypeError(f"{_NAME}: q has dtype {q.dtype}, expected float32, float64, float16 or bfloat16")
     for name in "qkv":
         if not 2 <= arrays[name].ndim <= 4:
             raise ValueError(f"{_NAME}: {name} has {arrays[name].ndim} dimensions, expected 2, 3 or 4")
@@ -144,7 +155,8 @@ def additive_attention(
     try:
         result = compute(*arrays.values(), options, out, requests)
     except (TypeError, ValueError, NotImplementedError, MemoryError) as error:
-        raise type(error)(str(error).replace("attention: ", f"{_NAME}: ", 1)) from None
+        text = str(error)  # of attention, which does the work
+        raise type(error)(f"{_NAME}: {text.removeprefix('attention: ')}" if text[:4] != _NAME[:4] else text) from None
     if not (return_weights or return_stats):
         return result
     attended, _, weights, stats = result

@@ -26,7 +26,7 @@ class AttentionStats(NamedTuple):
     max_weight: Any
     """The largest weight."""
     argmax: Any
-    """int64, the key with the largest score, the first of several; -1 where no key has a weight."""
+    """int64, the key with the largest score, the first of several; -1 where no key has a weight, or all have NaN."""
     threshold: Any = None
     """tau of sparsemax and entmax15, in the units of its formula; inf where a query sees no key."""
     key_mass: Any = None
@@ -46,7 +46,8 @@ def stats_of(rows: tuple[Any, ...], normalizer: str, *more: Any) -> AttentionSta
         import torch as xp
     else:
         xp = entropy.__array_namespace__()
-    breadth = xp.where(argmax < 0, xp.zeros_like(entropy), xp.exp(entropy))
+    none = (argmax < 0) & (entropy == 0)  # a row with NaN has no key either, but an entropy of NaN
+    breadth = xp.where(none, xp.zeros_like(entropy), xp.exp(entropy))
     has_threshold = normalizer in ("sparsemax", "entmax15")
     return AttentionStats(entropy, breadth, max_weight, argmax, threshold if has_threshold else None, *more)
 

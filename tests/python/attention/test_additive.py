@@ -127,6 +127,16 @@ def test_neighbours_and_threads_change_no_bit() -> None:
         foveal.set_num_threads(before)
 
 
+def test_dtypes_that_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"^additive_attention: q has dtype int64, expected float32, float64"):
+        foveal.additive_attention(*(x.astype(np.int64) for x in arrays(3)))
+    half = arrays(3, np.float16)
+    with pytest.raises(
+        ValueError, match=r"^additive_attention: out has dtype float16 and shape \(1, 2\), expected float16"
+    ):
+        foveal.additive_attention(*half, out=np.empty((1, 2), np.float16))
+
+
 def test_empty_sizes() -> None:
     _, k, v, *weights = arrays(3)
     assert foveal.additive_attention(np.ones((B, HQ, 0, D)), k, v, *weights).shape == (B, HQ, 0, DV)
@@ -149,6 +159,7 @@ def test_empty_sizes() -> None:
         ({"u": np.ones(A, np.float32)}, TypeError, "u has dtype float32, expected float64"),
         ({"u": [1.0] * A}, TypeError, "u has type list, expected ndarray"),
         ({"q": np.ones((D,))}, ValueError, "q has 1 dimensions, expected 2, 3 or 4"),
+        ({"out": np.empty((1, 2))}, ValueError, "out has 2 dimensions, expected 4"),
         ({"mask": np.ones(SKV)}, TypeError, "mask has dtype float64, expected bool"),
         ({"normalizer": "x"}, ValueError, "normalizer is 'x', expected 'softmax'"),
     ],

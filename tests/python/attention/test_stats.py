@@ -108,6 +108,17 @@ def test_a_sink_takes_no_part() -> None:
         np.testing.assert_allclose(getattr(found.stats, field), value, atol=1e-11, err_msg=field)
 
 
+def test_a_row_with_nan_has_no_statistics_but_nan() -> None:
+    q, k, v = arrays(5)
+    q[0, 0, 2] = np.nan
+    for normalizer in NORMALIZERS:
+        stats = foveal.attention(q, k, v, normalizer=normalizer, return_stats=True).stats
+        for value in (stats.entropy, stats.breadth, stats.max_weight):
+            assert np.isnan(value[0, 0, 2]), normalizer
+            assert np.isnan(value).sum() == 1, normalizer
+        assert stats.argmax[0, 0, 2] == -1
+
+
 def test_empty_sizes() -> None:
     q, k = np.ones((2, 3, 0, 8)), np.ones((2, 3, 5, 8))
     stats = foveal.attention_stats(q, k, top_k=2)

@@ -342,6 +342,11 @@ def test_refusals() -> None:
         foveal.attention(q, k, v, gate=(torch.zeros(SQ), torch.tensor(-1.0)))
     with pytest.raises(TypeError, match=r"^attention: gate\[0\] has type"):
         foveal.attention(q, k, v, gate=(np.zeros(SQ), 1.0))
+    with pytest.raises(NotImplementedError, match=r"^attention: span\[1\] requires grad, expected a number"):
+        foveal.attention(q, k, v, span=(1.0, torch.tensor(3.0, requires_grad=True)))
+    assert torch.equal(
+        foveal.attention(q, k, v, span=(1.0, torch.tensor(3.0))), foveal.attention(q, k, v, span=(1.0, 3.0))
+    )
     with pytest.raises(ValueError, match=r"^attention_stats: top_k is 91, expected 0 to Skv = 90"):
         foveal.attention_stats(q.detach(), k.detach(), top_k=91)
 

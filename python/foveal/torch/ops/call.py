@@ -248,8 +248,8 @@ def _span(span: Any, q: Tensor) -> tuple[Tensor | None, float]:
     if span is None:
         return None, 0.0
     z, ramp = _pair(span)
-    if isinstance(ramp, Tensor):
-        raise TypeError
+    if isinstance(ramp, Tensor) and ramp.requires_grad:
+        raise NotImplementedError("attention: span[1] requires grad, expected a number: the ramp has no gradient")
     return _number(z, q), float(ramp)
 
 
