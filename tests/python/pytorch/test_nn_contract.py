@@ -44,6 +44,11 @@ MODULES = {
     "t5": with_bias(nn.T5RelativeBias, scale=1.0),
     "relative": with_bias(nn.LearnedRelativeBias, 3, causal=True, alibi=True),
     "sinks softcap": attention(sinks=True, softcap=2.0),
+    "threshold": lambda **made: nn.ThresholdAttention(WIDTH, HEADS, batch_first=True, temperature=0.5, **made),
+    "adaptive": lambda **made: nn.AdaptiveAttention(
+        WIDTH, HEADS, batch_first=True, max_span=8, ramp=3.7, causal=True, **made
+    ),
+    "additive": lambda **made: nn.AdditiveAttention(WIDTH, HEADS, hidden_dim=5, causal=True, **made),
     "mixture": mixture("softmax"),
     "mixture sigmoid": mixture("sigmoid"),
     "tasks": tasks(None),

@@ -1,6 +1,8 @@
 """Attention mechanisms as PyTorch modules, on the kernels of :func:`foveal.attention`: docs/modules.md."""
 
+from foveal.torch.nn.additive import AdditiveAttention
 from foveal.torch.nn.cache import KeyValueCache
+from foveal.torch.nn.learned import AdaptiveAttention, ThresholdAttention
 from foveal.torch.nn.mixture import Mechanism, MixtureOfAttention, MixtureOutput
 from foveal.torch.nn.multi_head import MultiHeadAttention
 from foveal.torch.nn.multi_task import MultiTaskAttention, MultiTaskOutput
@@ -8,6 +10,8 @@ from foveal.torch.nn.relative_bias import LearnedRelativeBias, T5RelativeBias, a
 from foveal.torch.nn.rotary import Llama3Scaling, RotaryEmbedding, YarnScaling
 
 __all__ = [
+    "AdaptiveAttention",
+    "AdditiveAttention",
     "KeyValueCache",
     "LearnedRelativeBias",
     "Llama3Scaling",
@@ -19,6 +23,7 @@ __all__ = [
     "MultiTaskOutput",
     "RotaryEmbedding",
     "T5RelativeBias",
+    "ThresholdAttention",
     "YarnScaling",
     "alibi_slopes",
 ]

@@ -273,7 +273,8 @@ class MultiHeadAttention(nn.Module):
         if cache is None:
             key = query if key is None else key
             q, k, v = self._projected(query, key, key if value is None else value)
-            out, weights = self._attend(q, k, v, key_padding_mask, attn_mask, is_causal, need_weights)
+            learned = self._learned(query)
+            out, weights = self._attend(q, k, v, key_padding_mask, attn_mask, is_causal, need_weights, learned)
         else:
             if need_weights or attn_mask is not None:
                 given = "need_weights" if need_weights else "attn_mask"
@@ -404,11 +405,16 @@ class MultiHeadAttention(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         need_weights: bool = False,
+        learned: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         hidden = self._hidden(q, k, key_padding_mask, None if is_causal else attn_mask)
         q, k = self._turned(q, k, is_causal)
-        options = self._options() | hidden.options() | {"window": self.window}
+        options = self._options() | hidden.options() | {"window": self.window} | (learned or {})
         return self._weighted(q, k, v, is_causal, need_weights, options)
+
+    def _learned(self, query: Tensor) -> dict[str, Any]:
+        """Give the options that a subclass makes of the query and of parameters of its own."""
+        return {}
 
     def _hidden(self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Masks:
         shape = (q.shape[0], self.num_heads, q.shape[1], k.shape[1])
