@@ -155,8 +155,9 @@ def additive_attention(
     try:
         result = compute(*arrays.values(), options, out, requests)
     except (TypeError, ValueError, NotImplementedError, MemoryError) as error:
-        text = str(error)  # of attention, which does the work
-        raise type(error)(f"{_NAME}: {text.removeprefix('attention: ')}" if text[:4] != _NAME[:4] else text) from None
+        # What attention says of the arguments that it has too.
+        text = str(error).removeprefix(f"{_NAME}: ").removeprefix("attention: ")
+        raise type(error)(f"{_NAME}: {text}") from None
     if not (return_weights or return_stats):
         return result
     attended, _, weights, stats = result
