@@ -106,16 +106,17 @@ class ForwardRun {
     measure_scratch();
     const int64_t partial_nbytes = plan_.partial_rows * (p_.v.shape[3] + kRowMembers) * accumulator_nbytes_;
     const Scratch scratch = allocate_scratch(scratch_nbytes_ * team.size());
-    const Scratch partial = allocate_scratch(partial_nbytes);
+    // A call on tiny arrays has no time for memory that it does not need.
+    const Scratch partial = partial_nbytes > 0 ? allocate_scratch(partial_nbytes) : nullptr;
     const int64_t mass_nbytes = p_.key_mass.present() ? plan_.items * mass_nbytes_an_item() : 0;
-    const Scratch mass = allocate_scratch(mass_nbytes);
-    if (scratch == nullptr || partial == nullptr || mass == nullptr)
+    const Scratch mass = mass_nbytes > 0 ? allocate_scratch(mass_nbytes) : nullptr;
+    if (scratch == nullptr || (partial_nbytes > 0 && partial == nullptr) || (mass_nbytes > 0 && mass == nullptr))
       return {ErrorKind::kMemory, "cannot allocate " +
                                       std::to_string(scratch_nbytes_ * team.size() + partial_nbytes + mass_nbytes) +
                                       " bytes of scratch memory"};
     partial_ = partial.get();
     mass_ = mass.get();
-    std::memset(mass_, 0, static_cast<size_t>(mass_nbytes));
+    if (mass_nbytes > 0) std::memset(mass_, 0, static_cast<size_t>(mass_nbytes));
     if (plan_.groups > 0) pending_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(plan_.groups));
 
     const Status status = team.run([&](int thread) { work(scratch.get() + scratch_nbytes_ * thread, thread); });
